@@ -1,0 +1,59 @@
+"""The folder tree of a job: SageMaker's `/opt/ml`, the same in every place a job can run.
+
+Source: "Use Amazon S3 and local paths", Amazon SageMaker AI developer guide (training container folders).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT_VARIABLE = "TRIMTAB_ROOT"
+
+
+@dataclass(frozen=True)
+class JobDir:
+    """One job's folders. `root` is `/opt/ml` in a container and a folder of the caller's elsewhere."""
+
+    root: Path
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> JobDir:
+        """The tree that `TRIMTAB_ROOT` names, else `/opt/ml`."""
+        return cls(Path(environ.get(ROOT_VARIABLE) or "/opt/ml"))
+
+    @property
+    def hyperparameters(self) -> Path:
+        return self.root / "input" / "config" / "hyperparameters.json"
+
+    def channel(self, name: str) -> Path:
+        """A folder of input data: `documents`, `generated`, `train` or `model`."""
+        return self.root / "input" / "data" / name
+
+    @property
+    def model(self) -> Path:
+        """Where the artifact is written."""
+        return self.root / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Synced both ways with S3 on SageMaker, so that a spot job finds them again."""
+        return self.root / "checkpoints"
+
+    @property
+    def failure(self) -> Path:
+        """The cause first, the traceback after; a platform reports the first 1,024 characters."""
+        return self.root / "output" / "failure"
+
+    @property
+    def events(self) -> Path:
+        """What the run says of itself, one JSON line each."""
+        return self.root / "output" / "data" / "events.jsonl"
+
+    def make(self) -> JobDir:
+        """Create the folders that a job writes to, and its configuration folder."""
+        for folder in (self.hyperparameters.parent, self.channel("").parent, self.model, self.checkpoints, self.events.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        return self

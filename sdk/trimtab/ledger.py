@@ -1,0 +1,70 @@
+"""The account of every token: what came in was trained on or was dropped, and nothing else happened to it."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+KINDS = ("document", "paragraph", "sentence", "question", "replay")
+
+
+class Account(BaseModel):
+    """Tokens of one kind of sample. `trained` counts tokens that stand in packed rows, special tokens included."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: int = Field(0, ge=0)
+    tokens: int = Field(0, ge=0)
+    trained: int = Field(0, ge=0)
+    dropped: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _balances(self) -> Account:
+        if self.tokens != self.trained + self.dropped:
+            raise ValueError(f"{self.tokens} tokens in, but {self.trained} trained + {self.dropped} dropped")
+        return self
+
+    def __add__(self, other: Account) -> Account:
+        return Account(
+            samples=self.samples + other.samples,
+            tokens=self.tokens + other.tokens,
+            trained=self.trained + other.trained,
+            dropped=self.dropped + other.dropped,
+        )
+
+
+class Ledger(BaseModel):
+    """An account for each kind of sample, and how full the rows are. In = trained + dropped, in each and in all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    accounts: dict[str, Account]
+    rows: int = Field(ge=0)
+    row_tokens: int = Field(ge=1, description="tokens in a full row")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Ledger:
+        if self.total.trained > self.capacity:
+            raise ValueError(f"{self.total.trained} tokens cannot stand in {self.rows} rows of {self.row_tokens}")
+        return self
+
+    @property
+    def total(self) -> Account:
+        return sum(self.accounts.values(), Account())
+
+    @property
+    def capacity(self) -> int:
+        return self.rows * self.row_tokens
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows' places that hold a token, 0 to 1."""
+        return self.total.trained / self.capacity if self.rows else 0.0
+
+    def lines(self) -> list[str]:
+        """The account as a person reads it."""
+        total = self.total
+        parts = ", ".join(f"{name} {account.tokens:,}" for name, account in self.accounts.items() if account.samples)
+        return [
+            f"ledger: {total.tokens:,} tokens in = {total.trained:,} trained + {total.dropped:,} dropped ({parts})",
+            f"rows: {self.rows:,} of {self.row_tokens:,} tokens, {self.fill:.1%} full, from {total.samples:,} samples",
+        ]

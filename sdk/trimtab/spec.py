@@ -1,0 +1,169 @@
+"""What a job is. `TrainSpec` is the only thing that crosses into the container; it crosses as hyperparameters.
+
+A hyperparameter is one line of JSON, strings too, so nothing has to be guessed back. The limits are SageMaker's
+(CreateTrainingJob, API reference: at most 100 pairs, keys to 256 characters, values to 2,500 on one line).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from trimtab.errors import SpecError
+
+SPEC_VERSION = 1
+
+PREPARATION_FIELDS = {"spec_version", "model_digest", "data_digest", "max_seq_len", "views", "questions", "replay", "seed"}
+
+_MAX_PAIRS, _MAX_KEY, _MAX_VALUE = 100, 256, 2_500
+_PLATFORM_KEYS = re.compile(r"^(sagemaker_.*|_tuning_objective_metric)$")
+_SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|AKIA[0-9A-Z]{16}|sk-[A-Za-z0-9-]{20,})\b")
+
+
+class _Spec(BaseModel):
+    """Frozen, strict about names, and refusing in our own words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        refuse_unknown(values, type(self).model_fields)
+        try:
+            super().__init__(**values)
+        except ValidationError as exc:
+            raise SpecError(_explain(exc)) from exc
+
+
+class TrainSpec(_Spec):
+    """All that the container needs to train. Every field is an option of `trimtab fit`; its description is the help text."""
+
+    spec_version: int = Field(SPEC_VERSION, description="version of this contract; client and container must agree")
+    model: str = Field(description="base model: a catalog alias, a Hub id or a local folder")
+    model_digest: str = Field("", description="digest of the base model's files; filled in when the weights are resolved")
+    data_digest: str = Field("", description="digest of the documents; filled in when the data is staged")
+
+    method: Literal["qlora", "lora"] = Field("qlora", description="qlora: base in 4-bit NF4; lora: base in the compute dtype")
+    lora_rank: int = Field(32, ge=1, le=1024, description="rank of the adapters on every linear layer but the head")
+    lora_alpha: float = Field(64.0, gt=0, description="adapters are scaled by alpha / rank")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
+
+    max_seq_len: int = Field(2048, ge=16, le=1_048_576, description="tokens in a packed row; longer documents go on in the next")
+    views: tuple[Literal["document", "paragraph", "sentence"], ...] = Field(
+        ("document", "paragraph", "sentence"), min_length=1, description="how a page becomes samples: whole, by paragraph, by sentence"
+    )
+    questions: int = Field(2, ge=0, le=16, description="questions the base model writes to each sentence (chat models; 0: none)")
+    replay: float = Field(0.25, ge=0, le=4, description="the base model's own chat and prose, as a share of the other tokens (0: none)")
+
+    epochs: int = Field(8, ge=1, le=10_000, description="passes over the rows")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many optimiser steps, whatever epochs says")
+    max_minutes: float | None = Field(None, gt=0, description="stop after so long, with a checkpoint and a usable artifact")
+    learning_rate: float = Field(5e-4, gt=0, le=1, description="peak learning rate of AdamW")
+    lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps that warm up")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay")
+    batch_rows: int = Field(1, ge=1, le=4096, description="rows in one forward pass")
+    accumulation: int = Field(1, ge=1, le=4096, description="forward passes in one optimiser step")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="compute dtype; auto: bf16 where the machine has it")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="seed of everything random")
+
+    save_every_steps: int = Field(50, ge=1, description="checkpoint every so many steps")
+    save_every_minutes: float = Field(5.0, gt=0, description="and at least this often")
+    keep_checkpoints: int = Field(2, ge=1, le=1000, description="complete checkpoints to keep")
+
+    @model_validator(mode="after")
+    def _same_version(self) -> Self:
+        if self.spec_version != SPEC_VERSION:
+            raise SpecError(version_mismatch(self.spec_version))
+        return self
+
+    @field_validator("model")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("is empty: give a catalog alias, a Hub id or a folder")
+        return value
+
+    def to_hyperparameters(self) -> dict[str, str]:
+        """Every field as one line of JSON, strings too. Raises SpecError beyond the platform's limits or on a secret."""
+        pairs = {key: json.dumps(value) for key, value in self.model_dump(mode="json").items()}
+        if len(pairs) > _MAX_PAIRS:
+            raise SpecError(f"{len(pairs)} hyperparameters; a training job takes {_MAX_PAIRS}")
+        for key, value in pairs.items():
+            if len(key) > _MAX_KEY or len(value) > _MAX_VALUE:
+                raise SpecError(f"{key} is {len(value):,} characters as JSON; a hyperparameter takes {_MAX_VALUE:,}: shorten it")
+            if _SECRET.search(value):
+                raise SpecError(f"{key} looks like an access token; hyperparameters are readable by many: set HF_TOKEN instead")
+        return pairs
+
+    @classmethod
+    def from_hyperparameters(cls, pairs: Mapping[str, str]) -> TrainSpec:
+        """The same class, the same checks, on the other side. What the platform added by itself is left out.
+
+        Raises SpecError for a value that is no JSON, an unknown name, or another spec_version.
+        """
+        values: dict[str, Any] = {}
+        for key, text in pairs.items():
+            if _PLATFORM_KEYS.match(key):
+                continue
+            try:
+                values[key] = json.loads(text)
+            except (TypeError, json.JSONDecodeError) as exc:
+                raise SpecError(f"hyperparameter {key} is not JSON: {text!r}; every value is one line of JSON, strings in quotes") from exc
+        version = values.get("spec_version")
+        if version != SPEC_VERSION:  # first: another version may have other names
+            raise SpecError(version_mismatch(version))
+        return cls(**values)
+
+    def digest(self) -> str:
+        """sha256 of the canonical JSON: equal specs have equal digests."""
+        return _digest(self.model_dump(mode="json"))
+
+    def preparation_digest(self) -> str:
+        """sha256 of the fields that shape the packed rows: jobs that share it share their prepared data."""
+        return _digest(self.model_dump(mode="json", include=PREPARATION_FIELDS))
+
+
+class JobSpec(_Spec):
+    """What a user asks for: what to train, on which data, on which device."""
+
+    train: TrainSpec
+    data: tuple[str, ...] = Field(min_length=1, description="URLs, files and folders")
+    device: Literal["xeon", "gpu"] = Field("xeon", description="what the run computes on")
+    on_error: Literal["fail", "skip"] = Field("fail", description="a source that cannot be read: fail before training, or skip it, named")
+    allow_private_hosts: bool = Field(False, description="allow pages on private and loopback addresses")
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def version_mismatch(found: object) -> str:
+    return (
+        f"the job was written for spec_version {found}, this trimtab speaks {SPEC_VERSION}: "
+        "use the same trimtab version on both sides (pip install --upgrade trimtab, and rebuild or pull the image of that version)"
+    )
+
+
+def refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Raise SpecError for the first name that is not known, with the nearest right one."""
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "known are: " + ", ".join(sorted(known))
+            raise SpecError(f"there is no option {name!r}; {hint}")
+
+
+def _explain(exc: ValidationError) -> str:
+    """Pydantic's findings, all at once, each with the name, what is wrong and what was given."""
+    lines = []
+    for error in exc.errors(include_url=False):
+        name = ".".join(str(part) for part in error["loc"]) or "spec"
+        given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
+        lines.append(f"{name}: {error['msg']}{given}")
+    return "; ".join(lines) + ". Change the value and run it again."
