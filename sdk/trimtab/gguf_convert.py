@@ -87,7 +87,8 @@ def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     import numpy as np
 
     bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
-    return ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype("<u2")
+    rounded: NDArray[np.uint16] = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype("<u2")
+    return rounded
 
 
 def model_config(facts: dict[str, Any], tied: bool) -> dict[str, Any]:
