@@ -77,7 +77,7 @@ def ask(hub_id: str, revision: str, *, token: str | None, page: str, patience: f
         raise LicenceRequired(needs_token(hub_id, page))
     present = {sibling.rfilename: sibling for sibling in info.siblings or [] if "/" not in sibling.rfilename}
     if lack := lacking(present):
-        raise WeightsError(f"{hub_id} at {revision} cannot be used: {lack}; then give that folder.")
+        raise WeightsError(f"{hub_id} at {revision} cannot be used: {lack}.")
     listed = {name: present[name] for name in chosen(present)}
     return Listing(
         hub_id,

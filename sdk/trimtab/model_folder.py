@@ -70,8 +70,8 @@ def lacking(names: Iterable[str]) -> str | None:
     if not missing:
         return None
     return (
-        f"it has no {' and no '.join(missing)}. Save the model there with transformers: "
-        "model.save_pretrained(folder) and tokenizer.save_pretrained(folder)"
+        f"it has no {' and no '.join(missing)}. Load the model and its tokenizer with transformers, write both to one folder "
+        "(model.save_pretrained(FOLDER), tokenizer.save_pretrained(FOLDER)) and give that folder"
     )
 
 

@@ -169,12 +169,14 @@ def _from_hub(wanted: _Wanted, reason: str) -> BaseModel:
             link_or_copy(fetched / name, folder / name)
         return Manifest(f"model hub, {wanted.hub_id} at {listing.commit}", wanted.hub_id, listing.commit, facts)
 
-    if hub.COMMIT.fullmatch(wanted.revision):
-        return _whole(wanted, wanted.home / wanted.revision, lambda folder: fill(folder, _ask(wanted)))
+    kept = wanted.home / wanted.revision
+    if hub.COMMIT.fullmatch(wanted.revision) and kept.is_dir():
+        return _whole(wanted, kept, lambda folder: fill(folder, _ask(wanted)))
     listing = _ask(wanted)
     found = _whole(wanted, wanted.home / listing.commit, lambda folder: fill(folder, listing))
-    wanted.ref.parent.mkdir(exist_ok=True)
-    wanted.ref.write_text(listing.commit)
+    if wanted.revision != listing.commit:
+        wanted.ref.parent.mkdir(exist_ok=True)
+        wanted.ref.write_text(listing.commit)
     return found
 
 
