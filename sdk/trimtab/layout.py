@@ -54,6 +54,6 @@ class JobDir:
 
     def make(self) -> JobDir:
         """Create the folders that a job writes to, and its configuration folder."""
-        for folder in (self.hyperparameters.parent, self.channel("").parent, self.model, self.checkpoints, self.events.parent):
+        for folder in (self.hyperparameters.parent, self.channel(""), self.model, self.checkpoints, self.events.parent):
             folder.mkdir(parents=True, exist_ok=True)
         return self

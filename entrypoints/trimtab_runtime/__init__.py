@@ -1,0 +1,1 @@
+"""What runs inside the container: generate, prepare, train, serve. It sees of the SDK only its pure modules."""

@@ -1,0 +1,155 @@
+"""`python -m trimtab_runtime generate|prepare|train|serve`: read the spec, call, write the result or the failure, exit.
+
+Exit codes: 0 done; 1 failed, the cause first in output/failure; 2 usage; 143 stopped by SIGTERM after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from trimtab.errors import SpecError, TrimtabError
+from trimtab.events import EventLog, Finished, Phase, Progress
+from trimtab.layout import JobDir
+from trimtab.spec import TrainSpec
+
+STOPPED = 143  # 128 + SIGTERM, as a shell reports it
+
+
+def main(arguments: list[str]) -> int:
+    commands: dict[str, Callable[[JobDir, EventLog], int]] = {"generate": _generate, "prepare": _prepare, "train": _train}
+    job = JobDir.from_environment()
+    if arguments == ["serve"]:
+        from trimtab_runtime.serve import serve
+
+        return serve(job)
+    if len(arguments) != 1 or arguments[0] not in commands:
+        print(
+            "usage: python -m trimtab_runtime generate|prepare|train|serve   (TRIMTAB_ROOT: the job's folder, default /opt/ml)",
+            file=sys.stderr,
+        )
+        return 2
+    began = time.monotonic()
+    try:
+        job.make()
+        with _only_one(job.root):
+            job.failure.unlink(missing_ok=True)
+            events = EventLog(job.events)
+            try:
+                code = commands[arguments[0]](job, events)
+            except BaseException as exc:
+                events.write(Finished(state="failed", reason=_cause(exc), seconds=time.monotonic() - began))
+                raise
+            if arguments[0] == "train":
+                state, reason = ("stopped", "stopped by SIGTERM, after a checkpoint") if code == STOPPED else ("succeeded", "")
+                events.write(
+                    Finished(state="stopped" if state == "stopped" else "succeeded", reason=reason, seconds=time.monotonic() - began)
+                )
+            return code
+    except _InUse as exc:  # the failure file belongs to the process that works there
+        print(exc, file=sys.stderr)
+        return 1
+    except BaseException as exc:  # noqa: BLE001  the border: whatever it is, the platform gets the reason and the log the traceback
+        return _failed(job, exc)
+
+
+def _generate(job: JobDir, events: EventLog) -> int:
+    _before_torch()
+    from trimtab_runtime.generate import generate
+
+    events.write(Phase(name="generate", at=time.time()))
+    generate(job, _spec(job), _say, lambda done, of: events.write(Progress(name="generate", done=done, of=of)))
+    return 0
+
+
+def _prepare(job: JobDir, events: EventLog) -> int:
+    from trimtab_runtime.prepare import prepare
+
+    events.write(Phase(name="prepare", at=time.time()))
+    prepare(job, _spec(job), _say)
+    return 0
+
+
+def _train(job: JobDir, events: EventLog) -> int:
+    asked_to_stop: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked_to_stop.append(number))
+    spec = _spec(job)
+    events.write(Phase(name="start", at=time.time()))
+    _before_torch()
+    from trimtab_runtime.recipe import train
+
+    return STOPPED if train(job, spec, events, _say, lambda: bool(asked_to_stop)) == "stopped" else 0
+
+
+def _before_torch() -> None:
+    """What must be set before torch loads: no library may look for a hub, and malloc keeps large blocks."""
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from trimtab_runtime.xeon.allocator import keep_large_blocks
+
+    _say(f"allocator: {keep_large_blocks()}")
+
+
+def _spec(job: JobDir) -> TrainSpec:
+    try:
+        pairs = json.loads(job.hyperparameters.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise SpecError(f"{job.hyperparameters} cannot be read ({exc.strerror}): set TRIMTAB_ROOT to the job's folder") from exc
+    except json.JSONDecodeError as exc:
+        raise SpecError(f"{job.hyperparameters} is not JSON ({exc}): write it with TrainSpec.to_hyperparameters()") from exc
+    if not isinstance(pairs, dict):
+        raise SpecError(f"{job.hyperparameters} is not an object of strings: write it with TrainSpec.to_hyperparameters()")
+    return TrainSpec.from_hyperparameters(pairs)
+
+
+class _InUse(TrimtabError):
+    """Another process works in this folder."""
+
+
+class _only_one:
+    """Holds the job's folder while a command runs in it; a second one is refused. A dead process holds nothing."""
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / ".lock"
+
+    def __enter__(self) -> None:
+        self._file = self._path.open("a")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise _InUse(f"another trimtab process works in {self._path.parent}: wait for it, or stop it") from exc
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _cause(exc: BaseException) -> str:
+    return str(exc) if isinstance(exc, TrimtabError) else f"{type(exc).__name__}: {exc}"
+
+
+def _failed(job: JobDir, exc: BaseException) -> int:
+    """The cause first, the traceback after; on the log the same."""
+    text = f"{_cause(exc)}\n\n" + "".join(traceback.format_exception(exc))
+    try:
+        job.failure.parent.mkdir(parents=True, exist_ok=True)
+        job.failure.write_text(text, encoding="utf-8")
+    except OSError as problem:
+        print(f"the failure file cannot be written: {problem}", file=sys.stderr)
+    print(_cause(exc) if isinstance(exc, TrimtabError) else text, file=sys.stderr, flush=True)
+    return 1
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

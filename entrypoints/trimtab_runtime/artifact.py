@@ -1,0 +1,102 @@
+"""What a run leaves: adapter and tokenizer as others read them, a model card, and trimtab.json, written last."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from trimtab.layout import JobDir
+from trimtab.ledger import Ledger
+from trimtab.spec import TrainSpec
+from trimtab_runtime import manifest
+
+NAME = "trimtab.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "generation_config.json",
+)
+_PACKAGES = ("trimtab", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy")
+
+
+def write(job: JobDir, spec: TrainSpec, model: PeftModel, ledger: Ledger, metrics: dict[str, Any]) -> None:
+    """Write the artifact of a run into `job.model`. An artifact without trimtab.json is not finished."""
+    folder = job.model
+    (folder / NAME).unlink(missing_ok=True)
+    # the base is named as the user named it, not by where it lay on this machine
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = spec.model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder, save_embedding_layers=False, safe_serialization=True)
+    for name in _TOKENIZER_FILES:
+        source = job.channel("model") / name
+        if source.is_file():
+            shutil.copyfile(source, folder / name)
+    (folder / "README.md").write_text(model_card(spec, ledger, metrics), encoding="utf-8")
+    files = {path.name: manifest.file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    manifest.write_json(
+        folder / NAME,
+        {
+            "format": 1,
+            "spec": spec.model_dump(mode="json"),
+            "base_model": {"name": spec.model, "digest": spec.model_digest},
+            "data_digest": spec.data_digest,
+            "ledger": ledger.model_dump(mode="json"),
+            "metrics": metrics,
+            "versions": versions(),
+            "files": files,
+        },
+    )
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def model_card(spec: TrainSpec, ledger: Ledger, metrics: dict[str, Any]) -> str:
+    """A Hugging Face model card: what it is, from what, how it was made, what it is not."""
+    total = ledger.total
+    front = [
+        "---",
+        "library_name: peft",
+        f"base_model: {_hub_name(spec.model)}",
+        "pipeline_tag: text-generation",
+        "tags: [lora, trimtab]",
+        "---",
+    ]
+    made = [
+        f"- base model: {spec.model} (files' digest {spec.model_digest[:16] or 'unknown'})",
+        f"- method: {spec.method}, rank {spec.lora_rank}, alpha {spec.lora_alpha:g}, all linear layers but the head",
+        f"- data: {total.samples:,} samples, {total.tokens:,} tokens = {total.trained:,} trained + {total.dropped:,} dropped (digest {spec.data_digest[:16]})",
+        f"- schedule: {metrics['steps']} of {metrics['of']} steps, {spec.epochs} epochs, peak rate {spec.learning_rate:g}, {spec.lr_schedule}; {metrics['ended_by']}",
+        f"- loss: {_number(metrics['first_loss'])} at the first step, {_number(metrics['last_loss'])} at the last",
+    ]
+    limits = (
+        "The adapter repeats what its pages said, as far as it learned it; it can be wrong, and it knows nothing newer. "
+        "The base model's licence applies. Answers about other subjects can have become worse: compare before use."
+    )
+    return "\n".join([*front, "", f"# {Path(spec.model).name}, tuned with trimtab", "", *made, "", "## Limits", "", limits, ""])
+
+
+def _hub_name(model: str) -> str:
+    return Path(model).name if model.startswith(("/", ".", "~")) else model
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"

@@ -1,0 +1,89 @@
+"""Checkpoints that exist whole or not at all, and resume exactly. safetensors and JSON only: nothing is unpickled.
+
+One folder a checkpoint, named by its step: adapter and optimiser tensors, state.json, and the manifest last.
+"""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trimtab.errors import SpecError
+from trimtab_runtime import manifest
+
+_PATTERN = "step-*"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands: `step` optimiser steps are done; `facts` is what must not have changed since."""
+
+    step: int
+    facts: Mapping[str, Any]
+
+
+def save(folder: Path, position: Position, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, keep: int) -> Path:
+    """Write a checkpoint for `position`, then remove all but the newest `keep` complete ones."""
+    target = folder / f"step-{position.step:08d}"
+    if target.exists():  # a half-written one of an earlier life, or this very step again
+        _remove(target)
+    target.mkdir(parents=True)
+    save_file({name: parameter.detach().contiguous() for name, parameter in parameters.items()}, target / "adapter.safetensors")
+    moments = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            moments[f"{name}|{key}"] = (value if isinstance(value, Tensor) else torch.tensor(value)).contiguous()
+    save_file(moments, target / "optimizer.safetensors")
+    random = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+    manifest.write_json(target / "state.json", {"step": position.step, "facts": dict(position.facts), "random": random})
+    manifest.write(target, {"step": position.step})
+    for old in _complete(folder)[keep:]:
+        _remove(old)
+    return target
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files match its manifest; damaged ones are named and passed over."""
+    for candidate in sorted(folder.glob(_PATTERN), reverse=True):
+        found = manifest.problem(candidate)
+        if found is None:
+            return candidate
+        say(f"checkpoint {candidate.name} is passed over: {found}")
+    return None
+
+
+def load(checkpoint: Path, facts: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Put a checkpoint back and return the number of steps done. Raises SpecError when it belongs to another job."""
+    state = manifest.json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    changed = [name for name, value in facts.items() if state["facts"].get(name) != value]
+    if changed:
+        raise SpecError(
+            f"{checkpoint.name} was written by another job ({', '.join(changed)} differs): start a new run, or repeat the old options to go on"
+        )
+    saved, moments = load_file(checkpoint / "adapter.safetensors"), load_file(checkpoint / "optimizer.safetensors")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    for name, parameter in parameters.items():
+        optimizer.state[parameter] = {key.rpartition("|")[2]: value for key, value in moments.items() if key.rpartition("|")[0] == name}
+    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
+    return int(state["step"])
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Newest first. A manifest is enough here: its files were checked when it was written."""
+    return sorted((path for path in folder.glob(_PATTERN) if (path / manifest.NAME).is_file()), reverse=True)
+
+
+def _remove(checkpoint: Path) -> None:
+    """The manifest first: a removal cut short leaves nothing that looks complete."""
+    (checkpoint / manifest.NAME).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)

@@ -1,0 +1,109 @@
+"""Documents and generated text to samples: token ids, and which of them are learned.
+
+A page is given whole, by paragraph and by sentence: a model that saw a fact only in the middle of one long page can
+hardly say it from another beginning (measured; see README.md beside this file).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from trimtab_runtime.tokenizer import Tokenizer
+
+# a full stop after these does not end a sentence
+_ABBREVIATIONS = frozenset(
+    [
+        "mr",
+        "mrs",
+        "ms",
+        "dr",
+        "prof",
+        "st",
+        "no",
+        "vs",
+        "etc",
+        "e.g",
+        "i.e",
+        "a.m",
+        "p.m",
+        "approx",
+        "inc",
+        "ltd",
+        "co",
+        "dept",
+        "fig",
+        "vol",
+        "ca",
+        "jr",
+        "sr",
+        "est",
+        "tel",
+        "ext",
+    ]
+)
+_BOUNDARY = re.compile(r"([.!?])([\"'”’)\]]*)\s+(?=[\"'“‘(\[]?[A-Z0-9À-Þ])")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One thing to learn. `learned[i]` tells whether token i is a target (the first of a sample never is one)."""
+
+    kind: str
+    ids: list[int]
+    learned: list[bool]
+
+
+def sentences(paragraph: str) -> list[str]:
+    """A paragraph's sentences, in order; together they hold all its words."""
+    found, begin = [], 0
+    for match in _BOUNDARY.finditer(paragraph):
+        word = paragraph[begin : match.start()].rsplit(None, 1)[-1:]
+        last = word[0].lower().lstrip("(\"'“‘[") if word else ""
+        if match[1] == "." and (
+            last in _ABBREVIATIONS or (re.fullmatch(r"(\w\.)*\w", last) and not last.isdigit() and len(last) < 4 and "." in last)
+        ):
+            continue
+        if match[1] == "." and re.fullmatch(r"[a-z]", last):  # an initial, as in "J. Smith"
+            continue
+        found.append(paragraph[begin : match.end(2)].strip())
+        begin = match.end()
+    found.append(paragraph[begin:].strip())
+    return [text for text in found if text]
+
+
+def is_statement(text: str) -> bool:
+    """A sentence to learn by itself: ends like one and is no heading or label."""
+    return len(text.split()) >= 4 and text.rstrip("\"'”’)]")[-1:] in {".", "!"}
+
+
+def pieces(title: str, text: str, views: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(kind, text) of one document: each view asked for, nothing twice."""
+    paragraphs = [line for line in text.split("\n") if line.strip()]
+    whole = text if title.strip() and paragraphs and paragraphs[0].strip() == title.strip() else f"{title}\n{text}".strip()
+    seen = set()
+    for view in views:
+        if view == "document":
+            found = [whole]
+        elif view == "paragraph":
+            found = [line for line in paragraphs if len(sentences(line)) > 1]
+        else:
+            found = [sentence for line in paragraphs for sentence in sentences(line) if is_statement(sentence)]
+        for piece in found:
+            if piece not in seen:
+                seen.add(piece)
+                yield view, piece
+
+
+def plain(kind: str, text: str, tokenizer: Tokenizer) -> Sample:
+    """Running text: every token is learned, and that the text ends."""
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = [*start, *tokenizer.text(text), tokenizer.eos_id]
+    return Sample(kind, ids, [True] * len(ids))
+
+
+def conversation(kind: str, messages: list[dict[str, str]], tokenizer: Tokenizer) -> Sample:
+    """A conversation: what the assistant says is learned, and that its turn ends."""
+    ids, mine = tokenizer.chat(messages)
+    return Sample(kind, ids, mine)

@@ -1,0 +1,104 @@
+"""Documents to packed rows. No torch: it runs on any client, or in the image, in seconds.
+
+Channel `documents` (documents.jsonl), tokenizer of channel `model`, and where there is one channel `generated`
+(samples.jsonl) -> channel `train`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import StagingError
+from trimtab.layout import JobDir
+from trimtab.ledger import Ledger
+from trimtab.spec import TrainSpec
+from trimtab_runtime import manifest
+from trimtab_runtime.examples import Sample, conversation, is_statement, pieces, plain, sentences
+from trimtab_runtime.rows import write_rows
+from trimtab_runtime.tokenizer import Tokenizer
+
+
+def prepare(job: JobDir, spec: TrainSpec, say: Callable[[str], None]) -> Ledger:
+    """Raises StagingError for a broken record, named by file and line, and where no token is left to train on."""
+    tokenizer = Tokenizer(job.channel("model"))
+    documents = list(read_records(job.channel("documents") / "documents.jsonl", ("title", "text")))
+    samples = list(document_samples(documents, spec, tokenizer, say))
+    generated = job.channel("generated") / "samples.jsonl"
+    if generated.is_file():
+        samples += [generated_sample(record, tokenizer) for record in read_records(generated, ("kind",))]
+    if not any(any(sample.learned[1:]) for sample in samples):
+        raise StagingError("there is no token to train on: the documents are empty. Give pages with text")
+    facts = {"preparation_digest": spec.preparation_digest(), "spec_version": spec.spec_version, "documents": len(documents)}
+    ledger = write_rows(job.channel("train"), samples, spec.max_seq_len, facts)
+    for line in ledger.lines():
+        say(line)
+    return ledger
+
+
+def document_samples(
+    documents: list[dict[str, Any]], spec: TrainSpec, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> Iterator[Sample]:
+    """Each document by each view, and for chat models as questions that its sentences answer."""
+    ask = spec.questions if tokenizer.chat_template else 0
+    reason = "chat model" if ask else "not asked for" if tokenizer.chat_template else "this model has no chat template"
+    say(f"questions {ask} to each sentence: {reason}")
+    for document in documents:
+        title, text = document["title"], document["text"]
+        for kind, piece in pieces(title, text, spec.views):
+            yield plain(kind, piece, tokenizer)
+        if ask:
+            for messages in asked(title, text, ask, spec.seed):
+                yield conversation("question", messages, tokenizer)
+
+
+def asked(title: str, text: str, limit: int, seed: int) -> Iterator[list[dict[str, str]]]:
+    """A conversation for each question that a sentence of the text answers; the answer is the sentence itself."""
+    from trimtab_runtime.questions import questions
+
+    for paragraph in text.split("\n"):
+        for sentence in sentences(paragraph):
+            if is_statement(sentence):
+                answer = sentence.removeprefix("- ").strip()
+                for question in questions(answer, limit=limit, seed=seed):
+                    yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def generated_sample(record: dict[str, Any], tokenizer: Tokenizer) -> Sample:
+    """A sample that the base model wrote: a conversation or running text, with its end only where it ended by itself."""
+    sample = (
+        conversation(record["kind"], record["messages"], tokenizer)
+        if "messages" in record
+        else plain(record["kind"], record["text"], tokenizer)
+    )
+    if record.get("ended", True):
+        return sample
+    last = max((place for place, learned in enumerate(sample.learned) if learned), default=len(sample.ids))
+    return Sample(sample.kind, sample.ids[:last], sample.learned[:last])
+
+
+def read_records(file: Path, needed: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Objects of a JSON lines file. Raises StagingError that names file and line."""
+    try:
+        lines = file.open(encoding="utf-8")
+    except OSError as exc:
+        raise StagingError(f"{file} cannot be read ({exc.strerror}): stage the documents first") from exc
+    with lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as exc:
+                raise StagingError(f"{file}, line {number} is not JSON: {exc.msg}. Correct or remove the line") from exc
+            missing = [name for name in needed if not isinstance(record, dict) or not isinstance(record.get(name), str)]
+            if missing:
+                raise StagingError(f"{file}, line {number} lacks the text field {missing[0]!r}. Correct or remove the line")
+            yield record
+
+
+def verify(job: JobDir, spec: TrainSpec) -> None:
+    """Raises StagingError when channel `train` was prepared for other data, another model or other options."""
+    found = manifest.read(job.channel("train")).get("preparation_digest")
+    if found != spec.preparation_digest():
+        raise StagingError("the prepared rows belong to other data, another model or other options: prepare them again for this job")

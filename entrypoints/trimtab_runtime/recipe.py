@@ -1,0 +1,157 @@
+"""One packed training run, top to bottom. Read it before you change it; its parts with a choice in them stand beside it
+as pure functions (choices.py, packing.py), and nothing is underneath but torch, transformers and PEFT."""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from trimtab.errors import TrimtabError
+from trimtab.events import Checkpoint, Choice, EventLog, Phase, Step
+from trimtab.layout import JobDir
+from trimtab.spec import TrainSpec
+from trimtab_runtime import artifact, checkpoint, prepare
+from trimtab_runtime.choices import cpu_flags, learning_rate, pick_dtype
+from trimtab_runtime.model import as_batch, batch_loss, load_model
+from trimtab_runtime.rows import PackedRows
+
+
+class Diverged(TrimtabError):
+    """The loss is no longer a number."""
+
+
+def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], None], stop_requested: Callable[[], bool]) -> str:
+    """Train adapters on channel `train` and write the artifact. Returns "succeeded", or "stopped" when asked to stop.
+
+    Raises SpecError and StagingError for inputs that do not fit, Diverged when the loss is not finite.
+    """
+    began = time.monotonic()
+    torch.manual_seed(spec.seed)
+
+    # the data: rows packed before, each token accounted for
+    rows = PackedRows(job.channel("train"))
+    prepare.verify(job, spec)
+    for line in rows.ledger.lines():
+        say(line)
+
+    # the model: base frozen (4-bit for qlora), adapters in fp32
+    events.write(Phase(name="load", at=time.time()))
+    choice = pick_dtype(spec.dtype, cpu_flags())
+    say(f"dtype {choice.value}: {choice.reason}")
+    events.write(Choice(name="dtype", value=choice.value, reason=choice.reason))
+    dtype = getattr(torch, choice.value)
+    model = load_model(job.channel("model"), spec, dtype)
+    model.train()
+    adapters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = sum(parameter.numel() for parameter in adapters.values())
+    say(f"method {spec.method}: {trained:,} adapter parameters in fp32, base computed in {choice.value}")
+
+    # the optimiser: adapters only
+    optimizer = torch.optim.AdamW(adapters.values(), lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
+    rows_per_step = spec.batch_rows * spec.accumulation
+    steps_per_epoch = math.ceil(len(rows) / rows_per_step)
+    steps = min(steps_per_epoch * spec.epochs, spec.max_steps or steps_per_epoch * spec.epochs)
+    say(
+        f"steps {steps}: {len(rows)} rows, {rows_per_step} a step, {spec.epochs} epochs"
+        + (f", max_steps {spec.max_steps}" if spec.max_steps else "")
+    )
+
+    # where an earlier life of this run left off
+    facts = {"spec": spec.digest(), "rows": rows.facts["files"]}
+    done = 0
+    found = checkpoint.newest(job.checkpoints, say)
+    if found is not None:
+        done = checkpoint.load(found, facts, adapters, optimizer)
+        say(f"resume: going on after step {done} from {found.name}")
+
+    def save(reason: str) -> None:
+        path = checkpoint.save(job.checkpoints, checkpoint.Position(done, facts), adapters, optimizer, keep=spec.keep_checkpoints)
+        events.write(Checkpoint(step=done, path=path.name, reason=reason))
+        say(f"checkpoint {path.name}: {reason}")
+
+    # the loop
+    events.write(Phase(name="train", at=time.time(), detail=f"{steps} steps"))
+    saved_at = loop_began = time.monotonic()
+    seconds: list[float] = []
+    losses: list[float] = []
+    ended_by = ""
+    while done < steps:
+        step_began = time.monotonic()
+        rate = learning_rate(done, steps, peak=spec.learning_rate, warmup_ratio=spec.warmup_ratio, schedule=spec.lr_schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        chosen = rows_of_step(done, len(rows), rows_per_step, spec.seed)
+        batches = [as_batch([rows[index] for index in part]) for part in chunks(chosen, spec.batch_rows)]
+        targets = sum(len(batch.targets) for batch in batches)
+        loss = 0.0
+        for part, batch in zip(chunks(chosen, spec.batch_rows), batches, strict=True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+                share = batch_loss(model, batch, scale=1 / max(1, targets))
+            if not math.isfinite(share.item()):
+                raise Diverged(
+                    f"the loss is {share.item()} at step {done + 1}, row {', '.join(map(str, part))}: try a smaller learning_rate "
+                    f"(it is {spec.learning_rate:g}), a longer warmup_ratio, or dtype float32"
+                )
+            share.backward()
+            loss += share.item()
+        norm = float(torch.nn.utils.clip_grad_norm_(adapters.values(), spec.max_grad_norm))
+        if not math.isfinite(norm):
+            raise Diverged(f"the gradient is {norm} at step {done + 1}, rows {chosen}: try a smaller learning_rate, or dtype float32")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        done += 1
+
+        # what the run says of itself
+        seconds.append(time.monotonic() - step_began)
+        losses.append(loss)
+        event = Step(
+            step=done, of=steps, epoch=done / steps_per_epoch, loss=loss, lr=rate, grad_norm=norm,
+            tokens_per_second=sum(batch.tokens.numel() for batch in batches) / seconds[-1],
+            seconds_left=statistics.median(seconds[-20:]) * (steps - done),
+            memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        )  # fmt: skip
+        events.write(event)
+        say(event.line())
+
+        # checkpoints: every so many steps, every so many minutes, when stopped, when time is up
+        late = spec.max_minutes is not None and time.monotonic() - began >= spec.max_minutes * 60
+        if stop_requested():
+            save("asked to stop")
+            return "stopped"
+        if late and done < steps:
+            ended_by = f"time limit of {spec.max_minutes:g} minutes after step {done} of {steps}"
+            save(ended_by)
+            break
+        if done < steps and done % spec.save_every_steps == 0:
+            save(f"every {spec.save_every_steps} steps")
+            saved_at = time.monotonic()
+        elif done < steps and time.monotonic() - saved_at >= spec.save_every_minutes * 60:
+            save(f"every {spec.save_every_minutes:g} minutes")
+            saved_at = time.monotonic()
+
+    # what stays
+    events.write(Phase(name="save", at=time.time(), detail=ended_by))
+    metrics = {
+        "steps": done, "of": steps, "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
+        "seconds": round(time.monotonic() - loop_began, 1), "ended_by": ended_by or "all steps done",
+    }  # fmt: skip
+    artifact.write(job, spec, model, rows.ledger, metrics)
+    say(f"artifact: {job.model}" + (f" ({ended_by})" if ended_by else ""))
+    return "succeeded"
+
+
+def rows_of_step(step: int, rows: int, rows_per_step: int, seed: int) -> list[int]:
+    """The rows of step `step` (from 0): each epoch a new order, the same for the same seed wherever a run resumes."""
+    epoch, place = divmod(step, math.ceil(rows / rows_per_step))
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    return order[place * rows_per_step : (place + 1) * rows_per_step]
+
+
+def chunks(items: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

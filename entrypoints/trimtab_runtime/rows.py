@@ -1,0 +1,91 @@
+"""Packed rows on disk: memory-mapped arrays, so that a data set larger than memory trains too.
+
+tokens.npy   int32 [tokens]        all rows' tokens, one row after another, without padding
+learned.npy  bool  [tokens]        which of them are targets
+lengths.npy  int32 [samples]       tokens of each sample, in the rows' order
+rows.npy     int64 [rows + 1, 2]   where each row begins: in tokens, in lengths
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimtab.errors import StagingError
+from trimtab.ledger import Account, Ledger
+from trimtab_runtime import manifest
+from trimtab_runtime.examples import Sample
+from trimtab_runtime.packing import pack, split
+
+
+@dataclass(frozen=True)
+class Row:
+    """`tokens` int32 [n], `learned` bool [n], `lengths`: the samples' tokens; they add up to n."""
+
+    tokens: NDArray[np.int32]
+    learned: NDArray[np.bool_]
+    lengths: list[int]
+
+
+def write_rows(folder: Path, samples: Sequence[Sample], row_tokens: int, facts: dict[str, object]) -> Ledger:
+    """Split, pack and write samples; the manifest comes last. Returns the account of every token."""
+    kinds: dict[str, list[int]] = {}
+    pieces: list[tuple[list[int], list[bool]]] = []
+    for sample in samples:
+        count = kinds.setdefault(sample.kind, [0, 0])
+        count[0] += 1
+        count[1] += len(sample.ids)
+        for part in split(len(sample.ids), row_tokens):
+            pieces.append((sample.ids[part.start : part.stop], sample.learned[part.start : part.stop]))
+    rows = pack([len(ids) for ids, _ in pieces], row_tokens)
+    order = [index for row in rows for index in row]
+    lengths = np.array([len(pieces[index][0]) for index in order], dtype=np.int32)
+    begins = np.zeros((len(rows) + 1, 2), dtype=np.int64)
+    begins[1:, 1] = np.cumsum([len(row) for row in rows])
+    begins[1:, 0] = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))[begins[1:, 1]]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "tokens.npy", np.array([token for index in order for token in pieces[index][0]], dtype=np.int32))
+    np.save(folder / "learned.npy", np.array([flag for index in order for flag in pieces[index][1]], dtype=np.bool_))
+    np.save(folder / "lengths.npy", lengths)
+    np.save(folder / "rows.npy", begins)
+    # counted again from what was written, not from what was meant to be
+    written = int(lengths.sum())
+    accounts = {kind: Account(samples=n, tokens=tokens, trained=tokens, dropped=0) for kind, (n, tokens) in kinds.items()}
+    ledger = Ledger(accounts=accounts, rows=len(rows), row_tokens=row_tokens)
+    if written != ledger.total.trained:
+        raise StagingError(f"{ledger.total.trained} tokens went into packing and {written} came out: please report this with your data")
+    manifest.write_json(folder / "ledger.json", ledger.model_dump(mode="json"))
+    manifest.write(folder, facts)
+    return ledger
+
+
+class PackedRows:
+    """The rows of a channel, read as they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises StagingError where the channel is incomplete or damaged."""
+        found = manifest.problem(folder)
+        if found:
+            raise StagingError(f"the prepared data is not usable: {found}. Prepare it again: remove {folder} and repeat the command")
+        self.facts = manifest.read(folder)
+        self.ledger = Ledger.model_validate_json((folder / "ledger.json").read_text(encoding="utf-8"))
+        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+        self._learned = np.load(folder / "learned.npy", mmap_mode="r", allow_pickle=False)
+        self._lengths = np.load(folder / "lengths.npy", mmap_mode="r", allow_pickle=False)
+        self._begins = np.load(folder / "rows.npy", allow_pickle=False)
+
+    def __len__(self) -> int:
+        return len(self._begins) - 1
+
+    def __getitem__(self, index: int) -> Row:
+        (token, sample), (token_end, sample_end) = self._begins[index], self._begins[index + 1]
+        return Row(
+            np.array(self._tokens[token:token_end]),
+            np.array(self._learned[token:token_end]),
+            [int(length) for length in self._lengths[sample:sample_end]],
+        )

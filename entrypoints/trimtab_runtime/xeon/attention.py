@@ -1,0 +1,112 @@
+"""Causal attention for packed rows on CPU: each sample attends to itself alone.
+
+A dense mask would compute every pair of tokens in a row and throw most of them away. Here samples of similar length
+are gathered into one padded batch and attended to without any mask but the causal one; padding stands behind a
+sample's last token, where causality hides it. Samples never meet in a matrix product, so isolation is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface
+
+NAME = "trimtab_packed"
+_EXPLICIT_UP_TO = 512  # longer samples go to the flash kernel, whose memory does not grow with the square
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples attended to together: `gather` [samples, length] places in the row; `scatter` the same for real tokens."""
+
+    gather: Tensor
+    scatter: Tensor
+    valid: Tensor
+
+
+def plan_groups(lengths: list[int], *, slack: float = 0.25) -> list[Group]:
+    """Group the samples of one flattened row by length, padding a group by at most `slack` of its longest.
+
+    `lengths` are the samples' tokens in the order in which they stand; their sum is the row's length.
+    """
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    groups: list[list[int]] = []
+    for index in reversed(order):
+        if groups and lengths[index] >= lengths[groups[-1][0]] * (1 - slack) - 4:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    planned = []
+    for members in groups:
+        longest = lengths[members[0]]
+        columns = torch.arange(longest)
+        begin = torch.tensor([starts[i] for i in members])[:, None]
+        size = torch.tensor([lengths[i] for i in members])[:, None]
+        valid = columns[None, :] < size
+        gather = torch.where(valid, begin + columns, begin)
+        planned.append(Group(gather, gather[valid], valid.reshape(-1).nonzero().squeeze(1)))
+    return planned
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packed_groups: list[Group] | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [1, heads, tokens, width] -> ([1, tokens, heads, width], None)."""
+    if packed_groups is None or query.shape[0] != 1:
+        raise ValueError("packed attention takes one flattened row and its groups")
+    query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
+    if len(packed_groups) == 1 and packed_groups[0].valid.numel() == packed_groups[0].gather.numel() == query.shape[0]:
+        group = packed_groups[0]
+        n, length = group.gather.shape
+        return _attend(*(part.reshape(n, length, *part.shape[1:]) for part in (query, key, value)), scale)[None].flatten(1, 2), None
+    out = torch.empty_like(query)
+    pieces = []
+    for group in packed_groups:
+        shape = group.gather.shape
+        flat = group.gather.reshape(-1)
+        parts = (part.index_select(0, flat).view(*shape, *part.shape[1:]) for part in (query, key, value))
+        pieces.append(_attend(*parts, scale).flatten(0, 1).index_select(0, group.valid))
+    scatter = torch.cat([group.scatter for group in packed_groups])
+    back = torch.empty_like(scatter)
+    back[scatter] = torch.arange(len(scatter))
+    out = torch.cat(pieces).index_select(0, back)
+    return out[None], None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention inside each sample: [samples, length, heads, width] -> the same shape."""
+    samples, length, heads, width = query.shape
+    kv_heads = key.shape[2]
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    if length > _EXPLICIT_UP_TO:
+        out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=kv_heads != heads)
+        return out.transpose(1, 2)
+    # query heads that share a key head stand as rows of one product: [samples, kv, repeat * length, width]
+    repeat = heads // kv_heads
+    query = query.reshape(samples, kv_heads, repeat * length, width)
+    scores = torch.matmul(query * scale, key.transpose(-1, -2)).view(samples, kv_heads, repeat, length, length)
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1, dtype=torch.float32).to(value.dtype)
+    out = torch.matmul(weights.view(samples, kv_heads, repeat * length, length), value)
+    return out.view(samples, heads, length, width).transpose(1, 2)
+
+
+def register() -> None:
+    """Make `attn_implementation="trimtab_packed"` known to transformers. Without a mask entry, none is built."""
+    AttentionInterface.register(NAME, packed_attention)
