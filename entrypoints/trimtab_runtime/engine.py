@@ -1,0 +1,358 @@
+"""A small engine on transformers: token ids in, token ids out, many at once.
+
+Made for a CPU: rows are left padded, what all prompts of a batch begin with is computed once, keys and values go into
+buffers made once (concatenating them took half of a step's time), and finished rows leave the batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.utils.logging import disable_progress_bar
+
+from trimtab.errors import EndpointError, SpecError, WeightsError
+from trimtab_runtime.choices import cpu_flags, pick_dtype
+from trimtab_runtime.tokenizer import Tokenizer
+
+MAX_ROWS = 64  # more rows cost as much more time as they bring
+CACHE_BYTES = 1 << 30  # keys and values of one batch
+SHARED_PREFIX = 8  # tokens from which computing a common beginning once is worth its extra pass
+
+Name = Literal["base", "tuned"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """New token ids without the stop token. `ended` is false where the limit cut the answer off."""
+
+    ids: list[int]
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Temperature 0 takes the likeliest; `seed` None draws anew each time."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 100:
+            raise EndpointError(f"temperature is {self.temperature}: give a number from 0 (the likeliest token) to 100")
+        if not 0 < self.top_p <= 1:
+            raise EndpointError(f"top_p is {self.top_p}: give a number above 0 and at most 1")
+
+
+class Engine:
+    """One base model, and the adapter trained on it where there is one, answering on this machine's device.
+
+    `names` are the models that can be asked: "tuned" (first, the default) with an artifact, and "base".
+    """
+
+    def __init__(self, folder: Path, artifact: Path | None, dtype: torch.dtype) -> None:
+        self.folder, self.artifact, self.dtype = folder, artifact, dtype
+        self.names: tuple[Name, ...] = ("tuned", "base") if artifact else ("base",)
+        own = artifact is not None and (artifact / "tokenizer.json").is_file()
+        self.tokenizer = Tokenizer(artifact if own and artifact else folder)
+        self._models: dict[str, PreTrainedModel] = {}
+        model = self.model(self.names[0])
+        self.context: int = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        self.stop_ids = frozenset([self.tokenizer.eos_id, *([ends] if isinstance(ends, int) else ends or [])])
+
+    @classmethod
+    def load(cls, model: Path, artifact: Path | None = None, *, dtype: Literal["auto", "bfloat16", "float32"] = "auto") -> Engine:
+        """Load a plain Hugging Face folder, and an adapter folder (PEFT's files and `trimtab.json`) on it.
+
+        Reads local files only, and weights from safetensors only. `dtype` "auto" is the one the adapter was trained in, else
+        bfloat16 where the processor computes in it. Raises WeightsError, and SpecError for a tokenizer that cannot be read.
+        """
+        disable_progress_bar()
+        spec: dict[str, Any] = _manifest(artifact).get("spec", {}) if artifact else {}
+        choice = pick_dtype(dtype if dtype != "auto" else spec.get("dtype", "auto"), cpu_flags())
+        return cls(model, artifact, {"bfloat16": torch.bfloat16, "float32": torch.float32}[choice.value])
+
+    def model(self, name: str | None = None) -> PreTrainedModel:
+        """The model of that name, loaded when first asked for. Raises EndpointError for an unknown name."""
+        name = name or self.names[0]
+        if name not in self.names:
+            raise EndpointError(f"there is no model {name!r} here; ask for one of: {', '.join(self.names)}")
+        if name not in self._models:
+            self._models[name] = self._load(name)
+        return self._models[name]
+
+    def _load(self, name: str) -> PreTrainedModel:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=self.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
+        except (OSError, ValueError) as exc:
+            raise WeightsError(
+                f"{self.folder} holds no model that can be loaded: {exc}. Give a Hugging Face folder with safetensors weights"
+            ) from exc
+        if name == "tuned" and self.artifact is not None:
+            if _manifest(self.artifact).get("spec", {}).get("method") == "qlora":
+                _quantise_once(model)
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(self.artifact), is_trainable=False)
+        return model.eval()
+
+    def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation up to where the assistant speaks. Raises EndpointError without a chat template."""
+        if self.tokenizer.chat_template is None:
+            raise EndpointError("this model has no chat template, it only completes text: use generate() or /v1/completions")
+        try:
+            return self.tokenizer.chat(messages, generation_prompt=True)[0]
+        except SpecError as exc:
+            raise EndpointError(f"{exc}; change the messages' roles or their order") from exc
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the model's first token where it wants one. What spells a control token stays letters."""
+        ids = self.tokenizer.text(text)
+        return ids if self.tokenizer.bos_id is None else [self.tokenizer.bos_id, *ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self.tokenizer.decode(ids)
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        model: str | None = None,
+        max_new_tokens: int | Sequence[int] = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_ids: Collection[int] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """Complete every prompt; results in the prompts' order.
+
+        `max_new_tokens` is one limit or one for each prompt; `stop_ids` None means the model's own. With a seed, a prompt's
+        draws depend on the seed and its place in `prompts` only, not on the batch it falls in. `on_progress(done, of)` counts
+        finished prompts; `on_token(prompt, id)` sees each new token as it comes. Raises EndpointError for an empty prompt, a
+        limit below 1, or more tokens than the model's context.
+        """
+        weights = self.model(model)
+        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        for prompt, limit in zip(prompts, limits, strict=True):
+            self._check(prompt, limit)
+        stop = frozenset(self.stop_ids if stop_ids is None else stop_ids)
+        sampling = Sampling(temperature, top_p, seed)
+        results: list[Completion | None] = [None] * len(prompts)
+        done = 0
+        for batch in plan_batches([len(p) for p in prompts], limits, CACHE_BYTES // _cache_bytes(weights)):
+            for row, completion in self._complete(weights, batch, prompts, limits, sampling, stop, on_token):
+                results[row] = completion
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, len(prompts))
+        return [result for result in results if result is not None]
+
+    def _check(self, prompt: Sequence[int], limit: int) -> None:
+        if not prompt:
+            raise EndpointError("the prompt is empty: give at least one word")
+        if limit < 1:
+            raise EndpointError(f"max_new_tokens is {limit}: give a whole number from 1 up")
+        if len(prompt) + limit > self.context:
+            raise EndpointError(
+                f"the prompt's {len(prompt):,} tokens and {limit:,} new ones are more than the model's context of {self.context:,}: "
+                f"shorten the prompt, or ask for at most {max(0, self.context - len(prompt)):,} new tokens"
+            )
+
+    @torch.inference_mode()
+    def _complete(
+        self,
+        model: PreTrainedModel,
+        batch: list[int],
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        sampling: Sampling,
+        stop: frozenset[int],
+        on_token: Callable[[int, int], None] | None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield each prompt of the batch as it ends. A slot is a row of the tensors; `rows` says whose prompt it works on."""
+        rows, chosen = list(batch), [prompts[row] for row in batch]
+        capacity = max(map(len, chosen)) + max(limits[row] for row in batch)
+        logits, cache, mask, positions = self._prefill(model, chosen, capacity)
+        draw = _Draw(sampling, rows)
+        new: dict[int, list[int]] = {row: [] for row in rows}
+        running = set(rows)
+        while True:
+            tokens = draw(logits, rows)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                if row not in running:
+                    continue
+                ended = token in stop
+                if not ended:
+                    new[row].append(token)
+                    if on_token is not None:
+                        on_token(row, token)
+                if ended or len(new[row]) == limits[row]:
+                    running.remove(row)
+                    yield row, Completion(new[row], ended)
+            if not running:
+                return
+            if len(running) <= 0.75 * len(rows):  # not at each end: leaving copies the other rows' keys and values
+                keep = torch.tensor([slot for slot, row in enumerate(rows) if row in running])
+                rows = [row for row in rows if row in running]
+                cache.batch_select_indices(keep)
+                mask, positions, tokens = mask[keep], positions[keep], tokens[keep]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            positions = positions + 1
+            output = model(tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            logits = output.logits[:, -1]
+
+    def _prefill(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], capacity: int
+    ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor, torch.Tensor]:
+        """Logits [rows, vocabulary] after each prompt, the cache, its mask [rows, columns] and the last positions [rows, 1].
+
+        Columns are: what all prompts begin with, padding, the rest of each prompt. Attention goes by the mask and positions
+        are counted without padding, so a row sees what it would see alone.
+        """
+        cache = DynamicCache(config=model.config)
+        plain = all(type(layer) is DynamicLayer for layer in cache.layers)
+        cache.layers = [_Reserved(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        shared = _shared_prefix(prompts) if plain and len(prompts) > 1 else 0
+        if shared:
+            beginning = torch.tensor([list(prompts[0][:shared])])
+            model(beginning, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.batch_select_indices(torch.zeros(len(prompts), dtype=torch.long))
+        width = max(map(len, prompts)) - shared
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros(len(prompts), shared + width, dtype=torch.long)
+        mask[:, :shared] = 1
+        for slot, prompt in enumerate(prompts):
+            rest = torch.tensor(list(prompt[shared:]))
+            ids[slot, width - len(rest) :] = rest
+            mask[slot, shared + width - len(rest) :] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(
+            ids, attention_mask=mask, position_ids=positions[:, shared:], past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits[:, -1]
+        return logits, cache, mask, positions[:, -1:]
+
+
+class _Reserved(DynamicLayer):
+    """One layer's keys and values [rows, heads, columns, width] in buffers with room for `capacity` columns."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity, self.used = capacity, 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._buffers = (self._room(key_states), self._room(value_states))
+        end = self.used + key_states.shape[2]
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self.used : end] = states
+        self.used = end
+        return self._show()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        old = self._buffers
+        self._buffers = (self._room(old[0], len(indices)), self._room(old[1], len(indices)))
+        for buffer, states in zip(self._buffers, old, strict=True):
+            buffer[:, :, : self.used] = states[indices, :, : self.used]
+        self._show()
+
+    def _room(self, like: torch.Tensor, rows: int | None = None) -> torch.Tensor:
+        return like.new_empty(rows or like.shape[0], like.shape[1], self.capacity, like.shape[3])
+
+    def _show(self) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (buffer[:, :, : self.used] for buffer in self._buffers)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+class _Draw:
+    """Draws the next token of each row: the likeliest, or by temperature and nucleus (Holtzman et al. 2020) from a seed per row."""
+
+    def __init__(self, sampling: Sampling, rows: Sequence[int]) -> None:
+        self.sampling = sampling
+        self.sources: dict[int, torch.Generator] = {}
+        if sampling.temperature > 0:
+            seed = torch.seed() if sampling.seed is None else sampling.seed
+            self.sources = {row: torch.Generator().manual_seed((seed + 1_000_003 * row) % 2**63) for row in rows}
+
+    def __call__(self, logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """Token ids [rows] for logits [rows, vocabulary]."""
+        if not self.sources:
+            return logits.argmax(-1)
+        ordered, tokens = torch.softmax(logits.float() / self.sampling.temperature, -1).sort(-1, descending=True)
+        mass = ordered.cumsum(-1)
+        inside = mass - ordered < self.sampling.top_p  # the likeliest is always inside
+        mass = (ordered * inside).cumsum(-1)
+        chance = torch.stack([torch.rand(1, generator=self.sources[row]) for row in rows])
+        place = torch.searchsorted(mass, chance * mass[:, -1:], right=True)
+        last = inside.sum(-1, keepdim=True) - 1  # rounding may put the draw beyond the end
+        return tokens.gather(-1, torch.minimum(place, last)).squeeze(-1)
+
+
+def plan_batches(lengths: Sequence[int], limits: Sequence[int], budget: int, max_rows: int = MAX_ROWS) -> list[list[int]]:
+    """Group prompts of like length: at most `max_rows`, and rows x (longest prompt + largest limit) at most `budget` tokens.
+
+    Longest first, so that what does not fit fails at once and time left is not underestimated. A prompt beyond the budget
+    goes alone.
+    """
+    batches: list[list[int]] = []
+    longest = limit = 0
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], -limits[row])):
+        longest, limit = max(longest, lengths[row]), max(limit, limits[row])
+        if batches and len(batches[-1]) < max_rows and (len(batches[-1]) + 1) * (longest + limit) <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+            longest, limit = lengths[row], limits[row]
+    return batches
+
+
+def _cache_bytes(model: PreTrainedModel) -> int:
+    """Bytes of keys and values for one token, in all layers."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
+
+
+def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with, 0 when too few to matter; each prompt keeps one of its own to go on from."""
+    first, last = min(prompts, key=list), max(prompts, key=list)  # what the extremes share, all share
+    longest = min(map(len, prompts)) - 1
+    differ = next((place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), longest)
+    return min(differ, longest) if min(differ, longest) >= SHARED_PREFIX else 0
+
+
+def _quantise_once(model: PreTrainedModel) -> None:
+    """Give every linear layer but the head the weights that the adapter was trained on: through NF4 and back."""
+    from trimtab_runtime.methods.lora import linear_layers
+    from trimtab_runtime.methods.qlora import dequantised_nf4
+
+    with torch.no_grad():
+        for layer in linear_layers(model).values():
+            layer.weight.copy_(dequantised_nf4(layer.weight))
+
+
+def _manifest(artifact: Path) -> dict[str, Any]:
+    """What `trimtab.json` says. Raises WeightsError for a folder that is no adapter artifact."""
+    for name in ("trimtab.json", "adapter_config.json", "adapter_model.safetensors"):
+        if not (artifact / name).is_file():
+            raise WeightsError(f"{artifact} holds no {name}: give the model folder of a run that succeeded")
+    try:
+        manifest: dict[str, Any] = json.loads((artifact / "trimtab.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as exc:
+        raise WeightsError(f"{artifact / 'trimtab.json'} is damaged ({exc}): copy the artifact again") from exc
+    return manifest
