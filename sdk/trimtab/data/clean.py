@@ -1,0 +1,53 @@
+"""White space and lines. Pure."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+# Invisible in a browser, noise in a token: soft hyphen, zero-width characters (the joiners stay, scripts need them), marks of direction.
+_INVISIBLE = dict.fromkeys([0x00AD, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+# Control characters but for those that str.split() takes as white space; lone surrogates.
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
+
+
+def collapse(text: str) -> str:
+    """One line: every run of white space (line breaks and no-break spaces included) is one blank, Unicode form NFC."""
+    return " ".join(unicodedata.normalize("NFC", _CONTROL.sub("", text.translate(_INVISIBLE))).split())
+
+
+def paragraphs(lines: Iterable[str]) -> tuple[str, ...]:
+    """Collapsed lines; those without a letter or a digit (rules, bullets, arrows) are dropped."""
+    return tuple(line for line in map(collapse, lines) if any(char.isalnum() for char in line))
+
+
+def words(text: str) -> int:
+    """White-space separated words; text written without blanks counts half a word for each character."""
+    unspaced = sum(1 for char in text if "\u3040" <= char <= "\u9fff" or "\uf900" <= char <= "\ufaff")
+    return len(text.split()) if unspaced * 4 < len(text) else unspaced // 2
+
+
+_SITE_PAGES = 4  # fewer pages say nothing about what a site repeats
+_SITE_SHARE = 0.6  # of a site's pages
+
+
+def without_repeated_edges(pages: Sequence[tuple[str, ...]]) -> tuple[list[tuple[str, ...]], int]:
+    """The pages of one site without the lines at their start and end that most of them share: menus and legal text that no
+    element or class name gave away. Such a line stays on the first page that has it, so that nothing is lost.
+
+    Returns the pages in order and how many lines were left out.
+    """
+    on = Counter(line for lines in pages for line in set(lines))
+    repeated = {line for line, count in on.items() if count >= max(_SITE_PAGES, _SITE_SHARE * len(pages))}
+    seen: set[str] = set()
+    out = []
+    for lines in pages:
+        again = [line in repeated and line in seen for line in lines]
+        shared = [line in repeated for line in lines]
+        start = shared.index(False) if False in shared else len(lines)
+        end = len(lines) - (shared[::-1].index(False) if False in shared else 0)
+        out.append(tuple(line for i, line in enumerate(lines) if start <= i < end or not again[i]))
+        seen.update(lines)
+    return out, sum(map(len, pages)) - sum(map(len, out))

@@ -1,0 +1,423 @@
+"""One page from the network, through a session that cannot be led elsewhere.
+
+LangChain's `WebBaseLoader` asks; the session it is given answers. Every hop (first request, redirect, retry) passes `_Adapter.send`,
+and every connection `_Gate.connect`, which resolves the name once, checks all addresses and connects to one of those it checked.
+The name stays in the Host header and in TLS (server name and certificate check), because only the socket is made differently.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import importlib.metadata
+import io
+import os
+import socket
+import threading
+import time
+import zlib
+from dataclasses import dataclass
+from email.message import Message
+from types import TracebackType
+from typing import Any, ClassVar, cast
+from urllib.parse import urlsplit
+
+import requests
+from bs4 import BeautifulSoup
+from requests.adapters import HTTPAdapter
+from requests.utils import get_environ_proxies, select_proxy
+from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NameResolutionError, NewConnectionError
+from urllib3.util.connection import create_connection
+
+from trimtab.data.addresses import Resolver, checked, resolve
+from trimtab.data.decode import decode
+from trimtab.data.limits import FetchLimits
+from trimtab.data.loader import PageLoader
+from trimtab.data.markup import parseable
+from trimtab.data.sources import check_url, public_url
+from trimtab.errors import DataError
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("trimtab")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return "0"
+
+
+USER_AGENT = f"trimtab/{_version()} (fetches the pages that its user names, to tune a model on them)"
+HTML_TYPES = ("text/html", "application/xhtml+xml")
+TEXT_TYPES = ("text/plain", "text/markdown")
+_WORTH_A_RETRY = frozenset({429, 500, 502, 503, 504})
+_CHUNK = 16_384  # compressed bytes at a time
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page as it came, and as text."""
+
+    url: str  # as asked for
+    media_type: str  # one of HTML_TYPES or TEXT_TYPES
+    body: bytes  # decompressed
+    text: str
+    tree: BeautifulSoup  # of `text`, as WebBaseLoader parsed it
+
+
+def fetch_page(
+    url: str,
+    limits: FetchLimits,
+    *,
+    allow_private_hosts: bool = False,
+    proxies_from_environment: bool = False,
+    resolver: Resolver = resolve,
+    verify: bool | str | None = None,
+) -> Page:
+    """The page at `url`. Raises DataError with the reason alone; the caller knows the URL.
+
+    `verify` is a file of certificate authorities; None takes REQUESTS_CA_BUNDLE or SSL_CERT_FILE, else the bundled ones.
+    """
+    with _Deadline(limits.total_s) as deadline:
+        adapter = _Adapter(limits, deadline, _Gate(resolver, deadline, allow_private_hosts), proxies_from_environment)
+        with _session(adapter, limits, verify) as session:
+            try:
+                loader = PageLoader(url, session)
+                next(loader.lazy_load())
+            except DataError:
+                raise
+            except (requests.RequestException, HTTPError, OSError, ValueError) as exc:
+                raise DataError(deadline.reason() or _reason(exc, limits)) from exc
+    assert adapter.page is not None, "neither an error nor a page"
+    assert loader.tree is not None
+    return Page(url, *adapter.page, loader.tree)
+
+
+def _session(adapter: _Adapter, limits: FetchLimits, verify: bool | str | None) -> requests.Session:
+    """One session a page: no cookie, connection or password of one page reaches another."""
+    session = requests.Session()
+    session.trust_env = False  # no proxies, no .netrc
+    session.max_redirects = limits.redirects
+    session.verify = verify or os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or True
+    session.headers.clear()
+    session.headers.update(
+        {
+            "User-Agent": USER_AGENT,
+            "Accept": ", ".join([*HTML_TYPES, *(f"{kind};q=0.9" for kind in TEXT_TYPES)]),
+            "Accept-Encoding": "gzip, deflate",
+        }
+    )
+    session.adapters.clear()  # http and https, nothing else
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
+    adapter.cookies = session.cookies
+    return session
+
+
+class _Deadline:
+    """Ends a page's connections when its time is over, wherever it waits: a timeout of a read starts again with every byte."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._end = seconds, time.monotonic() + seconds
+        self._lock, self._sockets = threading.Lock(), list[socket.socket]()
+        self._timer = threading.Timer(seconds, self._cut)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _Deadline:
+        self._timer.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        self._timer.cancel()
+        with self._lock:
+            for sock in self._sockets:
+                sock.close()
+            self._sockets.clear()
+
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+    def reason(self) -> str | None:
+        return f"it took longer than {self._seconds:g} s; raise limits.total_s if the page is worth it" if self.left() <= 0 else None
+
+    def check(self) -> None:
+        if reason := self.reason():
+            raise DataError(reason)
+
+    def watch(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._sockets.append(sock.dup())  # TLS takes the socket over; shutting down the duplicate ends the same connection
+        if self.left() <= 0:
+            self._cut()
+
+    def _cut(self) -> None:
+        with self._lock:
+            for sock in self._sockets:
+                try:
+                    sock.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    continue  # already closed by the other side
+
+
+class _Gate:
+    """Makes the sockets: the address that is checked is the address that is connected to."""
+
+    def __init__(self, resolver: Resolver, deadline: _Deadline, allow_private_hosts: bool) -> None:
+        self.resolver, self.deadline, self.allow_private_hosts = resolver, deadline, allow_private_hosts
+
+    def connect(self, connection: HTTPConnection) -> socket.socket:
+        host, port = connection.host, connection.port or connection.default_port
+        try:
+            addresses = checked(host, self.resolver(host, port), allow_private_hosts=self.allow_private_hosts)
+        except (OSError, UnicodeError) as exc:
+            error = exc if isinstance(exc, socket.gaierror) else socket.gaierror(str(exc))
+            raise NameResolutionError(host, connection, error) from exc
+        failed: OSError | None = None
+        for address in addresses:
+            self.deadline.check()
+            try:
+                sock = create_connection((address, port), cast(float, connection.timeout), None, connection.socket_options)
+            except OSError as exc:
+                failed = exc
+                continue
+            self.deadline.watch(sock)
+            return sock
+        if isinstance(failed, TimeoutError):
+            raise ConnectTimeoutError(connection, f"no answer from {host}") from failed
+        raise NewConnectionError(connection, f"{failed}") from failed
+
+
+class _ProxyGate(_Gate):
+    """To a proxy that the user's environment names: its address is the user's choice, the deadline holds."""
+
+    def __init__(self, gate: _Gate) -> None:
+        super().__init__(gate.resolver, gate.deadline, allow_private_hosts=True)
+
+
+def _use_gate(manager: PoolManager, gate: _Gate) -> None:
+    """Every pool that `manager` opens makes its sockets through `gate`."""
+
+    class Plain(HTTPConnection):
+        def _new_conn(self) -> socket.socket:
+            return gate.connect(self)
+
+    class Tls(HTTPSConnection):
+        def _new_conn(self) -> socket.socket:
+            return gate.connect(self)
+
+    class PlainPool(HTTPConnectionPool):
+        ConnectionCls = Plain
+
+    class TlsPool(HTTPSConnectionPool):
+        ConnectionCls = Tls
+
+    manager.pool_classes_by_scheme = {"http": PlainPool, "https": TlsPool}
+
+
+class _Adapter(HTTPAdapter):
+    """Each hop: its URL checked, retried, its body read within the limits. Keeps the page; requests follows the redirects."""
+
+    cookies: Any = None
+
+    def __init__(self, limits: FetchLimits, deadline: _Deadline, gate: _Gate, proxies_from_environment: bool) -> None:
+        self.limits, self.deadline, self.gate, self.proxies_from_environment = limits, deadline, gate, proxies_from_environment
+        self.page: tuple[str, bytes, str] | None = None
+        super().__init__()
+        _use_gate(self.poolmanager, gate)
+
+    def proxy_manager_for(self, proxy: str, **proxy_kwargs: Any) -> Any:
+        manager = super().proxy_manager_for(proxy, **proxy_kwargs)
+        if proxy.lower().startswith("http"):
+            _use_gate(manager, _ProxyGate(self.gate))
+        return manager
+
+    def send(
+        self,
+        request: requests.PreparedRequest,
+        stream: bool = False,
+        timeout: Any = None,
+        verify: Any = True,
+        cert: Any = None,
+        proxies: Any = None,
+    ) -> requests.Response:
+        url = request.url or ""
+        if problem := check_url(url):
+            raise DataError(f"{public_url(url)}: {problem}")
+        proxies = self._proxies(url)
+        pause = self.limits.backoff_s
+        for attempt in range(self.limits.retries + 1):
+            last = attempt == self.limits.retries
+            self.deadline.check()
+            try:
+                timeout = (min(self.limits.connect_s, self.deadline.left()), self.limits.read_s)
+                response = super().send(request, stream=True, timeout=timeout, verify=verify, cert=cert, proxies=proxies)
+                if response.status_code not in _WORTH_A_RETRY or last:
+                    return self._received(response)
+                wait = self._asked_pause(response, pause)
+                response.close()
+            except requests.exceptions.SSLError:
+                raise  # a certificate is no better the second time
+            except (requests.ConnectionError, requests.Timeout, HTTPError):
+                self.deadline.check()
+                if last:
+                    raise
+                wait = pause
+            if wait >= self.deadline.left():
+                raise DataError(f"it took longer than {self.limits.total_s:g} s with its pauses; raise limits.total_s, or try later")
+            time.sleep(wait)
+            pause *= 2
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _proxies(self, url: str) -> dict[str, str]:
+        """The environment's proxies if asked for. The proxy resolves the name, so what we can resolve is checked beforehand."""
+        proxies = get_environ_proxies(url) if self.proxies_from_environment else {}
+        if select_proxy(url, proxies):
+            host = urlsplit(url).hostname or ""
+            try:
+                addresses = self.gate.resolver(host, 0)
+            except (OSError, UnicodeError):
+                return proxies  # a name that only the proxy knows
+            checked(host, addresses, allow_private_hosts=self.gate.allow_private_hosts)
+        return proxies
+
+    def _asked_pause(self, response: requests.Response, pause: float) -> float:
+        asked = _retry_after(response.headers.get("Retry-After"))
+        if asked is not None and asked > self.limits.retry_after_s:
+            raise DataError(f"HTTP {response.status_code}, and it asks for a pause of {asked:.0f} s; try again after it")
+        return max(pause, asked or 0.0)
+
+    def _received(self, response: requests.Response) -> requests.Response:
+        """`response` with its body, in UTF-8, for a page; without one for a redirect or an error, whose text nobody reads."""
+        self.cookies.update(response.cookies)  # some sites set one and redirect to the same address
+        raw, text = response.raw, ""
+        try:
+            if response.status_code == 200:
+                media_type, charset = _content_type(response.headers)
+                body = _read(raw, response.headers, self.limits.max_bytes)
+                self.deadline.check()  # a cut connection can look like the end of the page
+                media_type = media_type or _sniffed(body)
+                text = decode(body, header_charset=charset, markup=media_type in HTML_TYPES).text
+                self.page = media_type, body, text
+                text = parseable(text)
+            elif response.status_code < 400 and not response.is_redirect:
+                raise DataError(f"HTTP {response.status_code} {response.reason or ''}".rstrip() + "; only 200 brings a page")
+        finally:
+            raw.close()
+        response.raw = io.BytesIO(text.encode("utf-8", errors="replace"))
+        return response
+
+
+def _content_type(headers: Any) -> tuple[str, str | None]:
+    """Media type ("" if there is none) and charset of a response. Raises DataError for a type that is not read."""
+    message = Message()
+    message["Content-Type"] = headers.get("Content-Type", "")
+    media_type = headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if media_type and media_type not in (*HTML_TYPES, *TEXT_TYPES):
+        raise DataError(f"it is {media_type}, which is not read; pages are {', '.join((*HTML_TYPES, *TEXT_TYPES))}")
+    charset = message.get_param("charset")
+    return media_type, charset if isinstance(charset, str) else None
+
+
+def _sniffed(body: bytes) -> str:
+    if body.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
+        return "text/html"
+    raise DataError("it has no content type and does not look like HTML; save it as a file and pass that")
+
+
+def _read(raw: Any, headers: Any, max_bytes: int) -> bytes:
+    """The body, decompressed here so that neither a small file that unpacks to a large one nor a cut one passes."""
+    encoding = headers.get("Content-Encoding", "identity").strip().lower() or "identity"
+    if encoding not in _Inflate.WINDOW and encoding != "identity":
+        raise DataError(f"it is compressed with {encoding}, which was not asked for; save it as a file and pass that")
+    inflate = _Inflate(encoding) if encoding != "identity" else None
+    body = bytearray()
+    while chunk := raw.read(_CHUNK, decode_content=False):
+        body += inflate.feed(chunk, max_bytes + 1 - len(body)) if inflate else chunk
+        if len(body) > max_bytes:
+            raise DataError(f"it is larger than {max_bytes:,} bytes; raise limits.max_bytes if it is worth it")
+    if inflate and not inflate.complete:
+        raise requests.ConnectionError("the compressed body ends early")
+    return bytes(body)
+
+
+class _Inflate:
+    """gzip (of several members too) and deflate, a bounded number of bytes at a time."""
+
+    WINDOW: ClassVar[dict[str, int]] = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+
+    def __init__(self, encoding: str) -> None:
+        self._window = self.WINDOW[encoding]
+        self._inflater = zlib.decompressobj(self._window)
+        self._started = False
+
+    @property
+    def complete(self) -> bool:
+        return self._inflater.eof or not self._started
+
+    def feed(self, data: bytes, at_most: int) -> bytes:
+        out = b""
+        try:
+            while data and len(out) < at_most:
+                if self._inflater.eof:
+                    if self._window != 31 or data[:1] != b"\x1f":
+                        break  # padding after the end
+                    self._inflater = zlib.decompressobj(self._window)
+                out += self._inflate(data, at_most - len(out))
+                data = self._inflater.unused_data if self._inflater.eof else b""
+        except zlib.error as exc:
+            raise requests.ConnectionError("the compressed body is damaged") from exc
+        return out
+
+    def _inflate(self, data: bytes, at_most: int) -> bytes:
+        first, self._started = not self._started, True
+        try:
+            return self._inflater.decompress(data, at_most)
+        except zlib.error:
+            if not first or self._window != 15:
+                raise
+            self._inflater = zlib.decompressobj(-15)  # "deflate" without the zlib wrapper, as some servers send it
+            return self._inflater.decompress(data, at_most)
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds of a Retry-After header: a number or a date (RFC 9110, 10.2.3). None if absent or unreadable."""
+    if not value:
+        return None
+    if value.strip().isascii() and value.strip().isdigit():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _reason(exc: Exception, limits: FetchLimits) -> str:
+    """What happened, without the library's words and without the URL, which may hold a secret."""
+    chain: list[BaseException] = [exc]
+    for error in chain:  # grows while it is walked
+        inner = [error.__cause__, error.__context__, getattr(error, "reason", None), *error.args]
+        chain += [item for item in inner if isinstance(item, BaseException) and item not in chain]
+    if isinstance(exc, requests.HTTPError) and exc.response is not None:
+        return f"HTTP {exc.response.status_code} {exc.response.reason or ''}".rstrip()
+    if isinstance(exc, requests.TooManyRedirects):
+        return f"more than {limits.redirects} redirects"
+    if isinstance(exc, requests.exceptions.InvalidSchema):
+        return "it redirects to an address that is neither http nor https"
+    if any(isinstance(error, NameResolutionError) for error in chain):
+        return "its host name does not resolve; check the spelling and the network"
+    if isinstance(exc, requests.exceptions.SSLError):
+        return f"its certificate or its TLS is not accepted ({_innermost(chain)})"
+    if isinstance(exc, requests.ConnectTimeout):
+        return f"no connection within {limits.connect_s:g} s"
+    if isinstance(exc, requests.Timeout) or any(isinstance(error, TimeoutError) for error in chain):
+        return f"no data for {limits.read_s:g} s"
+    if isinstance(exc, requests.exceptions.InvalidURL | UnicodeError):
+        return "it is, or redirects to, an address that cannot be read"
+    return f"the connection failed ({_innermost(chain)})"
+
+
+def _innermost(chain: list[BaseException]) -> str:
+    for error in chain:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+    last = chain[-1]
+    return str(last.args[0]) if isinstance(last, HTTPError | requests.RequestException) and len(last.args) == 1 else type(last).__name__
