@@ -58,7 +58,7 @@ class RunNotFound(BackendError, LookupError):
 class RunFailed(BackendError):
     """A run that ended badly, with the reason the container gave.
 
-    `handle` is the run's handle, `reason` the first 1,024 characters of its failure file,
+    `handle` is the run's handle, `reason` the cause that its failure file names (at most 1,024 characters),
     `log_tail` the last lines that it printed.
     """
 

@@ -104,6 +104,18 @@ def read(path: Path) -> Iterator[Event]:
                 yield event
 
 
+def read_from(path: Path, start: int) -> tuple[list[Event], int]:
+    """The complete events of a file from byte `start` on, and the byte to read from next time; an absent file has none."""
+    if not path.exists():
+        return [], start
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read()
+    end = data.rfind(b"\n") + 1
+    events = [event for line in data[:end].split(b"\n") if (event := parse(line.decode(errors="replace"))) is not None]
+    return events, start + end
+
+
 class EventLog:
     """Appends events to a file, each flushed as it comes, so that a killed run loses none."""
 

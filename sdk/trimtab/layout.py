@@ -52,6 +52,14 @@ class JobDir:
         """What the run says of itself, one JSON line each."""
         return self.root / "output" / "data" / "events.jsonl"
 
+    def cause(self) -> str:
+        """What the failure file says before its traceback, at most 1,024 characters; empty where there is none."""
+        try:
+            with self.failure.open(encoding="utf-8", errors="replace") as file:
+                return file.read(1024).partition("\nTraceback (most recent call last)")[0].strip()
+        except FileNotFoundError:
+            return ""
+
     def make(self) -> JobDir:
         """Create the folders that a job writes to, and its configuration folder."""
         for folder in (self.hyperparameters.parent, self.channel(""), self.model, self.checkpoints, self.events.parent):

@@ -1,0 +1,108 @@
+"""What stays of a run: the adapter, the tokenizer and the manifest that says what they were made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import StagingError
+from trimtab.spec import TrainSpec
+
+MANIFEST = "trimtab.json"
+ADAPTER = "adapter_model.safetensors"
+
+_PIECE = 1 << 20  # bytes read at once
+
+
+class Artifact:
+    """A folder with an adapter and its manifest. Two artifacts are equal when their adapter tensors' bytes are."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises StagingError for a folder that holds no artifact."""
+        self.path = Path(path).expanduser().absolute()
+        if not (self.path / MANIFEST).is_file():
+            raise StagingError(f"{self.path} holds no artifact (it has no {MANIFEST}): give the folder that a run left")
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """`trimtab.json`: spec, digests of data and base model, versions, ledger, metrics. Raises StagingError if it is no JSON."""
+        try:
+            value = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as exc:
+            raise StagingError(f"{self.path / MANIFEST} cannot be read ({exc}): copy the artifact there again") from exc
+        if not isinstance(value, dict):
+            raise StagingError(f"{self.path / MANIFEST} is not a JSON object: copy the artifact there again")
+        return value
+
+    @cached_property
+    def spec(self) -> TrainSpec:
+        """What the run was asked to train. Raises SpecError for an artifact of another spec_version, StagingError for none at all."""
+        values = self.manifest.get("spec")
+        if not isinstance(values, dict):
+            raise StagingError(f"{self.path / MANIFEST} names no spec: train it again with this version of trimtab")
+        return TrainSpec(**values)
+
+    @property
+    def base_digest(self) -> str:
+        """Names the base model that the adapter belongs to, by its contents."""
+        return self.spec.model_digest
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the adapter's tensors: names, types, shapes and bytes, in the order of their names.
+
+        The file's own metadata does not count. Raises StagingError for a file that is not whole.
+        """
+        return tensors_digest(self.path / ADAPTER)
+
+    def verify(self) -> None:
+        """Raises StagingError where a file is missing or is not the one that the manifest names."""
+        for name, sha256 in self.manifest.get("files", {}).items():
+            try:
+                with (self.path / name).open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as exc:
+                raise StagingError(f"{self.path / name} cannot be read ({exc}): copy the artifact there again") from exc
+            if found != sha256:
+                raise StagingError(f"{self.path / name} is not the file that the run wrote: copy the artifact there again")
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest == other.digest if isinstance(other, Artifact) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Artifact({str(self.path)!r})"
+
+
+def tensors_digest(path: Path) -> str:
+    """sha256 over the tensors of a safetensors file, read a piece at a time and without numpy.
+
+    Format: 8 bytes little-endian length, a JSON header of that length, then the tensors' bytes; offsets count from there
+    (safetensors documentation, "Format"). Raises StagingError for a file that is missing, cut short or no safetensors.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            if not 2 <= length <= size - 8:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name in sorted(header):
+                tensor = header[name]
+                begin, end = tensor["data_offsets"]
+                if not 0 <= begin <= end <= size - 8 - length:
+                    raise ValueError(f"{name} lies outside the file")
+                digest.update(json.dumps([name, tensor["dtype"], tensor["shape"]]).encode())
+                file.seek(8 + length + begin)
+                for start in range(begin, end, _PIECE):
+                    digest.update(file.read(min(_PIECE, end - start)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise StagingError(f"{path} is not a whole safetensors file ({exc}): copy the artifact there again, or train it again") from exc
+    return digest.hexdigest()

@@ -1,0 +1,315 @@
+"""The command `trimtab`. Options of `fit` and `plan` are the spec's fields: one name, one default, one sentence, said once.
+
+Results go to standard output, everything else to standard error. Exit codes: 0; 1 with a TrimtabError's message; 2 for a command
+line that is none; 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+
+import click
+from pydantic.fields import FieldInfo
+
+from trimtab.backends import BACKENDS, load_backend
+from trimtab.backends.base import Listable, RunStatus
+from trimtab.errors import TrimtabError
+from trimtab.job import OPTIONS, Job
+from trimtab.progress import clock, display
+from trimtab.run import Run
+
+if TYPE_CHECKING:
+    from trimtab.endpoint import Endpoint
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_as_json = click.option("--json", "as_json", is_flag=True, help="print one JSON value instead of text")
+
+
+def _backend(meaning: str) -> Callable[[_Command], _Command]:
+    return click.option("--backend", type=click.Choice(list(BACKENDS)), default="process", show_default=True, help=meaning)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (by default this process' own) and return its exit code."""
+    try:
+        trimtab.main(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="trimtab", standalone_mode=False)
+        sys.stdout.flush()
+    except TrimtabError as exc:
+        print(f"trimtab: {exc}", file=sys.stderr)
+        return 1
+    except click.exceptions.NoArgsIsHelpError as exc:
+        print(exc.format_message())
+        return 2
+    except click.ClickException as exc:
+        exc.show()
+        return exc.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        print("trimtab: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough; nothing may be flushed to it
+    return 0
+
+
+@click.group()
+def trimtab() -> None:
+    """Tune a language model on your own pages and ask it.
+
+    \b
+    Example:
+      trimtab fit https://example.com/handbook.html --model smollm2-135m-instruct
+      trimtab chat process://trim-7f3a9c21
+    """
+
+
+def _options(command: _Command) -> _Command:
+    """An option for each field of the specs but the data, which are arguments. What is not given keeps the field's own default."""
+    for name, field in reversed(OPTIONS.items()):
+        if name != "data":
+            command = click.option(f"--{name.replace('_', '-')}", name, **_kind(field))(command)
+    command = click.option("--backend", type=click.Choice(list(BACKENDS)), default="process", show_default=True, help="where to run")(
+        command
+    )
+    return click.argument("data", nargs=-1, required=True)(command)
+
+
+def _kind(field: FieldInfo) -> dict[str, Any]:
+    """click's settings for a field, from its type, default and description."""
+    settings: dict[str, Any] = {"help": field.description, "default": None}
+    kind: Any = field.annotation
+    if get_origin(kind) is UnionType:  # such as int | None
+        kind = next(part for part in get_args(kind) if part is not NoneType)
+    if get_origin(kind) is tuple:
+        kind = get_args(kind)[0]
+        settings |= {"multiple": True, "help": f"{field.description}; may be repeated"}
+    if kind is bool:
+        settings |= {"is_flag": True, "flag_value": True}
+    else:
+        settings["type"] = click.Choice(list(get_args(kind))) if get_origin(kind) is Literal else kind
+    if field.is_required():
+        settings["required"] = True
+    elif kind is not bool and field.default is not None:
+        default = field.default
+        settings["help"] += f"  [default: {' '.join(default) if isinstance(default, tuple) else default}]"
+    return settings
+
+
+def _job(data: tuple[str, ...], backend: str, options: dict[str, Any]) -> Job:
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    return Job(data=data, backend=backend, **given)
+
+
+@trimtab.command()
+@_options
+@click.option("--detach", is_flag=True, help="start the run, print its handle and return")
+@click.option("--dry-run", is_flag=True, help="prepare the data, print the exact request and start nothing")
+@_as_json
+def fit(data: tuple[str, ...], backend: str, detach: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Tune a model on DATA: URLs, files and folders.
+
+    Prints the run's handle at the end. Ctrl-C ends the waiting; the run goes on.
+
+    \b
+    Example:
+      trimtab fit https://example.com/a.html notes/ --model smollm2-135m-instruct --epochs 4
+      trimtab fit notes/ --model smollm2-135m-instruct --dry-run
+    """
+    job = _job(data, backend, options)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a half-made folder is removed then, too
+    if dry_run:
+        print(json.dumps(job.fit(dry_run=True), indent=2, ensure_ascii=False))
+        return
+    run = job.fit(wait=not detach)
+    if as_json:
+        print(json.dumps({"handle": str(run.handle), **_facts(run.status())}))
+    else:
+        print(run.handle)
+
+
+@trimtab.command()
+@_options
+@_as_json
+def plan(data: tuple[str, ...], backend: str, as_json: bool, **options: Any) -> None:
+    """Say what `fit` would do with DATA: rows, tokens, steps, and why. Prepares the data, starts nothing.
+
+    \b
+    Example:
+      trimtab plan notes/ --model smollm2-135m-instruct --epochs 4
+    """
+    found = _job(data, backend, options).plan()
+    if as_json:
+        print(json.dumps({"rows": found.rows, "tokens": found.tokens, "steps": found.steps, "reasons": found.reasons}))
+    else:
+        print("\n".join(found.lines()))
+
+
+@trimtab.command()
+@click.argument("handle")
+@_as_json
+def status(handle: str, as_json: bool) -> None:
+    """Say how a run stands.
+
+    \b
+    Example:
+      trimtab status process://trim-7f3a9c21
+    """
+    found = Run.attach(handle).status()
+    if as_json:
+        print(json.dumps({"handle": handle, **_facts(found)}))
+        return
+    print(f"{handle} is {_state(found)}")
+    if found.step is not None:
+        print(found.step.line())
+    if found.reason:
+        print(found.reason)
+
+
+@trimtab.command()
+@click.argument("handle")
+@click.option("-f", "--follow", is_flag=True, help="go on until the run is done")
+def logs(handle: str, follow: bool) -> None:
+    """Print what a run printed.
+
+    \b
+    Example:
+      trimtab logs -f process://trim-7f3a9c21
+    """
+    for line in Run.attach(handle).logs(follow=follow):
+        print(line, flush=follow)
+
+
+@trimtab.command()
+@click.argument("handle")
+def stop(handle: str) -> None:
+    """Stop a run: it writes a checkpoint and ends. Quiet when it is done already.
+
+    \b
+    Example:
+      trimtab stop process://trim-7f3a9c21
+    """
+    run = Run.attach(handle)
+    run.stop()
+    print(f"{handle} is {_state(run.status())}", file=sys.stderr)
+
+
+@trimtab.command(name="list")
+@_backend("whose runs")
+@_as_json
+def list_runs(backend: str, as_json: bool) -> None:
+    """List runs, the newest first.
+
+    \b
+    Example:
+      trimtab list
+    """
+    place = load_backend(backend)
+    runs = place.runs() if isinstance(place, Listable) else []
+    if as_json:
+        rows = [{"handle": str(run.handle), "created": run.created.isoformat(), "model": run.model, **_facts(run.status)} for run in runs]
+        print(json.dumps(rows))
+        return
+    for run in runs:
+        print(f"{run.handle}  {run.created.astimezone():%Y-%m-%d %H:%M}  {_state(run.status):<16}  {run.model}")
+
+
+@trimtab.command()
+@click.argument("handle")
+@click.option("--detach", is_flag=True, help="start the run and return")
+def resume(handle: str, detach: bool) -> None:
+    """Go on with a run that was stopped, or died, from its newest checkpoint.
+
+    \b
+    Example:
+      trimtab resume process://trim-7f3a9c21
+    """
+    run = Run.attach(handle).resume()
+    if not detach:
+        try:
+            with display() as screen:
+                run.wait(progress=screen)
+        except KeyboardInterrupt:
+            print(f"\nThe run goes on:  trimtab logs -f {handle}   or end it:  trimtab stop {handle}", file=sys.stderr)
+            raise
+    print(run.handle)
+
+
+@trimtab.command()
+@click.argument("handle")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="port on 127.0.0.1; 0: any that is free", show_default=True)
+def deploy(handle: str, port: int) -> None:
+    """Serve a run's model on this machine until Ctrl-C, and print the address.
+
+    \b
+    Example:
+      trimtab deploy process://trim-7f3a9c21 --port 8080
+    """
+    run = Run.attach(handle)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with run.deploy(port=port) as endpoint:
+        print(endpoint.url, flush=True)
+        print(f"Ask it:  curl {endpoint.url}/v1/chat/completions   (Ctrl-C ends it)", file=sys.stderr)
+        signal.pause()
+
+
+@trimtab.command()
+@click.argument("handle")
+@click.option("--question", help="ask this one question and end")
+@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="longest answer, in tokens")
+def chat(handle: str, question: str | None, max_tokens: int) -> None:
+    """Talk to a run's model. `stop` or Ctrl-D ends it.
+
+    \b
+    Example:
+      trimtab chat process://trim-7f3a9c21
+      trimtab chat process://trim-7f3a9c21 --question "When does the library open?"
+    """
+    run = Run.attach(handle)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with run.deploy() as endpoint:
+        if question is not None:
+            _ask(endpoint, [], question, max_tokens)
+            return
+        conversation: list[dict[str, str]] = []
+        while (asked := _read_line()) is not None:
+            if asked:
+                _ask(endpoint, conversation, asked, max_tokens)
+
+
+def _read_line() -> str | None:
+    """What a person types, without blanks around it; None for `stop` and at the end of the input."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  line editing for input()
+    try:
+        text = input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+    return None if text == "stop" else text
+
+
+def _ask(endpoint: Endpoint, conversation: list[dict[str, str]], question: str, max_tokens: int) -> None:
+    """Print the answer and its seconds, and add both sides to the conversation."""
+    conversation.append({"role": "user", "content": question})
+    began = time.monotonic()
+    answer = endpoint.chat(conversation, max_tokens=max_tokens)
+    conversation.append({"role": "assistant", "content": answer})
+    print(answer, flush=True)
+    print(f"({time.monotonic() - began:.1f} s)", file=sys.stderr, flush=True)
+
+
+def _state(found: RunStatus) -> str:
+    if found.done:
+        return str(found.state)
+    left = f", {clock(found.eta)} left" if found.eta is not None else ""
+    return f"{found.state} {found.progress:.0%}{left}"
+
+
+def _facts(found: RunStatus) -> dict[str, Any]:
+    return {"done": found.done, **found.model_dump(mode="json")}

@@ -1,0 +1,101 @@
+"""What a user asks for, checked when it is written down."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from trimtab.backends import check_name, load_backend
+from trimtab.backends.base import Backend, Preflight
+from trimtab.catalog import lookup
+from trimtab.plan import Plan, plan
+from trimtab.progress import Display, display
+from trimtab.spec import JobSpec, TrainSpec, refuse_unknown
+
+if TYPE_CHECKING:
+    from trimtab.run import Run
+    from trimtab.staging import Staged
+
+FILLED_IN = {"spec_version", "model_digest", "data_digest"}  # by trimtab itself
+
+OPTIONS = {
+    **{name: field for name, field in TrainSpec.model_fields.items() if name not in FILLED_IN},
+    **{name: field for name, field in JobSpec.model_fields.items() if name != "train"},
+}
+"""What a job takes by name, with defaults and help texts: the fields of both specs that are the user's to set."""
+
+
+class Job:
+    """Tune `model` on `data`. Every other option of `TrainSpec` and `JobSpec` may be given by its name.
+
+    `model` is a catalog alias, a Hub id or a folder; `data` one or more URLs, files and folders; `backend` the place to run, by name
+    or as an object with its own settings. A job keeps no state: each `fit` makes a new run.
+
+    Raises SpecError for an unknown name (with the nearest right one) or a value out of range.
+    """
+
+    def __init__(
+        self, *, model: str | Path, data: str | Path | Sequence[str | Path], backend: str | Backend = "process", **options: Any
+    ) -> None:
+        refuse_unknown(options, OPTIONS)
+        sources = [data] if isinstance(data, str | Path) else list(data)
+        of_job = {name: options.pop(name) for name in list(options) if name in JobSpec.model_fields}
+        train = TrainSpec(model=str(model.expanduser().absolute() if isinstance(model, Path) else model), **options)
+        self.spec = JobSpec(train=train, data=tuple(str(source) for source in sources), **of_job)
+        self.backend = check_name(backend) if isinstance(backend, str) else backend
+        lookup(train.model)
+
+    @overload
+    def fit(self, *, wait: bool = True, dry_run: Literal[False] = False, progress: bool = True) -> Run: ...
+    @overload
+    def fit(self, *, wait: bool = True, dry_run: Literal[True], progress: bool = True) -> dict[str, Any]: ...
+    def fit(self, *, wait: bool = True, dry_run: bool = False, progress: bool = True) -> Run | dict[str, Any]:
+        """Prepare the data, start the run, and wait for its end unless told not to; the run.
+
+        With `dry_run` the data is prepared, because the request names it by its contents, and then the exact request is returned
+        instead of sent. `progress` shows what goes on, on the error stream. Ctrl-C ends the waiting and not the run.
+
+        Raises any TrimtabError; RunFailed when the run fails while it is waited for.
+        """
+        from trimtab.run import Run
+
+        run: Run | None = None
+        try:
+            with display(enabled=progress) as screen:
+                backend, staged = self._stage(screen)
+                spec = self.spec.model_copy(update={"train": staged.train})
+                run_id = f"trim-{uuid.uuid4().hex[:8]}"
+                if dry_run:
+                    return backend.render(spec, staged.channels, run_id)
+                for line in plan(staged.train, staged.ledger).lines():
+                    screen.say(line)
+                run = Run(backend.submit(spec, staged.channels, run_id), backend)
+                screen.say(f"run {run.handle}")
+                if wait:
+                    run.wait(progress=screen)
+                return run
+        except KeyboardInterrupt:
+            if run is not None:
+                print(f"\nThe run goes on:  trimtab logs -f {run.handle}   or end it:  trimtab stop {run.handle}", file=sys.stderr)
+            raise
+
+    def plan(self, *, progress: bool = True) -> Plan:
+        """What `fit` would do: rows, tokens, steps, and why. Prepares the data, starts nothing."""
+        with display(enabled=progress) as screen:
+            _, staged = self._stage(screen)
+            return plan(staged.train, staged.ledger)
+
+    def _stage(self, screen: Display) -> tuple[Backend, Staged]:
+        from trimtab.staging import stage
+
+        backend = load_backend(self.backend) if isinstance(self.backend, str) else self.backend
+        if isinstance(backend, Preflight):
+            backend.check(self.spec)
+        return backend, stage(self.spec, say=screen.say, show=screen.show)
+
+    def __repr__(self) -> str:
+        place = self.backend if isinstance(self.backend, str) else self.backend.name
+        return f"Job(model={self.spec.train.model!r}, data={list(self.spec.data)!r}, backend={place!r})"

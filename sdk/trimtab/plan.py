@@ -1,0 +1,40 @@
+"""What a job would do, from its spec and its ledger: how many tokens and steps, and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from trimtab.ledger import Ledger
+from trimtab.spec import TrainSpec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`steps` optimiser steps see `tokens` tokens (each pass counted). `reasons` says for each figure where it comes from."""
+
+    rows: int
+    tokens: int
+    steps: int
+    reasons: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        return list(self.reasons)
+
+
+def plan(spec: TrainSpec, ledger: Ledger) -> Plan:
+    """The rows of one step are `batch_rows * accumulation`; the last step of an epoch takes what is left."""
+    in_step = spec.batch_rows * spec.accumulation
+    in_epoch = math.ceil(ledger.rows / in_step)
+    whole = in_epoch * spec.epochs
+    steps = whole if spec.max_steps is None else min(whole, spec.max_steps)
+    tokens = round(ledger.total.trained * steps / in_epoch) if in_epoch else 0
+    reasons = [
+        f"rows {ledger.rows:,}: {ledger.total.trained:,} tokens in rows of {ledger.row_tokens:,}, {ledger.fill:.1%} full",
+        f"steps {steps:,}: "
+        + (f"max_steps, of {whole:,}" if steps < whole else f"{spec.epochs} epochs of {in_epoch:,}, {in_step} rows in each"),
+        f"tokens {tokens:,}: what {steps:,} steps see, each pass counted",
+    ]
+    if spec.max_minutes is not None:
+        reasons.append(f"time at most {spec.max_minutes:g} min: max_minutes; the run may stop before its last step")
+    return Plan(ledger.rows, tokens, steps, tuple(reasons))

@@ -1,0 +1,124 @@
+"""One execution of a job, wherever it runs and whoever started it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from trimtab import weights
+from trimtab.artifact import Artifact
+from trimtab.backends import load_backend
+from trimtab.backends.base import Backend, Reporting, Resumable, RunHandle, RunState, RunStatus
+from trimtab.errors import BackendError, EndpointError, RunFailed, RunNotFound, SpecError, WaitTimeout
+from trimtab.events import Event, Step
+from trimtab.ledger import Ledger
+from trimtab.progress import Display, Silent
+
+if TYPE_CHECKING:
+    from trimtab.endpoint import Endpoint
+
+_POLL = 0.25
+_LOG_TAIL = 20
+
+
+class Run:
+    """A run by its handle. Everything is asked of the backend each time; nothing is remembered here."""
+
+    def __init__(self, handle: RunHandle, backend: Backend) -> None:
+        self.handle, self.backend = handle, backend
+
+    @classmethod
+    def attach(cls, handle: str | RunHandle) -> Run:
+        """The run of a handle such as `process://trim-7f3a9c21`. Raises RunNotFound for a handle without a run."""
+        handle = RunHandle.parse(handle)
+        try:
+            backend = load_backend(handle.backend)
+        except SpecError as exc:
+            raise RunNotFound(f"no run is called {handle}: {exc}") from exc
+        backend.status(handle)
+        return cls(handle, backend)
+
+    def status(self) -> RunStatus:
+        """State, reason, progress (0 to 1), seconds left, last step."""
+        return self.backend.status(self.handle)
+
+    def wait(self, timeout: float | None = None, *, progress: Display | None = None) -> RunStatus:
+        """Wait until the run is done, at most `timeout` seconds, and show its events meanwhile; its last status.
+
+        Raises RunFailed with the run's own reason, and WaitTimeout, after which the run goes on.
+        """
+        progress = progress or Silent()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        position = 0
+        while True:
+            status = self.status()
+            if isinstance(self.backend, Reporting):
+                events, position = self.backend.events(self.handle, position)
+                for event in events:
+                    progress.show(event)
+            if status.done:
+                break
+            if deadline is not None and time.monotonic() >= deadline:
+                raise WaitTimeout(f"{self.handle} is still {status.state} after {timeout:g} s; it goes on:  trimtab logs -f {self.handle}")
+            time.sleep(_POLL)
+        if status.state is RunState.FAILED:
+            raise RunFailed(self.handle, status.reason, list(self.logs())[-_LOG_TAIL:])
+        return status
+
+    def logs(self, *, follow: bool = False) -> Iterator[str]:
+        """The lines the run printed; with `follow` also those to come, until it is done."""
+        return self.backend.logs(self.handle, follow=follow)
+
+    def stop(self) -> None:
+        """Ask the run to write a checkpoint and end, and wait until it has. Quiet when it is done already."""
+        self.backend.stop(self.handle)
+
+    def resume(self) -> Run:
+        """Start the same run again; it goes on from its newest complete checkpoint. Raises BackendError for one that need not."""
+        if not isinstance(self.backend, Resumable):
+            raise BackendError(f"the {self.backend.name} backend cannot resume {self.handle}: run the job again")
+        self.backend.resume(self.handle)
+        return self
+
+    def events(self) -> list[Event]:
+        """What the run has said of itself so far, in order; of every life of a resumed run."""
+        return self._reporting().events(self.handle)[0]
+
+    def metrics(self) -> list[Step]:
+        """Each step once, in order. A step that a resumed run repeated counts as it was the last time."""
+        steps = {event.step: event for event in self.events() if isinstance(event, Step)}
+        return [steps[number] for number in sorted(steps)]
+
+    def ledger(self) -> Ledger:
+        """The account of every token of the run's data."""
+        return self._reporting().ledger(self.handle)
+
+    def artifact(self) -> Artifact:
+        """What the run left. Raises BackendError while there is none, StagingError for one that is damaged."""
+        found = Artifact(self.backend.artifact(self.handle))
+        found.verify()
+        return found
+
+    def deploy(self, **options: Any) -> Endpoint:
+        """Serve base model and adapter; the options are those of `trimtab.endpoint.deploy`.
+
+        Raises WeightsError or EndpointError when the base model is not the one that was trained, or nothing answers.
+        """
+        from trimtab.endpoint import deploy
+
+        artifact = self.artifact()
+        base = weights.resolve(artifact.spec.model, say=lambda line: None)
+        if base.digest != artifact.base_digest:
+            raise EndpointError(
+                f"{artifact.spec.model} has changed since {self.handle} was trained on it: put the old files back, or train it again"
+            )
+        return deploy(artifact, base_model=base.folder, **options)
+
+    def _reporting(self) -> Reporting:
+        if isinstance(self.backend, Reporting):
+            return self.backend
+        raise BackendError(f"the {self.backend.name} backend does not hand on events; read the log:  trimtab logs {self.handle}")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.handle)!r})"

@@ -1,0 +1,196 @@
+"""From what a user asks for to what a run reads: the base model's files and the packed rows, as two folders named by content.
+
+cache/data/<digest>/            a job tree of its own, made by the runtime's `generate` and `prepare`
+    input/data/documents/       what the sources said
+    input/data/model/           links to the base model's files, and to nothing else that lies in its folder
+    input/data/train/           the packed rows, their ledger, their manifest
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trimtab import data, weights
+from trimtab.cache import cache_dir
+from trimtab.command import inherited, refuse_missing_runtime, runtime_command, runtime_environment
+from trimtab.errors import StagingError
+from trimtab.events import Event, read_from
+from trimtab.layout import JobDir
+from trimtab.ledger import Ledger
+from trimtab.spec import JobSpec, TrainSpec
+
+if TYPE_CHECKING:
+    from trimtab.data import Document, Loaded
+    from trimtab.weights import BaseModel
+
+_STALE = 24 * 3600.0  # seconds after which a half-made folder has no maker any more
+
+
+@dataclass(frozen=True)
+class Staged:
+    """All that a run needs. `train` names model and data by content; `channels` are the folders `train` and `model`.
+
+    `loaded` holds the documents and what was skipped; `reused` tells that the rows were there already.
+    """
+
+    train: TrainSpec
+    channels: dict[str, Path]
+    ledger: Ledger
+    model: BaseModel
+    loaded: Loaded
+    reused: bool
+
+
+def stage(
+    spec: JobSpec,
+    *,
+    cache: Path | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    say: Callable[[str], None] = print,
+    show: Callable[[Event], None] = lambda event: None,
+) -> Staged:
+    """Resolve the base model, load the documents, and prepare the rows, or find them prepared.
+
+    `cache` is by default `cache_dir()`; `token` is the user's Hugging Face token, `offline` forbids asking a hub; `say` gets sentences,
+    `show` the events of preparing. Whatever interrupts it, only complete data stays.
+
+    Raises SpecError, WeightsError (LicenceRequired before anything is fetched), DataError, and StagingError with the runtime's reason.
+    """
+    cache = cache or cache_dir()
+    refuse_missing_runtime(sys.executable)
+    model = weights.resolve(spec.train.model, cache=cache, token=token, offline=offline, say=say)
+    loaded = data.load(spec.data, on_error=spec.on_error, allow_private_hosts=spec.allow_private_hosts, say=say)
+    filled = {
+        "model": spec.train.model if model.hub_id else str(model.folder),
+        "model_digest": model.digest,
+        "data_digest": documents_digest(loaded.documents),
+    }
+    train = TrainSpec(**{**spec.train.model_dump(), **filled})
+    folder = cache / "data" / train.preparation_digest()[:16]
+    try:
+        if reused := complete(folder):
+            say(f"data: prepared before, in {folder}")
+        else:
+            _prepare(folder, train, model, loaded.documents, show)
+        job = JobDir(folder)
+        ledger = Ledger.model_validate_json((job.channel("train") / "ledger.json").read_bytes())
+    except OSError as exc:
+        raise StagingError(f"the data cannot be kept in {folder} ({exc}): make room there, or set TRIMTAB_CACHE to another folder") from exc
+    for line in ledger.lines():
+        say(line)
+    return Staged(train, {name: job.channel(name) for name in ("train", "model")}, ledger, model, loaded, reused)
+
+
+def documents_digest(documents: Sequence[Document]) -> str:
+    """sha256 of what is trained on, titles and texts in their order: the same pages fetched again are the same data."""
+    return hashlib.sha256(json.dumps([[document.title, document.text] for document in documents]).encode()).hexdigest()
+
+
+def complete(folder: Path) -> bool:
+    """Whether every file that the rows' manifest names is there in its size, and the model's files still are where they were.
+
+    Digests are checked by the run that reads them.
+    """
+    rows = JobDir(folder).channel("train")
+    try:
+        files = json.loads((rows / "manifest.json").read_text(encoding="utf-8"))["files"]
+        whole = all((rows / name).stat().st_size == fact["bytes"] for name, fact in files.items())
+        return whole and all(path.exists() for path in JobDir(folder).channel("model").iterdir())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _prepare(
+    folder: Path,
+    train: TrainSpec,
+    model: BaseModel,
+    documents: Sequence[Document],
+    *,
+    say: Callable[[str], None],
+    show: Callable[[Event], None],
+) -> None:
+    """Make the tree in a folder beside its place and move it there when it is whole; else nothing stays."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(folder.parent)
+    making = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        job = JobDir(making).make()
+        job.hyperparameters.write_text(json.dumps(train.to_hyperparameters(), indent=1), encoding="utf-8")
+        job.channel("documents").mkdir()
+        (job.channel("documents") / "documents.jsonl").write_text(data.to_jsonl(documents), encoding="utf-8")
+        job.channel("model").mkdir()
+        for name in model.files:
+            link = job.channel("model") / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((model.folder / name).resolve())
+        if train.replay > 0:
+            _run("generate", job, show)
+        _run("prepare", job, show)
+        if folder.exists() and not complete(folder):
+            shutil.rmtree(folder)  # of an earlier life: cut short, or its model's files are gone
+        try:
+            making.rename(folder)
+        except OSError:
+            if not complete(folder):
+                raise  # else another job prepared the same meanwhile
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def _run(verb: str, job: JobDir, show: Callable[[Event], None]) -> None:
+    """Run one of the runtime's commands in the tree and show its events. Raises StagingError with its reason; ends it when interrupted."""
+    log = job.root / f"{verb}.log"
+    position = job.events.stat().st_size if job.events.exists() else 0
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            runtime_command(sys.executable, verb),
+            cwd=job.root,
+            env={**inherited(os.environ), **runtime_environment(job.root)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is ours to pass on
+        )
+    try:
+        while True:
+            ended = child.poll() is not None
+            events, position = read_from(job.events, position)
+            for event in events:
+                show(event)
+            if ended:
+                break
+            time.sleep(0.1)
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    if child.returncode:
+        raise StagingError(_why(verb, child.returncode, job, log))
+
+
+def _why(verb: str, code: int, job: JobDir, log: Path) -> str:
+    if cause := job.cause():
+        return f"the data could not be prepared: {cause}"
+    last = "\n  ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
+    ended = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
+    return f"the data could not be prepared: {verb} {ended}; its last lines were:\n  {last}\nMend that and run the same command again."
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what a client that was killed left half-made."""
+    for leftover in parent.glob(".*"):
+        if time.time() - leftover.stat().st_mtime > _STALE:
+            shutil.rmtree(leftover, ignore_errors=True)
