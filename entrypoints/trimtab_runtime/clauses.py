@@ -6,134 +6,148 @@ A clause that the rules cannot read with some confidence is left out: no questio
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from trimtab_runtime.verbs import LEMMAS, lemma_of_participle, lemma_of_past, lemma_of_third
-
-BE = frozenset("is are was were am be been being".split())
-MODALS = frozenset("may must will would could should can might shall cannot".split())
-AUXILIARIES = frozenset("is are was were am has have had do does did".split()) | MODALS
-NEGATIONS = frozenset("not never no nobody nothing none neither cannot nor".split())
-DETERMINERS = frozenset(
-    "the a an this these those each every our your their his her its my some any no another both all such own most many several few".split()
+from trimtab_runtime.phrases import (
+    ADVERBS,
+    AUXILIARIES,
+    BE,
+    DETERMINERS,
+    NEGATIONS,
+    PREPOSITIONS,
+    PRONOUNS,
+    RELATIVES,
+    TIMES,
+    Phrase,
+    is_number,
+    is_plural,
+    names,
+    tokens_of,
 )
-PREPOSITIONS = frozenset(
-    "in on at from to by with for since during after before until till into onto through under below above beneath beside between along behind "
-    "near across against among around about over off without within inside outside towards toward via per past beyond despite as upon throughout "
-    "opposite down up like than".split()
-)
-PRONOUNS = frozenset("i we you he she it they".split())
-ADVERBS = frozenset(
-    "also now still always only already often usually once currently today then just even ever sometimes soon later again together too both "
-    "since first originally therefore however thus nearly almost mostly mainly largely partly simply no-longer far so more most there here".split()
-)
-_RELATIVES = frozenset("that who which whose whom where".split())
-_SUBORDINATORS = frozenset("because while although though whereas since unless if when where whether so until before after once as".split())
-_PLURALS = frozenset(
-    "people children men women others some many most few all both these those mice geese feet teeth they we you police cattle two three".split()
-)
-_QUANTITIES = frozenset("half most some all many third thirds quarter quarters rest majority number percent %".split())
-_PARTICLES = frozenset("up out off back away over down apart together along aside".split())
-_TIMES = frozenset(
-    "year years month months week weeks day days hour hours morning evening afternoon night nights spring summer autumn winter season monday tuesday "
-    "wednesday thursday friday saturday sunday weekend decade century minute minutes mornings evenings afternoons summers winters weekends".split()
-)
-_TOKEN = re.compile(r"\d[\d,.:]*\d|[^\s,;:()]+|[,;:()]")
+from trimtab_runtime.verbs import LEMMAS, PAST, lemma_of_participle, lemma_of_past, lemma_of_third, word_set
 
-
-@dataclass(frozen=True)
-class Phrase:
-    """A stretch after the verb: a preposition ("" for an object or complement) and its words."""
-
-    preposition: str
-    words: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        return join([self.preposition, *self.words] if self.preposition else self.words)
+_SUBORDINATORS = word_set("because while although though whereas since unless if when where whether so until before after once as")
+_LEADING = word_set(
+    "and but so also however today now then still therefore yet here finally moreover nowadays currently originally usually meanwhile"
+)
+_LEADING_PAIRS = (
+    ("so", "far"),
+    ("at", "present"),
+    ("at", "first"),
+    ("at", "last"),
+    ("sooner", "or", "later"),
+    ("as", "a", "result"),
+    ("in", "addition"),
+)
+_PARTICLES = word_set("up out off back away over down apart together along aside")
+_ALONE = word_set("some others many most few all both several")  # determiners that can be a whole subject
+_TWO_OBJECTS = word_set("give lend offer send show tell award teach pay grant bring hand sell")
+_CLAUSAL = word_set("that whether how what why")
+_DATED = re.compile(
+    r"(?:(?:in|since|by|until|around|during|from|on|at) (?:(?:early|late|mid) |about |(?:the )?(?:spring|summer|autumn|winter|end|beginning) of |\d{1,2}(?:st|nd|rd|th)? )*"
+    r"(?:(?:january|february|march|april|may|june|july|august|september|october|november|december) )?(?:\d{1,2} )?(?:1[0-9]{3}|20[0-9]{2})s?(?= (?!of |and )|$)"
+    r"|(?:every|each|last|next|this) (?:year|month|week|day|morning|evening|night|spring|summer|autumn|winter|\w+day)(?= (?!of )))"
+)
 
 
 @dataclass(frozen=True)
 class Clause:
-    """`auxiliaries` in order, the finite one first ([] for a plain verb); `verb` is "" when a form of be is the main verb."""
+    """`auxiliaries` in order, the finite one first (() for a plain verb); `verb` is "" when a form of be is the main verb."""
 
     subject: tuple[str, ...]
     auxiliaries: tuple[str, ...]
     verb: str
     lemma: str
-    tense: str  # "past", "third", "base", or "" where an auxiliary carries it
+    tense: str  # "past", "third" or "base" of a plain verb; "" where an auxiliary carries it
     phrases: tuple[Phrase, ...]
-    leading: tuple[Phrase, ...] = ()
-    reason: bool = False
-    about: tuple[str, ...] = field(default=())  # the condition: "when the power fails"
+    leading: tuple[Phrase, ...] = ()  # adverbials that stood before the subject
+    condition: tuple[str, ...] = ()  # "when the power fails"
+    reason: bool = False  # a because-clause follows
+    resolved: bool = False  # the subject stands for a pronoun: the sentence does not say it
 
     @property
     def plural(self) -> bool:
+        """Whether the subject takes a plural verb."""
         return is_plural(self.subject)
 
     @property
+    def copula(self) -> bool:
+        """Whether be is the main verb."""
+        return bool(self.auxiliaries and self.auxiliaries[-1] in BE and not self.verb)
+
+    @property
     def passive(self) -> bool:
+        """Whether it is a passive: was opened, has been sold."""
         return bool(self.verb and self.auxiliaries and self.auxiliaries[-1] in BE and not self.verb.endswith("ing"))
 
 
-def join(words: tuple[str, ...] | list[str]) -> str:
-    """Words to text, punctuation closed up."""
-    return re.sub(r" +([,;:])", r"\1", " ".join(word for word in words if word)).strip(" ,;:")
+def clauses(sentence: str) -> list[Clause]:
+    """The clauses of a statement that could be read, the main one first. [] where there is none (headings, commands, speech)."""
+    speech = (
+        re.search(r"[“\"].*\b(says?|said|asks?|asked)\b", sentence) or sentence.count('"') % 2 or "“" in sentence and "”" not in sentence
+    )
+    tokens = tokens_of(sentence)
+    if not tokens or len(tokens) > 70 or speech or sentence.rstrip().endswith("?") or _command(tokens):
+        return []
+    found: list[Clause] = []
+    part: list[str] = []
+    for token in [*tokens, ";"]:
+        if token in (";", ":"):
+            found += _part(part, found[0].subject if found else ())
+            part = []
+        else:
+            part.append(token)
+    return found
 
 
-def tokens_of(sentence: str) -> list[str]:
-    """Words and marks of a sentence, without bullets, parentheses, quotation marks and the full stop."""
-    text = re.sub(r"[“”\"]", "", sentence.replace("’", "'"))
-    text = re.sub(r"\s*[(\[][^()\[\]]*[)\]]", "", text)
-    text = re.sub(r"^[\s\-*•·–—]+", "", text).strip()
-    text = re.sub(r"\s+[–—-]+\s+|—", " ; ", re.sub(r"[.!]+$", "", text))
-    return _TOKEN.findall(text)
-
-
-def is_number(word: str) -> bool:
-    """A count in digits or words: 3,250, forty, dozen."""
-    return bool(re.fullmatch(r"[£$€]?\d[\d,.]*(?:st|nd|rd|th)?%?", word)) or word.lower() in _NUMBERS or word.lower().split("-")[0] in _TENS
-
-
-_TENS = frozenset("twenty thirty forty fifty sixty seventy eighty ninety".split())
-_NUMBERS = _TENS | frozenset(
-    "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen hundred thousand million dozen".split()
-)
-
-
-def is_plural(subject: tuple[str, ...] | list[str]) -> bool:
-    """Whether a noun phrase takes a plural verb."""
-    head, low = 0, [word.lower() for word in subject]
-    while head < len(low) and low[head] not in PREPOSITIONS | _RELATIVES | {",", "of"} and not (head and low[head] in PRONOUNS):
-        head += 1
-    if "and" in low[:head] and low[0] not in ("each", "every"):
+def _command(tokens: list[str]) -> bool:
+    """Whether a sentence starts with a verb in its base form: Bring shoes."""
+    first, after = tokens[0].lower(), tokens[1].lower() if len(tokens) > 1 else ""
+    if first == "please":
         return True
-    last = low[head - 1] if head else ""
-    if last in _QUANTITIES and head < len(low) and low[head] == "of":
-        return is_plural(subject[head + 1 :])
-    return (
-        last in _PLURALS
-        or is_number(last)
-        or (
-            last.endswith("s")
-            and not last.endswith(("ss", "us", "is", "'s"))
-            and not subject[0][:1].isupper() * (head > 1 and subject[head - 1][0].isupper() and low[0] not in DETERMINERS)
-        )
+    opens = after in DETERMINERS | PREPOSITIONS | ADVERBS | {"them", "us", "me", "him", ",", "down", "up"} or is_number(after)
+    return first in LEMMAS and (
+        opens or (after.endswith("s") and len(tokens) > 2 and not lemma_of_past(tokens[2].lower()) and tokens[2].lower() not in AUXILIARIES)
     )
 
 
-def _nominal_before(tokens: list[str], i: int) -> bool:
+def _part(tokens: list[str], main: tuple[str, ...]) -> list[Clause]:
+    """The clauses of what stands between semicolons or colons."""
+    if len(tokens) < 3:
+        return []
+    tokens, relatives = _without_relatives(tokens)
+    leading, condition, tokens = _without_leading(tokens)
+    found = _predicates(tokens, main)
+    if found:
+        found[0] = replace(found[0], leading=tuple(leading), condition=tuple(condition))
+    for subject, rest in relatives:
+        found += _predicates([*subject, *rest], ())
+    return found
+
+
+# --- finite verbs ----------------------------------------------------------------------------------------------------------------
+
+
+def _nominal_place(tokens: list[str], i: int) -> bool:
     """Whether the word at i stands where a noun or adjective stands, not a verb."""
     before = tokens[i - 1].lower()
+    if i == 1 and before in _ALONE:
+        return False
+    if before in DETERMINERS or before in PREPOSITIONS - {"up", "down", "off"} or before.endswith("'s"):
+        return True
+    if before in ("of", "and", "or", ",", "to", "be", "very", "first", "last", "second", "third", "new", "old", "own"):
+        return True
+    return is_number(before) and i > 1 and tokens[i - 2].lower() not in ("number", "version", "chapter", "section")
+
+
+def _opens(token: str) -> bool:
+    """Whether a word can follow a verb at once: the house, in, two, Ann."""
+    low = token.lower()
     return (
-        before in DETERMINERS
-        or before in PREPOSITIONS - {"up", "down", "off"}
-        or before.endswith("'s")
-        or before == "of"
-        or before in ("and", "or", ",", "to", "be", "very", "first", "last", "second", "third", "new", "old")
-        or is_number(before)
-        and i > 1
-        and tokens[i - 2].lower() not in ("number", "version", "chapter", "section")
+        not token
+        or low in DETERMINERS | PREPOSITIONS | ADVERBS | PRONOUNS | _CLAUSAL | {",", "us", "them"}
+        or is_number(token)
+        or token[0].isupper()
     )
 
 
@@ -142,9 +156,9 @@ def _kind(tokens: list[str], i: int) -> str:
     word = tokens[i].lower()
     if word in AUXILIARIES:
         return "aux"
-    if i == 0 or tokens[i][0].isupper() or _nominal_before(tokens, i):
+    if i == 0 or tokens[i][0].isupper() or _nominal_place(tokens, i):
         return ""
-    after = tokens[i + 1].lower() if i + 1 < len(tokens) else ""
+    after, later = (tokens[j].lower() if j < len(tokens) else "" for j in (i + 1, i + 2))
     if after in AUXILIARIES or (lemma_of_past(after) and after not in LEMMAS and not after.endswith("ed")):
         return ""
     plural = is_plural(tokens[:i])
@@ -152,347 +166,269 @@ def _kind(tokens: list[str], i: int) -> str:
         return "base"
     if lemma_of_past(word) and not (word in LEMMAS and (lemma_of_past(after) or tokens[i - 1].endswith("ing"))):
         return "past"
-    if plural or after == "of" or after in LEMMAS and after not in ADVERBS | PREPOSITIONS:
+    lemma = lemma_of_third(word)
+    if plural or after == "of":
         return ""
-    if lemma_of_third(word):
-        return "third"
-    opens = after in DETERMINERS | PREPOSITIONS | ADVERBS | {"that", "how", "whether"} or is_number(after)
-    return (
-        "third" if opens and lemma_of_third(word, known=False) and (i > 1 or tokens[0][0].isupper() and not tokens[0].endswith("s")) else ""
+    if lemma:
+        return "" if lemma not in PAST and after in LEMMAS and after not in ADVERBS | PREPOSITIONS and _opens(later) else "third"
+    known = tokens[0].lower() in DETERMINERS or (
+        tokens[0][0].isupper() and not tokens[0].endswith("s") and not lemma_of_past(tokens[0].lower())
     )
+    return "third" if known and after and _opens(tokens[i + 1]) and lemma_of_third(word, known=False) else ""
 
 
-def find_verb(tokens: list[str]) -> tuple[int, str] | None:
+def _find_verb(tokens: list[str]) -> tuple[int, str] | None:
     """Index and kind of the main clause's finite verb; verbs of relative clauses in the subject are passed over."""
-    pending, i = 0, 0
+    pending, i = "", 0
     while i < len(tokens):
         word = tokens[i].lower()
-        if word in (";", ":"):
-            return None
-        if word in _RELATIVES and i and not (word == "that" and tokens[i - 1].lower() in PREPOSITIONS):
-            pending = 1
-        elif word in PRONOUNS and i and not pending:
-            pending = 1
+        before = tokens[i - 1].lower() if i else ""
+        if (word in RELATIVES and i and not (word == "that" and before in PREPOSITIONS)) or (word in PRONOUNS and i and not pending):
+            pending = word
         kind = _kind(tokens, i)
-        if (
-            not kind
-            and pending
-            and i
-            and (lemma_of_third(word) or word in LEMMAS or lemma_of_past(word))
-            and tokens[i - 1].lower() in _RELATIVES | PRONOUNS | ADVERBS
-        ):
-            kind = "inner"
-        if kind and pending:
-            pending = 0
+        inner = before in PRONOUNS | ADVERBS | {"that", "who", "which"} and (lemma_of_third(word) or word in LEMMAS or lemma_of_past(word))
+        if pending and i and (kind and pending != "whose" or inner or kind == "aux"):
+            pending = ""
             while (
                 kind == "aux"
                 and i + 1 < len(tokens)
                 and (tokens[i + 1].lower() in AUXILIARIES | ADVERBS | BE or lemma_of_participle(tokens[i + 1].lower()))
             ):
                 i += 1
-        elif kind and i:
-            if not (kind == "past" and lemma_of_participle(word) and _later_auxiliary(tokens, i)):
+        elif kind and not pending:
+            if not i:
+                return None
+            if not (kind == "past" and lemma_of_participle(word) and _reduced(tokens, i)):
                 return i, kind
-        elif kind:
-            return None
         i += 1
     return None
 
 
-def _later_auxiliary(tokens: list[str], i: int) -> bool:
-    """Whether a participle at i only describes the subject: a finite verb follows with nothing between that opens a clause."""
-    for j in range(i + 1, min(len(tokens), i + 9)):
+def _reduced(tokens: list[str], i: int) -> bool:
+    """Whether a participle at i only describes the subject ("tools bought here are ..."): a finite verb follows in the same stretch."""
+    for j in range(i + 1, min(len(tokens), i + 10)):
         word = tokens[j].lower()
-        if word in _RELATIVES | PRONOUNS | _SUBORDINATORS - {"as", "before", "after", "since"} or word in {
-            ",",
-            ";",
-            ":",
-            "and",
-            "but",
-            "there",
-        }:
+        if word in RELATIVES | PRONOUNS | (_SUBORDINATORS - {"as", "before", "after", "since"}) | {",", "and", "but", "there"}:
             return False
         if word in AUXILIARIES:
             return j > i + 1
+        follows = tokens[i + 1].lower() in PREPOSITIONS | ADVERBS
+        if (
+            follows
+            and j > i + 1
+            and lemma_of_past(word)
+            and not _nominal_place(tokens, j)
+            and j + 1 < len(tokens)
+            and _opens(tokens[j + 1])
+        ):
+            return True
     return False
 
 
-def clauses(sentence: str) -> list[Clause]:
-    """The clauses of a statement that could be read, the main one first. [] where there is none (headings, commands, speech)."""
-    tokens = tokens_of(sentence)
-    if (
-        not tokens
-        or len(tokens) > 70
-        or re.search(r"[“\"].*\b(says?|said|asks?|asked)\b", sentence)
-        or sentence.count('"') % 2
-        or sentence.rstrip().endswith("?")
-    ):
-        return []
-    found: list[Clause] = []
-    part: list[str] = []
-    for token in [*tokens, ";"]:
-        if token in (";", ":"):
-            found += _sentence_part(part, found[0].subject if found else ())
-            part = []
-        else:
-            part.append(token)
-    return found
-
-
-def _sentence_part(tokens: list[str], main: tuple[str, ...]) -> list[Clause]:
-    if len(tokens) < 3:
-        return []
-    tokens, relatives = _without_relatives(tokens)
-    leading, about, tokens = _without_leading(tokens)
-    found = _predicates(tokens, main)
-    if found:
-        found[0] = replace(found[0], leading=tuple(leading), about=tuple(about))
-    for subject, rest in relatives:
-        found += _predicates([*subject, *rest], ())
-    return found
+# --- what stands around the main clause ------------------------------------------------------------------------------------------
 
 
 def _without_relatives(tokens: list[str]) -> tuple[list[str], list[tuple[list[str], list[str]]]]:
-    """Take out ", who ...," and the like; those that follow a name or the subject give clauses of their own."""
+    """Take out ", who ...," and the like; those that follow a name give clauses of their own: (name, rest)."""
     kept: list[str] = []
     relatives: list[tuple[list[str], list[str]]] = []
     i = 0
     while i < len(tokens):
-        if (
-            tokens[i] == ","
-            and i + 2 < len(tokens)
-            and (tokens[i + 1].lower() in ("who", "which", "whose", "where", "when") or tokens[i + 2].lower() in ("which", "whom"))
-        ):
-            plain = tokens[i + 1].lower() in ("who", "which")
+        after = [token.lower() for token in tokens[i + 1 : i + 5]]
+        opens = (
+            after[:1]
+            and after[0] in ("who", "which", "whose", "where", "when")
+            or after[1:2]
+            and after[1] in ("which", "whom")
+            or "which" in after[2:]
+            and "of" in after
+        )
+        if tokens[i] == "," and opens:
+            complete = _find_verb(kept) is not None
             end = i + 2
             while end < len(tokens) and not (
-                tokens[end] == "," and not (end + 1 < len(tokens) and tokens[end + 1].lower() in ("a", "an", "the") and find_verb(kept))
+                tokens[end] == "," and (not complete or tokens[end + 1 : end + 2] and tokens[end + 1].lower() in ("and", "but"))
             ):
                 end += 1
-            name = _name_at_end(kept)
-            if plain and name:
+            name = names(kept) if len(names(kept)) >= 2 else []
+            if after[0] in ("who", "which") and name:
                 relatives.append((name, tokens[i + 2 : end]))
-            i = end + (1 if end < len(tokens) and not find_verb(kept) else 0)
+            if complete and end + 1 < len(tokens) and _find_verb(tokens[end + 2 :]) is None:
+                end = len(tokens)
+            i = end if complete else end + 1
             continue
         kept.append(tokens[i])
         i += 1
     return kept, relatives
 
 
-def _name_at_end(tokens: list[str]) -> list[str]:
-    i = len(tokens)
-    while i and tokens[i - 1][0].isupper() and (i > 1 or tokens[0].lower() not in DETERMINERS):
-        i -= 1
-    return tokens[i:] if len(tokens) - i >= 2 else []
-
-
 def _without_leading(tokens: list[str]) -> tuple[list[Phrase], list[str], list[str]]:
     """Leading adverbials ("In 1961", "On busy Sundays,") and conditions ("When it rains,") apart from the clause itself."""
     low = [token.lower() for token in tokens]
-    if low[0] in ("and", "but", "so", "also", "however", "today", "now", "then", "still", "therefore", "yet", "here", "finally"):
-        time = [Phrase("", (low[0],))] if low[0] in ("today", "now") else []
-        start = 2 if len(low) > 1 and low[1] == "," else 1
-        more, about, rest = _without_leading(tokens[start:]) if len(tokens) > start else ([], [], [])
-        return time + more, about, rest
+    if len(low) < 3:
+        return [], [], tokens
+    for pair in _LEADING_PAIRS:
+        if tuple(low[: len(pair)]) == pair and len(low) > len(pair) + 2:
+            return _without_leading(tokens[len(pair) + (low[len(pair)] == ",") :])
+    if low[0] in _LEADING:
+        now = [Phrase("", (low[0],))] if low[0] in ("today", "now") else []
+        more, condition, rest = _without_leading(tokens[2 if low[1] == "," else 1 :])
+        return [*now, *more], condition, rest
     comma = low.index(",") if "," in low else 0
     if (
         low[0] in ("when", "if", "while", "although", "because", "before", "after", "once", "whenever", "until", "since", "as", "unless")
         and comma
+        and _find_verb(tokens[1:comma])
     ):
-        inner = find_verb(tokens[1:comma])
-        if inner:
-            return [], [low[0], *_lower_first(tokens[1:comma])], tokens[comma + 1 :]
-    if low[0] in PREPOSITIONS or low[0] in ("every", "each", "last", "next", "this", "once") and len(low) > 1 and low[1] in _TIMES:
-        dated = re.match(
-            r"(?:in|since|by|until|around|during|from|on|at) (?:(?:early|late|mid) |about |(?:the )?(?:spring|summer|autumn|winter|end|beginning) of |\d{1,2}(?:st|nd|rd|th)? )*"
-            r"(?:(?:january|february|march|april|may|june|july|august|september|october|november|december) )?(?:\d{1,2} )?(?:1[0-9]{3}|20[0-9]{2})s?(?= |$)|(?:every|each|last|next|this) \w+(?= )",
-            " ".join(low),
-        )
-        end = len(dated[0].split()) if dated else 0
-        if end and end < len(low) and low[end] != "of":
-            pass
-        elif comma and comma < 14:
-            end = comma
-        else:
-            end = 0
-        if end:
-            rest = tokens[end + 1 :] if low[end] == "," else tokens[end:]
-            return _phrases(_lower_first(tokens[:end]))[:2], [], rest
-    return [], [], tokens
+        return [], [low[0], *_lowered(tokens[1:comma])], tokens[comma + 1 :]
+    timed = low[0] in ("every", "each", "last", "next", "this", "once") and low[1] in TIMES
+    there = next((i for i in range(1, min(len(low) - 1, 12)) if low[i] == "there" and low[i + 1] in AUXILIARIES), 0)
+    end = 0
+    if there and (low[0] in PREPOSITIONS or there == 1):
+        end = there
+    elif low[0] in PREPOSITIONS or timed:
+        dated = _DATED.match(" ".join(low))
+        end = len(dated[0].split()) if dated else comma if comma < 14 else 0
+    if not end:
+        return [], [], tokens
+    more, condition, rest = _without_leading(tokens[end + (low[end] == ",") :]) if end < len(low) else ([], [], [])
+    return [*_phrases(_lowered(tokens[:end]))[:2], *more], condition, rest
 
 
-def _lower_first(tokens: list[str]) -> list[str]:
-    if not tokens:
-        return tokens
-    first = tokens[0]
+def _lowered(tokens: list[str]) -> list[str]:
+    """The words with a sentence's capital taken off, unless the first is a name."""
+    first = tokens[0] if tokens else ""
     named = len(tokens) > 1 and tokens[1][0].isupper() and first.lower() not in DETERMINERS | PREPOSITIONS | PRONOUNS
-    common = (
-        first.lower() in DETERMINERS | PREPOSITIONS | PRONOUNS | _TIMES
-        or is_number(first)
-        or len(tokens) > 1
-        or re.search(r"(s|ing|tion|ment|ship|ness|ance|ence)$", first)
+    common = len(tokens) > 1 or first.lower() in DETERMINERS | PREPOSITIONS | PRONOUNS | word_set(
+        "anyone everyone someone everything anybody"
     )
-    keep = first != first.capitalize() or first == "I" or named or not common
-    return tokens if keep else [first.lower(), *tokens[1:]]
+    common = common or bool(re.search(r"(s|ing|tion|ment|ship|ness|ance|ence)$", first))
+    return tokens if not first or first != first.capitalize() or first == "I" or named or not common else [first.lower(), *tokens[1:]]
+
+
+# --- predicates ------------------------------------------------------------------------------------------------------------------
 
 
 def _predicates(tokens: list[str], main: tuple[str, ...]) -> list[Clause]:
     """Subject and first predicate, then the predicates and clauses joined to it."""
-    found = find_verb(tokens)
-    if found is None or found[0] > 22:
+    found = _find_verb(tokens)
+    if found is None or not 0 < found[0] <= 22:
         return []
     at, kind = found
-    subject = tuple(token for token in _lower_first(tokens[:at]))
-    while len(subject) > 1 and subject[-1].lower() in ADVERBS | {","}:
+    subject = tuple(_lowered(tokens[:at]))
+    while len(subject) > 1 and subject[-1].lower() in ADVERBS - {"here", "there"} | {","}:
         subject = subject[:-1]
-    if "," in subject:
-        cut = subject.index(",")
-        if "and" not in subject[cut:] and "or" not in subject[cut:]:
-            subject = subject[:cut]
-    if (
-        subject[0].lower() in ("it", "he", "she", "they")
-        and len(subject) == 1
-        and main
-        and is_plural(main) == (subject[0].lower() == "they")
-    ):
+    if "," in subject and not {"and", "or"} & set(subject[subject.index(",") :]):
+        subject = subject[: subject.index(",")]
+    if main and len(subject) == 1 and subject[0] in ("it", "he", "she", "they") and is_plural(main) == (subject[0] == "they"):
         subject = main
-    first_end, rest = _end_of_predicate(tokens, at, kind)
-    clause = _clause(subject, tokens[at:first_end], kind)
-    result = [clause] if clause else []
-    if rest:
-        low = rest[0].lower()
-        link = low if low in _SUBORDINATORS else ""
-        while rest and (rest[0].lower() in {"and", "but", "or", "so", ",", "then", "that"} | _SUBORDINATORS):
+    return _of_subject(subject, tokens[at:], kind)
+
+
+def _of_subject(subject: tuple[str, ...], words: list[str], kind: str) -> list[Clause]:
+    """The predicate that starts with the finite verb words[0], and what is joined to it."""
+    end, rest = _end_of_predicate(words, kind)
+    clause = _clause(subject, words[:end], kind)
+    if not rest:
+        return [clause] if clause else []
+    link = rest[0].lower()
+    if clause and link == "because":
+        clause = replace(clause, reason=True)
+    if link == "so" and rest[1:2] == ["that"]:
+        rest = rest[1:]
+    rest = rest[1:]
+    continued = _continued(rest, kind)
+    more: list[Clause] = []
+    if continued:
+        while rest[0].lower() in ADVERBS:
             rest = rest[1:]
-        if clause and link == "because":
-            result[0] = replace(clause, reason=True)
-        if rest:
-            inner = _kind_after(rest, kind)
-            if inner:
-                result += _predicates_of(subject, rest, inner, clause)
-            elif link not in ("if", "when", "as", "because", "whether", "where"):
-                result += _predicates(rest, subject)
-    return result
+        more = _of_subject(subject, rest, continued)
+    elif link not in ("if", "when", "as", "because", "whether", "where", "unless"):
+        more = _predicates(rest, subject)
+    return [clause, *more] if clause else more
 
 
-def _predicates_of(subject: tuple[str, ...], rest: list[str], kind: str, first: Clause | None) -> list[Clause]:
-    if kind == "participle" and first:
-        rest, kind = [*first.auxiliaries, *rest], "aux"
-    end, more = _end_of_predicate(rest, 0, kind)
-    clause = _clause(subject, rest[:end], kind)
-    return [clause] if clause else []
-
-
-def _kind_after(rest: list[str], kind: str) -> str:
+def _continued(rest: list[str], kind: str) -> str:
     """Kind of a verb that continues the same subject ("and ripens", "and was carried"), else ""."""
     i = 0
     while i < len(rest) - 1 and rest[i].lower() in ADVERBS:
         i += 1
-    word, after = rest[i].lower(), rest[i + 1].lower() if i + 1 < len(rest) else ""
+    word, after = (rest[i].lower(), rest[i + 1] if i + 1 < len(rest) else "") if rest else ("", "")
     if word in AUXILIARIES:
         return "aux"
-    opens = not after or after in DETERMINERS | PREPOSITIONS | ADVERBS | PRONOUNS | {","} or is_number(after) or rest[i + 1][0].isupper()
-    if kind == "base" and word in LEMMAS and after in DETERMINERS | PREPOSITIONS:
-        return "base"
-    if kind == "third" and lemma_of_third(word) and (opens or after in {"that"} or not lemma_of_third(after)):
-        return "third"
-    if kind == "past" and lemma_of_past(word) and opens:
+    opens = _opens(after)
+    if kind == "base":
+        return "base" if word in LEMMAS and after and opens and after != "," else ""
+    if kind in ("past", "aux") and lemma_of_past(word) and opens and (kind == "past" or not lemma_of_participle(word)):
         return "past"
-    if kind == "aux" and opens and lemma_of_past(word) and not lemma_of_participle(word):
-        return "past"
-    if kind == "aux" and opens and lemma_of_third(word):
-        return "third"
-    return ""
+    return "third" if kind in ("third", "aux") and lemma_of_third(word) and opens else ""
 
 
-def _end_of_predicate(tokens: list[str], at: int, kind: str) -> tuple[int, list[str]]:
+def _end_of_predicate(tokens: list[str], kind: str) -> tuple[int, list[str]]:
     """Where the first predicate stops, and what follows if it is another predicate or clause (its joining word first)."""
-    for i in range(at + 1, len(tokens)):
-        word = tokens[i].lower()
-        before_comma = tokens[i - 1] == ","
-        rest = tokens[i + 1 :]
-        if not rest:
-            break
-        if word in ("and", "but", "so", "or") and (_kind_after(rest, kind) or (before_comma or word == "but") and find_verb(rest)):
-            return (i - 1 if before_comma else i), tokens[i:]
-        if word in ("and", "but") and not before_comma:
-            inner = find_verb(rest)
-            if inner and inner[0] <= 5 and inner[1] in ("aux", "past", "third") and rest[0].lower() in DETERMINERS | PRONOUNS:
-                return i, tokens[i:]
-        if (
-            word in ("because", "while", "although", "though", "whereas", "unless", "if", "whether")
-            or word == "so"
-            and rest[0].lower() == "that"
+    for i in range(1, len(tokens) - 1):
+        word, rest = tokens[i].lower(), tokens[i + 1 :]
+        comma = tokens[i - 1] == ","
+        end = i - 1 if comma else i
+        if word == "," and _continued(rest, kind) and ("and" in rest or "or" in rest):
+            return i, tokens[i:]
+        if word in ("and", "but", "so", "or"):
+            inner = _find_verb(rest)
+            plain = inner and inner[0] <= 5 and inner[1] in ("aux", "past", "third") and rest[0].lower() in DETERMINERS | PRONOUNS
+            if _continued(rest, kind) or (comma or word == "but") and inner or plain or inner and inner[1] == "aux" and inner[0] <= 2:
+                return end, tokens[i:]
+        if word in ("because", "while", "although", "though", "whereas", "unless", "if", "whether") or (
+            word == "so" and rest[0].lower() == "that"
         ):
-            return (i - 1 if before_comma else i), tokens[i:]
-        if (
-            word in ("when", "where", "until", "before", "after", "since", "once", "as")
-            and find_verb(rest)
-            and rest[0].lower() in DETERMINERS | PRONOUNS
-        ):
-            inner = find_verb(rest)
-            if inner and inner[0] <= 4:
-                return (i - 1 if before_comma else i), tokens[i:]
+            return end, tokens[i:]
+        if word in ("when", "where", "until", "before", "after", "since", "once", "as"):
+            inner = _find_verb(rest)
+            if inner and inner[0] <= 4 and (rest[0].lower() in DETERMINERS | PRONOUNS or comma or word == "when"):
+                return end, tokens[i:]
     return len(tokens), []
 
 
 def _clause(subject: tuple[str, ...], words: list[str], kind: str) -> Clause | None:
-    """Auxiliaries, verb and phrases of one predicate; None when it is negated or empty."""
+    """Auxiliaries, verb and phrases of one predicate; None when it is negated or cannot be read."""
     auxiliaries: list[str] = []
     i = 0
-    while i < len(words) and (
-        words[i].lower() in AUXILIARIES | {"be", "been", "being"}
-        or words[i].lower() in ADVERBS | NEGATIONS
-        or re.fullmatch(r"\w{2,}ly", words[i].lower())
-    ):
+    while i < len(words):
         low = words[i].lower()
         if low in NEGATIONS or low.endswith("n't"):
             return None
-        if low in AUXILIARIES | BE:
+        if low in AUXILIARIES | BE and (kind == "aux"):
             auxiliaries.append(low)
-        elif not auxiliaries and kind != "aux":
-            pass
-        elif low in ("there", "so", "more", "most", "far", "here", "nearly", "almost"):
+        elif not (low in ADVERBS - {"there", "so", "more", "most", "far", "here", "nearly", "almost"} or re.fullmatch(r"\w{2,}ly", low)):
             break
         i += 1
     verb = words[i].lower() if i < len(words) else ""
-    lemma, tense = "", ""
     if not auxiliaries:
-        found = {"past": lemma_of_past, "third": lambda word: lemma_of_third(word, known=False), "base": lambda word: word}.get(
-            kind, lambda word: None
-        )(verb)
-        if not found:
-            return None
-        lemma, tense = found, kind
-        if kind == "past" and verb in LEMMAS and is_plural(subject):
-            tense = "base"
+        lemma = {"past": lemma_of_past(verb), "third": lemma_of_third(verb, known=False), "base": verb}[kind] or ""
+        tense = "base" if kind == "past" and verb in LEMMAS and verb not in ("found", "lay", "saw", "felt") and is_plural(subject) else kind
     elif auxiliaries[-1] in BE:
-        participle = (
-            lemma_of_participle(verb)
-            if not (verb in LEMMAS and verb not in ("put", "set", "cut", "read", "run", "hit", "built")) or verb == "run"
-            else None
-        )
-        lemma = participle or (verb[:-3] if verb.endswith("ing") and len(verb) > 5 and len(words) > i + 1 else "")
+        base = verb in LEMMAS and verb not in ("put", "set", "cut", "read", "run", "hit", "overcome")
+        doing = bool(re.fullmatch(r"\w{3,}ing", verb)) and i + 1 < len(words) and not is_number(verb)
+        lemma, tense = (None if base else lemma_of_participle(verb)) or (verb[:-3] if doing else ""), ""
         verb = verb if lemma else ""
     elif auxiliaries[-1] in ("has", "have", "had"):
-        lemma = lemma_of_participle(verb) or ""
-        if not lemma:
-            verb, lemma, tense = auxiliaries.pop(), "have", ""
+        lemma, tense = lemma_of_participle(verb) or "", ""
+        if not lemma and len(auxiliaries) == 1:
+            verb, lemma, i = auxiliaries.pop(), "have", i - 1
             tense = {"has": "third", "have": "base", "had": "past"}[verb]
-            i -= 1
-            if auxiliaries:
-                return None
     else:
-        lemma = verb if verb in LEMMAS or verb in ("have", "do", "be") else ""
-        if not lemma:
-            return None
-    i += 1 if verb else 0
-    if (
-        any(word.lower() in ("nobody", "nothing", "none", "never", "not") for word in (*subject, *words[i : i + 2]))
-        or subject[0].lower() == "no"
-    ):
+        lemma, tense = verb if verb in LEMMAS or verb in ("have", "do", "be") else "", ""
+    if not lemma and not (auxiliaries and auxiliaries[-1] in BE):
         return None
-    return Clause(subject, tuple(auxiliaries), verb, lemma, tense, tuple(_phrases(words[i:])))
+    rest = words[i + 1 if verb else i :]
+    if subject[0].lower() in ("no", "nobody", "nothing", "none") or any(word.lower() in NEGATIONS | {"no"} for word in rest[:2]):
+        return None
+    phrases = _phrases(rest)
+    if lemma in _TWO_OBJECTS and phrases and not phrases[0].preposition:
+        first = phrases[0].words
+        cut = next((j for j in range(1, len(first)) if first[j].lower() in DETERMINERS or is_number(first[j])), 0)
+        if cut and not {"of", "and", ","} & set(first[:cut]):
+            phrases[:1] = [Phrase("", first[:cut]), Phrase("", first[cut:])]
+    return Clause(subject, tuple(auxiliaries), verb, lemma, tense, tuple(phrases))
 
 
 def _phrases(words: list[str]) -> list[Phrase]:
@@ -500,57 +436,65 @@ def _phrases(words: list[str]) -> list[Phrase]:
     found: list[Phrase] = []
     preposition, part = "", []
     words = _without_tail(words)
-
-    def close() -> None:
-        nonlocal preposition, part
-        if part or preposition:
-            found.append(Phrase(preposition, tuple(part)))
-        preposition, part = "", []
-
     for i, word in enumerate(words):
-        low = word.lower()
-        after = words[i + 1].lower() if i + 1 < len(words) else ""
-        previous = words[i - 1].lower() if i else ""
+        low, after = word.lower(), words[i + 1].lower() if i + 1 < len(words) else ""
         timely = (
-            (low in ("every", "each", "last", "this", "next") and after in _TIMES)
-            or (low == "a" and after in _TIMES and part and preposition != "for")
-            or low in ("today", "daily", "once", "twice")
+            low in ("every", "each", "last", "this", "next", "once", "a")
+            and after in TIMES
+            and (low != "a" or bool(part))
+            or low in ("today", "daily", "twice")
         )
-        if low in _PARTICLES and not after or low in ("up", "out", "off", "back", "away", "apart") and after not in DETERMINERS:
-            close()
-            found.append(Phrase("", (low,)))
-        elif (
+        timely = (
+            timely
+            or low == "once"
+            and after == "every"
+            or low == "the"
+            and bool(part)
+            and words[i + 2 : i + 3] != []
+            and (after in ("next", "following", "same") or words[i + 2] == "before")
+            and (after in TIMES or words[i + 2].lower() in TIMES)
+        )
+        particle = (
+            low in _PARTICLES
+            and (not after or after == "," or low in ("up", "out", "off", "back", "away", "apart") and after not in DETERMINERS)
+            and (low, after) != ("up", "to")
+        )
+        starts = (
             low in PREPOSITIONS
-            and not (low in ("about", "around", "over", "up") and (is_number(after) or after == "to"))
-            and not (low == "to" and previous == "up")
-            and low not in ("than",)
-        ):
-            if low == "as" and part and part[-1].lower() in ("as", "such", "well", "known"):
-                part.append(word)
-            elif low == "between" and part and part[-1] == "and":
-                part.append(word)
-            else:
-                close()
-                preposition = low
-        elif timely and not (not part and preposition):
-            close()
-            part.append(word)
+            and after
+            and not (low in ("about", "around", "over") and is_number(after))
+            and not (low == "to" and words[i - 1 : i] == ["up"])
+            and (low, after) != ("up", "to")
+        )
+        starts = starts and not (low == "as" and part and part[-1].lower() in ("as", "such", "well", "known")) and not (low == "than")
+        if (starts or particle or timely and not (preposition and not part)) and (part or preposition):
+            found.append(Phrase(preposition, tuple(part)))
+            preposition, part = "", []
+        if particle:
+            found.append(Phrase("", (low,)))
+        elif starts and not timely:
+            preposition = low
+        elif timely and low == "a" and not part:
+            preposition = "per"
         else:
             part.append(word)
-    close()
-    return found
+    return [*found, Phrase(preposition, tuple(part))] if part or preposition else found
 
 
 def _without_tail(words: list[str]) -> list[str]:
-    """Drop what follows a comma unless the words make a list ("books, tools and seed")."""
+    """Drop a relative clause with all that follows it, and what follows a comma unless the words make a list ("books, tools and seed")."""
+    for i, word in enumerate(words):
+        if i and word.lower() in RELATIVES:
+            words = words[: i - 1] if words[i - 1].lower() in PREPOSITIONS else words[:i]
+            break
     if "," not in words:
         return words
     cut = words.index(",")
     rest = words[cut + 1 :]
+    name = next((i for i, word in enumerate(rest) if not word[0].isupper()), len(rest))
+    if name >= 2 and cut and words[cut - 1][0].islower() and (name == len(rest) or rest[name] == ","):
+        return [*words[:cut], *rest[:name], *rest[name + 1 :]]
     items = " ".join(rest).split(" , ")
-    joined = (
-        any(word in ("and", "or") for word in rest)
-        and all(len(item.split()) <= 6 for item in items)
-        and not (rest and rest[0].lower() in ("and", "but", "or", "with", "together", "then", "much"))
-    )
-    return words if joined else words[:cut]
+    opens = rest[0].lower() if rest else ""
+    listed = any(word in ("and", "or") for word in rest) and all(len(item.split()) <= 6 for item in items)
+    return words if listed and opens not in {"and", "but", "or", "then", "much", "together"} | PREPOSITIONS else words[:cut]
