@@ -1,4 +1,4 @@
-"""`python -m trimtab_runtime generate|prepare|train|serve`: read the spec, call, write the result or the failure, exit.
+"""`python -m trimtab_runtime generate|prepare|train|evaluate|serve`: read the spec, call, write the result or the failure, exit.
 
 Exit codes: 0 done; 1 failed, the cause first in output/failure; 2 usage; 143 stopped by SIGTERM after a checkpoint.
 """
@@ -24,7 +24,7 @@ STOPPED = 143  # 128 + SIGTERM, as a shell reports it
 
 
 def main(arguments: list[str]) -> int:
-    commands: dict[str, Callable[[JobDir, EventLog], int]] = {"generate": _generate, "prepare": _prepare, "train": _train}
+    commands: dict[str, Callable[[JobDir, EventLog], int]] = {"generate": _generate, "prepare": _prepare, "train": _train, "evaluate": _evaluate}
     job = JobDir.from_environment()
     if arguments == ["serve"]:
         from trimtab_runtime.serve import serve
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
         return serve(job)
     if len(arguments) != 1 or arguments[0] not in commands:
         print(
-            "usage: python -m trimtab_runtime generate|prepare|train|serve   (TRIMTAB_ROOT: the job's folder, default /opt/ml)",
+            "usage: python -m trimtab_runtime generate|prepare|train|evaluate|serve   (TRIMTAB_ROOT: the job's folder, default /opt/ml)",
             file=sys.stderr,
         )
         return 2
@@ -86,6 +86,15 @@ def _train(job: JobDir, events: EventLog) -> int:
     from trimtab_runtime.recipe import train
 
     return STOPPED if train(job, spec, events, _say, lambda: bool(asked_to_stop)) == "stopped" else 0
+
+
+def _evaluate(job: JobDir, events: EventLog) -> int:
+    _before_torch()
+    from trimtab_runtime.evaluate import evaluate
+
+    events.write(Phase(name="evaluate", at=time.time()))
+    evaluate(job, _say, lambda done, of: events.write(Progress(name="evaluate", done=done, of=of)))
+    return 0
 
 
 def _before_torch() -> None:

@@ -8,6 +8,7 @@ nothing for prose. No outside data is needed, and what is rehearsed is the model
 from __future__ import annotations
 
 import json
+import os.path
 from collections.abc import Callable
 
 from trimtab.layout import JobDir
@@ -54,7 +55,7 @@ def generate(job: JobDir, spec: TrainSpec, say: Callable[[str], None], progress:
         openings = [_OPENINGS[index % len(_OPENINGS)] for index in range(chat_count)]
         prompts = [before + tokenizer.text(words) for words in openings]
         asked = engine.complete(
-            prompts, max_new_tokens=_PROMPT_TOKENS, temperature=0.9, top_p=0.95, seed=spec.seed + 1,
+            prompts, max_new_tokens=_PROMPT_TOKENS, temperature=0.9, top_p=0.9, seed=spec.seed + 1,
             on_progress=lambda done, _: progress(prose_count + done, total),
         )  # fmt: skip
         users = [(words + engine.decode(one.ids)).strip().split("\n")[0] for words, one in zip(openings, asked, strict=True) if one.ended]
@@ -79,9 +80,5 @@ def generate(job: JobDir, spec: TrainSpec, say: Callable[[str], None], progress:
 
 
 def user_prefix(tokenizer: Tokenizer) -> list[int]:
-    """The template up to where the user's first word would stand."""
-    mark = "\x04"
-    ids, _ = tokenizer.chat([{"role": "user", "content": mark}])
-    inside = tokenizer.text(mark)
-    place = next(i for i in range(len(ids)) if ids[i : i + len(inside)] == inside)
-    return ids[:place]
+    """The template up to where the user's first word stands: what two conversations begin with alike."""
+    return os.path.commonprefix([tokenizer.chat([{"role": "user", "content": word}])[0] for word in ("a", "The")])

@@ -1,0 +1,27 @@
+# make setup | demo | test | lint | types | check | clean        (see README.md)
+.PHONY: setup demo test lint types check clean help
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+
+help:  ## what there is
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup:  ## make .venv with everything (quick the second time)
+	@.ci/setup
+
+demo: setup  ## tune the default model on pages and compare; PAGES=folder PROBES=file for your own
+	@$(PY) benchmarks/demo.py $(if $(PAGES),--pages "$(PAGES)") $(if $(PROBES),--probes "$(PROBES)")
+
+test: setup  ## every test
+	@$(PY) -m pytest
+
+lint: setup  ## ruff: rules and format
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+types: setup  ## mypy --strict on the SDK
+	@$(PY) -m mypy --strict sdk
+
+check: lint types test  ## what CI runs
+
+clean:  ## remove what was built here, not the model cache
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
