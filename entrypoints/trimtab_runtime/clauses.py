@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from trimtab_runtime.finite import find_verb, opens
 from trimtab_runtime.phrases import (
     ADVERBS,
     AUXILIARIES,
@@ -16,19 +17,20 @@ from trimtab_runtime.phrases import (
     NEGATIONS,
     PREPOSITIONS,
     PRONOUNS,
-    RELATIVES,
+    SUBORDINATORS,
     TIMES,
     Phrase,
     is_number,
     is_plural,
     names,
+    phrases_of,
     tokens_of,
 )
-from trimtab_runtime.verbs import LEMMAS, PAST, lemma_of_participle, lemma_of_past, lemma_of_third, word_set
+from trimtab_runtime.verbs import LEMMAS, lemma_of_participle, lemma_of_past, lemma_of_third, word_set
 
-_SUBORDINATORS = word_set("because while although though whereas since unless if when where whether so until before after once as")
 _LEADING = word_set(
-    "and but so also however today now then still therefore yet here finally moreover nowadays currently originally usually meanwhile"
+    """and but so also however today now then still therefore yet here finally moreover nowadays currently originally usually
+    meanwhile"""
 )
 _LEADING_PAIRS = (
     ("so", "far"),
@@ -39,10 +41,7 @@ _LEADING_PAIRS = (
     ("as", "a", "result"),
     ("in", "addition"),
 )
-_PARTICLES = word_set("up out off back away over down apart together along aside")
-_ALONE = word_set("some others many most few all both several")  # determiners that can be a whole subject
-_TWO_OBJECTS = word_set("give lend offer send show tell award teach pay grant bring hand sell")
-_CLAUSAL = word_set("that whether how what why")
+TWO_OBJECTS = word_set("give lend offer send show tell award teach pay grant bring hand sell")
 _DATED = re.compile(
     r"(?:(?:in|since|by|until|around|during|from|on|at) (?:(?:early|late|mid) |about |(?:the )?(?:spring|summer|autumn|winter|end|beginning) of |\d{1,2}(?:st|nd|rd|th)? )*"
     r"(?:(?:january|february|march|april|may|june|july|august|september|october|november|december) )?(?:\d{1,2} )?(?:1[0-9]{3}|20[0-9]{2})s?(?= (?!of |and )|$)"
@@ -63,6 +62,7 @@ class Clause:
     leading: tuple[Phrase, ...] = ()  # adverbials that stood before the subject
     condition: tuple[str, ...] = ()  # "when the power fails"
     reason: bool = False  # a because-clause follows
+    thing: bool = False  # the subject is known to be no person
     resolved: bool = False  # the subject stands for a pronoun: the sentence does not say it
 
     @property
@@ -84,7 +84,7 @@ class Clause:
 def clauses(sentence: str) -> list[Clause]:
     """The clauses of a statement that could be read, the main one first. [] where there is none (headings, commands, speech)."""
     speech = (
-        re.search(r"[“\"].*\b(says?|said|asks?|asked)\b", sentence) or sentence.count('"') % 2 or "“" in sentence and "”" not in sentence
+        re.search(r"[“\"].*\b(says?|said|asks?|asked)\b", sentence) or sentence.count('"') % 2 or ("“" in sentence and "”" not in sentence)
     )
     tokens = tokens_of(sentence)
     if not tokens or len(tokens) > 70 or speech or sentence.rstrip().endswith("?") or _command(tokens):
@@ -103,6 +103,8 @@ def clauses(sentence: str) -> list[Clause]:
 def _command(tokens: list[str]) -> bool:
     """Whether a sentence starts with a verb in its base form: Bring shoes."""
     first, after = tokens[0].lower(), tokens[1].lower() if len(tokens) > 1 else ""
+    if after.endswith("'s") or (first == "last" and after in TIMES):
+        return False
     if first == "please":
         return True
     opens = after in DETERMINERS | PREPOSITIONS | ADVERBS | {"them", "us", "me", "him", ",", "down", "up"} or is_number(after)
@@ -121,108 +123,8 @@ def _part(tokens: list[str], main: tuple[str, ...]) -> list[Clause]:
     if found:
         found[0] = replace(found[0], leading=tuple(leading), condition=tuple(condition))
     for subject, rest in relatives:
-        found += _predicates([*subject, *rest], ())
+        found += [replace(one, thing=rest[0] == "which") for one in _predicates([*subject, *rest[1:]], ())]
     return found
-
-
-# --- finite verbs ----------------------------------------------------------------------------------------------------------------
-
-
-def _nominal_place(tokens: list[str], i: int) -> bool:
-    """Whether the word at i stands where a noun or adjective stands, not a verb."""
-    before = tokens[i - 1].lower()
-    if i == 1 and before in _ALONE:
-        return False
-    if before in DETERMINERS or before in PREPOSITIONS - {"up", "down", "off"} or before.endswith("'s"):
-        return True
-    if before in ("of", "and", "or", ",", "to", "be", "very", "first", "last", "second", "third", "new", "old", "own"):
-        return True
-    return is_number(before) and i > 1 and tokens[i - 2].lower() not in ("number", "version", "chapter", "section")
-
-
-def _opens(token: str) -> bool:
-    """Whether a word can follow a verb at once: the house, in, two, Ann."""
-    low = token.lower()
-    return (
-        not token
-        or low in DETERMINERS | PREPOSITIONS | ADVERBS | PRONOUNS | _CLAUSAL | {",", "us", "them"}
-        or is_number(token)
-        or token[0].isupper()
-    )
-
-
-def _kind(tokens: list[str], i: int) -> str:
-    """What finite verb the token can be: aux, past, third, base, or "" for none."""
-    word = tokens[i].lower()
-    if word in AUXILIARIES:
-        return "aux"
-    if i == 0 or tokens[i][0].isupper() or _nominal_place(tokens, i):
-        return ""
-    after, later = (tokens[j].lower() if j < len(tokens) else "" for j in (i + 1, i + 2))
-    if after in AUXILIARIES or (lemma_of_past(after) and after not in LEMMAS and not after.endswith("ed")):
-        return ""
-    plural = is_plural(tokens[:i])
-    if word in LEMMAS and plural and after != "of":
-        return "base"
-    if lemma_of_past(word) and not (word in LEMMAS and (lemma_of_past(after) or tokens[i - 1].endswith("ing"))):
-        return "past"
-    lemma = lemma_of_third(word)
-    if plural or after == "of":
-        return ""
-    if lemma:
-        return "" if lemma not in PAST and after in LEMMAS and after not in ADVERBS | PREPOSITIONS and _opens(later) else "third"
-    known = tokens[0].lower() in DETERMINERS or (
-        tokens[0][0].isupper() and not tokens[0].endswith("s") and not lemma_of_past(tokens[0].lower())
-    )
-    return "third" if known and after and _opens(tokens[i + 1]) and lemma_of_third(word, known=False) else ""
-
-
-def _find_verb(tokens: list[str]) -> tuple[int, str] | None:
-    """Index and kind of the main clause's finite verb; verbs of relative clauses in the subject are passed over."""
-    pending, i = "", 0
-    while i < len(tokens):
-        word = tokens[i].lower()
-        before = tokens[i - 1].lower() if i else ""
-        if (word in RELATIVES and i and not (word == "that" and before in PREPOSITIONS)) or (word in PRONOUNS and i and not pending):
-            pending = word
-        kind = _kind(tokens, i)
-        inner = before in PRONOUNS | ADVERBS | {"that", "who", "which"} and (lemma_of_third(word) or word in LEMMAS or lemma_of_past(word))
-        if pending and i and (kind and pending != "whose" or inner or kind == "aux"):
-            pending = ""
-            while (
-                kind == "aux"
-                and i + 1 < len(tokens)
-                and (tokens[i + 1].lower() in AUXILIARIES | ADVERBS | BE or lemma_of_participle(tokens[i + 1].lower()))
-            ):
-                i += 1
-        elif kind and not pending:
-            if not i:
-                return None
-            if not (kind == "past" and lemma_of_participle(word) and _reduced(tokens, i)):
-                return i, kind
-        i += 1
-    return None
-
-
-def _reduced(tokens: list[str], i: int) -> bool:
-    """Whether a participle at i only describes the subject ("tools bought here are ..."): a finite verb follows in the same stretch."""
-    for j in range(i + 1, min(len(tokens), i + 10)):
-        word = tokens[j].lower()
-        if word in RELATIVES | PRONOUNS | (_SUBORDINATORS - {"as", "before", "after", "since"}) | {",", "and", "but", "there"}:
-            return False
-        if word in AUXILIARIES:
-            return j > i + 1
-        follows = tokens[i + 1].lower() in PREPOSITIONS | ADVERBS
-        if (
-            follows
-            and j > i + 1
-            and lemma_of_past(word)
-            and not _nominal_place(tokens, j)
-            and j + 1 < len(tokens)
-            and _opens(tokens[j + 1])
-        ):
-            return True
-    return False
 
 
 # --- what stands around the main clause ------------------------------------------------------------------------------------------
@@ -235,25 +137,20 @@ def _without_relatives(tokens: list[str]) -> tuple[list[str], list[tuple[list[st
     i = 0
     while i < len(tokens):
         after = [token.lower() for token in tokens[i + 1 : i + 5]]
-        opens = (
-            after[:1]
-            and after[0] in ("who", "which", "whose", "where", "when")
-            or after[1:2]
-            and after[1] in ("which", "whom")
-            or "which" in after[2:]
-            and "of" in after
-        )
-        if tokens[i] == "," and opens:
-            complete = _find_verb(kept) is not None
+        starts = after[:1] and after[0] in ("who", "which", "whose", "where", "when")
+        starts = starts or (after[1:2] and after[1] in ("which", "whom")) or ("which" in after[2:] and "of" in after)
+        if tokens[i] == "," and starts:
+            complete = find_verb(kept) is not None
             end = i + 2
             while end < len(tokens) and not (
-                tokens[end] == "," and (not complete or tokens[end + 1 : end + 2] and tokens[end + 1].lower() in ("and", "but"))
+                tokens[end] == "," and (not complete or (tokens[end + 1 : end + 2] and tokens[end + 1].lower() in ("and", "but")))
             ):
                 end += 1
             name = names(kept) if len(names(kept)) >= 2 else []
-            if after[0] in ("who", "which") and name:
-                relatives.append((name, tokens[i + 2 : end]))
-            if complete and end + 1 < len(tokens) and _find_verb(tokens[end + 2 :]) is None:
+            before = kept[-len(name) - 1].lower() if len(kept) > len(name) else ""
+            if name and (after[0] == "who" or (after[0] == "which" and before not in PREPOSITIONS | {"the", "of"})):
+                relatives.append((name, tokens[i + 1 : end]))
+            if complete and end + 1 < len(tokens) and find_verb(tokens[end + 2 :]) is None:
                 end = len(tokens)
             i = end if complete else end + 1
             continue
@@ -275,30 +172,36 @@ def _without_leading(tokens: list[str]) -> tuple[list[Phrase], list[str], list[s
         more, condition, rest = _without_leading(tokens[2 if low[1] == "," else 1 :])
         return [*now, *more], condition, rest
     comma = low.index(",") if "," in low else 0
-    if (
-        low[0] in ("when", "if", "while", "although", "because", "before", "after", "once", "whenever", "until", "since", "as", "unless")
-        and comma
-        and _find_verb(tokens[1:comma])
-    ):
-        return [], [low[0], *_lowered(tokens[1:comma])], tokens[comma + 1 :]
+    unclear = {"it", "he", "she", "they", "his", "her", "its", "their", "them"}
+    if low[0] in SUBORDINATORS and low[0] not in ("so", "whether", "where") and comma and find_verb(tokens[1:comma]):
+        condition = [] if unclear & set(low[:comma]) or low[comma - 1] in AUXILIARIES else [low[0], *_lowered(tokens[1:comma])]
+        return [], condition, tokens[comma + 1 :]
     timed = low[0] in ("every", "each", "last", "next", "this", "once") and low[1] in TIMES
+    counted = (
+        low[0] in PREPOSITIONS and (is_number(low[1]) or low[:2] in (["at", "most"], ["at", "least"])) and not _DATED.match(" ".join(low))
+    )
     there = next((i for i in range(1, min(len(low) - 1, 12)) if low[i] == "there" and low[i + 1] in AUXILIARIES), 0)
     end = 0
     if there and (low[0] in PREPOSITIONS or there == 1):
         end = there
-    elif low[0] in PREPOSITIONS or timed:
+    elif (low[0] in PREPOSITIONS or timed) and not (counted and (not comma or find_verb(tokens[:comma]))):
         dated = _DATED.match(" ".join(low))
-        end = len(dated[0].split()) if dated else comma if comma < 14 else 0
+        pronoun = next((i for i in range(2, min(len(low) - 1, 8)) if low[i] in PRONOUNS), 0)
+        end = len(dated[0].split()) if dated else comma if comma < 14 and not find_verb(tokens[:comma]) else 0
+        end = end or (pronoun if low[0] not in SUBORDINATORS and not find_verb(tokens[:pronoun]) else 0)
     if not end:
         return [], [], tokens
     more, condition, rest = _without_leading(tokens[end + (low[end] == ",") :]) if end < len(low) else ([], [], [])
-    return [*_phrases(_lowered(tokens[:end]))[:2], *more], condition, rest
+    found = [] if unclear & set(low[:end]) else phrases_of(_lowered(tokens[:end]))[:2]
+    return [*found, *more], condition, rest
 
 
 def _lowered(tokens: list[str]) -> list[str]:
     """The words with a sentence's capital taken off, unless the first is a name."""
     first = tokens[0] if tokens else ""
-    named = len(tokens) > 1 and tokens[1][0].isupper() and first.lower() not in DETERMINERS | PREPOSITIONS | PRONOUNS
+    named = (
+        (tokens[1:2] and tokens[1][0].isupper()) or (tokens[1:2] == ["of"] and tokens[2:3] and tokens[2][0].isupper())
+    ) and first.lower() not in DETERMINERS | PREPOSITIONS | PRONOUNS
     common = len(tokens) > 1 or first.lower() in DETERMINERS | PREPOSITIONS | PRONOUNS | word_set(
         "anyone everyone someone everything anybody"
     )
@@ -311,10 +214,12 @@ def _lowered(tokens: list[str]) -> list[str]:
 
 def _predicates(tokens: list[str], main: tuple[str, ...]) -> list[Clause]:
     """Subject and first predicate, then the predicates and clauses joined to it."""
-    found = _find_verb(tokens)
+    found = find_verb(tokens)
     if found is None or not 0 < found[0] <= 22:
         return []
     at, kind = found
+    if lemma_of_participle(tokens[0].lower()) and tokens[0].islower() and tokens[1].lower() in PREPOSITIONS:
+        return []  # "laid in a drawer made of wood"
     subject = tuple(_lowered(tokens[:at]))
     while len(subject) > 1 and subject[-1].lower() in ADVERBS - {"here", "there"} | {","}:
         subject = subject[:-1]
@@ -338,6 +243,10 @@ def _of_subject(subject: tuple[str, ...], words: list[str], kind: str) -> list[C
         rest = rest[1:]
     rest = rest[1:]
     continued = _continued(rest, kind)
+    if continued == "participle":
+        if not clause or not clause.verb or not clause.auxiliaries:
+            return [clause] if clause else []
+        rest, continued = [*clause.auxiliaries, *rest], "aux"
     more: list[Clause] = []
     if continued:
         while rest[0].lower() in ADVERBS:
@@ -356,12 +265,14 @@ def _continued(rest: list[str], kind: str) -> str:
     word, after = (rest[i].lower(), rest[i + 1] if i + 1 < len(rest) else "") if rest else ("", "")
     if word in AUXILIARIES:
         return "aux"
-    opens = _opens(after)
+    follows = opens(after)
     if kind == "base":
-        return "base" if word in LEMMAS and after and opens and after != "," else ""
-    if kind in ("past", "aux") and lemma_of_past(word) and opens and (kind == "past" or not lemma_of_participle(word)):
+        return "base" if word in LEMMAS and after and follows and after != "," else ""
+    if kind == "aux" and lemma_of_participle(word) and follows:
+        return "participle"
+    if kind in ("past", "aux") and lemma_of_past(word) and follows and (kind == "past" or not lemma_of_participle(word)):
         return "past"
-    return "third" if kind in ("third", "aux") and lemma_of_third(word) and opens else ""
+    return "third" if kind in ("third", "aux") and lemma_of_third(word) and follows else ""
 
 
 def _end_of_predicate(tokens: list[str], kind: str) -> tuple[int, list[str]]:
@@ -373,17 +284,22 @@ def _end_of_predicate(tokens: list[str], kind: str) -> tuple[int, list[str]]:
         if word == "," and _continued(rest, kind) and ("and" in rest or "or" in rest):
             return i, tokens[i:]
         if word in ("and", "but", "so", "or"):
-            inner = _find_verb(rest)
+            inner = find_verb(rest)
             plain = inner and inner[0] <= 5 and inner[1] in ("aux", "past", "third") and rest[0].lower() in DETERMINERS | PRONOUNS
-            if _continued(rest, kind) or (comma or word == "but") and inner or plain or inner and inner[1] == "aux" and inner[0] <= 2:
+            if _continued(rest, kind) or ((comma or word == "but") and inner) or plain or (inner and inner[1] == "aux" and inner[0] <= 2):
                 return end, tokens[i:]
         if word in ("because", "while", "although", "though", "whereas", "unless", "if", "whether") or (
             word == "so" and rest[0].lower() == "that"
         ):
             return end, tokens[i:]
         if word in ("when", "where", "until", "before", "after", "since", "once", "as"):
-            inner = _find_verb(rest)
-            if inner and inner[0] <= 4 and (rest[0].lower() in DETERMINERS | PRONOUNS or comma or word == "when"):
+            inner = find_verb(rest)
+            if (
+                inner
+                and inner[0] <= 4
+                and "," not in rest[: inner[0]]
+                and (rest[0].lower() in DETERMINERS | PRONOUNS or comma or word == "when")
+            ):
                 return end, tokens[i:]
     return len(tokens), []
 
@@ -422,79 +338,10 @@ def _clause(subject: tuple[str, ...], words: list[str], kind: str) -> Clause | N
     rest = words[i + 1 if verb else i :]
     if subject[0].lower() in ("no", "nobody", "nothing", "none") or any(word.lower() in NEGATIONS | {"no"} for word in rest[:2]):
         return None
-    phrases = _phrases(rest)
-    if lemma in _TWO_OBJECTS and phrases and not phrases[0].preposition:
+    phrases = phrases_of(rest)
+    if lemma in TWO_OBJECTS and phrases and not phrases[0].preposition:
         first = phrases[0].words
         cut = next((j for j in range(1, len(first)) if first[j].lower() in DETERMINERS or is_number(first[j])), 0)
         if cut and not {"of", "and", ","} & set(first[:cut]):
             phrases[:1] = [Phrase("", first[:cut]), Phrase("", first[cut:])]
     return Clause(subject, tuple(auxiliaries), verb, lemma, tense, tuple(phrases))
-
-
-def _phrases(words: list[str]) -> list[Phrase]:
-    """Cut at prepositions (but "of") and before time expressions; what follows a comma stays only as part of a list."""
-    found: list[Phrase] = []
-    preposition, part = "", []
-    words = _without_tail(words)
-    for i, word in enumerate(words):
-        low, after = word.lower(), words[i + 1].lower() if i + 1 < len(words) else ""
-        timely = (
-            low in ("every", "each", "last", "this", "next", "once", "a")
-            and after in TIMES
-            and (low != "a" or bool(part))
-            or low in ("today", "daily", "twice")
-        )
-        timely = (
-            timely
-            or low == "once"
-            and after == "every"
-            or low == "the"
-            and bool(part)
-            and words[i + 2 : i + 3] != []
-            and (after in ("next", "following", "same") or words[i + 2] == "before")
-            and (after in TIMES or words[i + 2].lower() in TIMES)
-        )
-        particle = (
-            low in _PARTICLES
-            and (not after or after == "," or low in ("up", "out", "off", "back", "away", "apart") and after not in DETERMINERS)
-            and (low, after) != ("up", "to")
-        )
-        starts = (
-            low in PREPOSITIONS
-            and after
-            and not (low in ("about", "around", "over") and is_number(after))
-            and not (low == "to" and words[i - 1 : i] == ["up"])
-            and (low, after) != ("up", "to")
-        )
-        starts = starts and not (low == "as" and part and part[-1].lower() in ("as", "such", "well", "known")) and not (low == "than")
-        if (starts or particle or timely and not (preposition and not part)) and (part or preposition):
-            found.append(Phrase(preposition, tuple(part)))
-            preposition, part = "", []
-        if particle:
-            found.append(Phrase("", (low,)))
-        elif starts and not timely:
-            preposition = low
-        elif timely and low == "a" and not part:
-            preposition = "per"
-        else:
-            part.append(word)
-    return [*found, Phrase(preposition, tuple(part))] if part or preposition else found
-
-
-def _without_tail(words: list[str]) -> list[str]:
-    """Drop a relative clause with all that follows it, and what follows a comma unless the words make a list ("books, tools and seed")."""
-    for i, word in enumerate(words):
-        if i and word.lower() in RELATIVES:
-            words = words[: i - 1] if words[i - 1].lower() in PREPOSITIONS else words[:i]
-            break
-    if "," not in words:
-        return words
-    cut = words.index(",")
-    rest = words[cut + 1 :]
-    name = next((i for i, word in enumerate(rest) if not word[0].isupper()), len(rest))
-    if name >= 2 and cut and words[cut - 1][0].islower() and (name == len(rest) or rest[name] == ","):
-        return [*words[:cut], *rest[:name], *rest[name + 1 :]]
-    items = " ".join(rest).split(" , ")
-    opens = rest[0].lower() if rest else ""
-    listed = any(word in ("and", "or") for word in rest) and all(len(item.split()) <= 6 for item in items)
-    return words if listed and opens not in {"and", "but", "or", "then", "much", "together"} | PREPOSITIONS else words[:cut]

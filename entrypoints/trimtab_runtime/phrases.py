@@ -13,25 +13,32 @@ MODALS = word_set("may must will would could should can might shall cannot")
 AUXILIARIES = word_set("is are was were am has have had do does did") | MODALS
 NEGATIONS = word_set("not never no nobody nothing none neither cannot nor")
 DETERMINERS = word_set(
-    "the a an this these those each every our your their his her its my some any no another both all such own most many several few"
+    """the a an this these those each every our your their his her its my some any no another both all such own most many several
+    few"""
 )
 PREPOSITIONS = word_set(
-    """in on at from to by with for since during after before until till into onto through under below above beneath beside between along
-    behind near across against among around about over off without within inside outside towards toward via per past beyond despite as upon
-    throughout opposite down up like"""
+    """in on at from to by with for since during after before until till into onto through under below above beneath beside between
+    along behind near across against among around about over off without within inside outside towards toward via per past
+    beyond despite as upon throughout opposite down up like"""
 )
 PRONOUNS = word_set("i we you he she it they")
 ADVERBS = word_set(
-    """also now still always only already often usually once currently today then just even ever sometimes soon later again together too both
-    since first originally therefore however thus nearly almost mostly mainly largely partly simply far so more most there here"""
+    """also now still always only already often usually once currently today then just even ever sometimes soon later again together
+    too both since first originally therefore however thus nearly almost mostly mainly largely partly simply far so more most
+    there here"""
 )
 RELATIVES = word_set("that who which whose whom where")
 TIMES = word_set(
-    """year years month months week weeks day days hour hours morning evening afternoon night nights spring summer autumn winter season monday
-    tuesday wednesday thursday friday saturday sunday weekend decade century minute minutes mornings evenings afternoons summers winters weekends"""
+    """year years month months week weeks day days hour hours morning evening afternoon night nights spring summer autumn winter
+    season monday tuesday wednesday thursday friday saturday sunday weekend decade century minute minutes mornings evenings
+    afternoons summers winters weekends"""
 )
+SUBORDINATORS = word_set("because while although though whereas since unless if when where whether so until before after once as")
+CLAUSAL = word_set("that whether how what why")
+_PARTICLES = word_set("up out off back away over down apart together along aside")
 _PLURALS = word_set(
-    "people children men women others some many most few all both these those mice geese feet teeth they we you police cattle staff"
+    """people children men women others some many most few all both these those mice geese feet teeth they we you police cattle
+    staff"""
 )
 _QUANTITIES = word_set("half most some all many third thirds quarter quarters rest majority number percent %")
 _MONTHS = word_set("january february march april may june july august september october november december")
@@ -45,43 +52,48 @@ _MONEY = re.compile(r"^(pounds?|dollars?|euros?|pence|cents?|francs?|yen|crowns?
 _LENGTHS = re.compile(r"^(met(?:re|er)s?|kilomet(?:re|er)s?|miles?|feet|foot|yards?|inch(?:es)?|centimet(?:re|er)s?|cm|km|m|mm)$")
 _WEIGHTS = re.compile(r"^(kilograms?|kilos?|grams?|tons?|tonnes?|kg|ounces?)$")
 COLOURS = word_set(
-    "red blue green yellow orange purple violet pink brown black white grey gray turquoise gold golden silver crimson scarlet navy beige"
+    """red blue green yellow orange purple violet pink brown black white grey gray turquoise gold golden silver crimson scarlet navy
+    beige"""
 )
 _PLACES = word_set(
-    """room hall tunnel mine vault garden house cabinet village town city valley island building school church chapel library museum station
-    street lane road park square centre center yard shed tower castle cellar basement kitchen office workshop laboratory field hill hillside
-    mountain river lake sea coast forest wood harbour port bridge shop desk gate floor bunker country countries region gallery terrace ground
-    drawer shaft cave farm barn monastery theatre hospital university college corner wall roof bank pond glasshouse attic bay quarry directory
-    folder file end mouth slope bench table entrance window lobby café"""
+    """room hall tunnel mine vault garden house cabinet village town city valley island building school church chapel library museum
+    station street lane road park square centre center yard shed tower castle cellar basement kitchen office workshop
+    laboratory field hill hillside mountain river lake sea coast forest wood harbour port bridge shop desk gate floor bunker
+    country countries region gallery terrace ground drawer shaft cave farm barn monastery theatre hospital university college
+    corner wall roof bank pond glasshouse attic bay quarry directory folder file end mouth slope bench table entrance window
+    lobby café"""
 )
 _ORGANISATIONS = word_set(
-    """bank mill foundation university hall lane street road museum island islands company institute trust society club medal prize award
-    festival library school church house park garden project party council race supper lecture night group valley mountains station server
-    software system version"""
+    """bank mill foundation university hall lane street road museum island islands company institute trust society club medal prize
+    award festival library school church house park garden project party council race supper lecture night group valley
+    mountains station server software system version"""
 )
 # nouns for people: many -er words are things (drawer, server), so these are listed
 _PEOPLE = word_set(
-    """person people man men woman women child children boy girl mother father brother sister son daughter wife husband uncle aunt friend
-    member visitor volunteer customer user guest winner speaker reader writer author editor keeper owner founder leader manager director
-    teacher schoolteacher pupil student professor lecturer headteacher baker cook chef butcher brewer farmer gardener grower breeder beekeeper
-    shepherd miller miner painter sculptor builder joiner carpenter mason plumber roofer glazier thatcher potter weaver tailor clockmaker
-    architect engineer inventor designer developer programmer maintainer administrator contributor researcher scientist doctor surgeon nurse
-    vet lawyer judge clerk banker trader merchant shopkeeper landlord sailor captain fisherman pilot driver postman watchman nightwatchman
-    guard soldier officer king queen prince princess emperor president minister mayor councillor politician bishop priest monk nun vicar poet
-    singer composer musician drummer player conductor dancer actor actress presenter broadcaster journalist photographer historian curator
-    librarian botanist explorer traveller climber collector beginner borrower champion apprentice assistant helper supporter trustee chair
-    chairman chairwoman chairperson secretary treasurer coordinator guide cleaner ringer diver rider racer runner swimmer skipper ferryman
-    worker labourer craftsman staff crew team family families villager neighbour resident citizen donor sponsor"""
+    """person people man men woman women child children boy girl mother father brother sister son daughter wife husband uncle aunt
+    friend member visitor volunteer customer user guest winner speaker reader writer author editor keeper owner founder
+    leader manager director teacher schoolteacher pupil student professor lecturer headteacher baker cook chef butcher brewer
+    farmer gardener grower breeder beekeeper shepherd miller miner painter sculptor builder joiner carpenter mason plumber
+    roofer glazier thatcher potter weaver tailor clockmaker architect engineer inventor designer developer programmer
+    maintainer administrator contributor researcher scientist doctor surgeon nurse vet lawyer judge clerk banker trader
+    merchant shopkeeper landlord sailor captain fisherman pilot driver postman watchman nightwatchman guard soldier officer
+    king queen prince princess emperor president minister mayor councillor politician bishop priest monk nun vicar poet
+    singer composer musician drummer player conductor dancer actor actress presenter broadcaster journalist photographer
+    historian curator librarian botanist explorer traveller climber collector beginner borrower champion apprentice assistant
+    helper supporter trustee chair chairman chairwoman chairperson secretary treasurer coordinator guide cleaner ringer diver
+    rider racer runner swimmer skipper ferryman worker labourer craftsman staff crew team family families villager neighbour
+    resident citizen donor sponsor"""
 )
 _PERSON_ENDING = re.compile(r".{3}(ist|man|woman|maker|keeper|smith|wright|herd|teacher|worker|holder|ologist)s?$")
 _TOKEN = re.compile(r"\d[\d,.:]*\d|[^\s,;:()]+|[,;:()]")
 _TENS = word_set("twenty thirty forty fifty sixty seventy eighty ninety")
 _NUMBERS = _TENS | word_set(
-    """two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen hundred thousand
-    million billion dozen"""
+    """two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen
+    hundred thousand million billion dozen"""
 )
 _APPROXIMATE = word_set(
-    "about around some more less than at least most up to nearly over almost only another minus exactly roughly approximately just under"
+    """about around some more less than at least most up to nearly over almost only another minus exactly roughly approximately just
+    under"""
 )
 
 
@@ -99,7 +111,9 @@ class Phrase:
     @property
     def infinitive(self) -> bool:
         """Whether it is "to" with a verb, as in "to build a second vault"."""
-        return self.preposition == "to" and bool(self.words) and self.words[0] in LEMMAS and self.words[1:2] != ("of",)
+        return (
+            self.preposition == "to" and bool(self.words) and self.words[0] in LEMMAS | {"be", "have", "do"} and self.words[1:2] != ("of",)
+        )
 
 
 def join(words: Sequence[str]) -> str:
@@ -144,7 +158,11 @@ def is_plural(words: Sequence[str]) -> bool:
         return is_plural(words[at + 2 :])
     if at and words[at][0].isupper() and words[at - 1][0].isupper() and low[0] not in DETERMINERS:
         return False  # a name: Ann Cummings
-    return last in _PLURALS or is_number(last) or (last.endswith("s") and not last.endswith(("ss", "us", "is", "'s")))
+    return (
+        last in _PLURALS
+        or (is_number(last) and (not at or low[-2] in DETERMINERS))
+        or (last.endswith("s") and not last.endswith(("ss", "us", "is", "'s")))
+    )
 
 
 def trimmed(words: Sequence[str]) -> list[str]:
@@ -160,9 +178,7 @@ def names(words: Sequence[str]) -> list[str]:
     i = len(words)
     while i and (
         words[i - 1][:1].isupper()
-        or 1 < i < len(words)
-        and words[i - 1] in ("of", "the", "and", "de", "van", "von")
-        and words[i - 2][0].isupper()
+        or (1 < i < len(words) and words[i - 1] in ("of", "the", "and", "de", "van", "von") and words[i - 2][0].isupper())
     ):
         i -= 1
     return list(words[i:])
@@ -173,10 +189,8 @@ def apposed(words: Sequence[str]) -> tuple[list[str], list[str]]:
     plain = trimmed(words)
     name = names(plain)
     role = plain[: len(plain) - len(name)]
-    if (
-        not name
-        or role
-        and (not role[-1][0].islower() or any(word.lower() in PREPOSITIONS | {"of"} for word in role) or role[-1] in DETERMINERS)
+    if not name or (
+        role and (not role[-1][0].islower() or any(word.lower() in PREPOSITIONS | {"of"} for word in role) or role[-1] in DETERMINERS)
     ):
         return [], []
     return role, name
@@ -210,17 +224,21 @@ def is_place(phrase: Phrase) -> bool:
     words = list(phrase.words)
     head = words[: head_of(words) + 1]
     last = head[-1].lower()
-    if any(map(is_number, head)) or any(is_role(word) and word[0].islower() for word in head) or "and" in head and last not in _PLACES:
+    if any(map(is_number, head)) or any(is_role(word) and word[0].islower() for word in head) or ("and" in head and last not in _PLACES):
         return False
     named = head[-1][0].isupper() and (head[0][0].isupper() or head[0] in ("the", "our")) and not is_person(head)
-    return last in _PLACES or last.removesuffix("s") in _PLACES or named and last not in _MONTHS and last not in _DAYS
+    return last in _PLACES or last.removesuffix("s") in _PLACES or (named and last not in _MONTHS and last not in _DAYS)
 
 
 def when(phrase: Phrase) -> list[str]:
     """Question words for a phrase of time ("in 1961": when, in which year), or []."""
     low, first = [word.lower() for word in phrase.words], phrase.preposition
     text = " ".join(low)
-    if not low or first and first not in "in on at from since until till by during before after for within to around".split():
+    if not low or (
+        first
+        and first
+        not in ["in", "on", "at", "from", "since", "until", "till", "by", "during", "before", "after", "for", "within", "to", "around"]
+    ):
         return []
     if first == "for":
         long = (
@@ -231,9 +249,9 @@ def when(phrase: Phrase) -> list[str]:
         return ["how long", "for how long"] if _PERIODS.match(low[-1]) and long else []
     if first in ("in", "within") and _PERIODS.match(low[-1]) and any(map(is_number, low[:-1])):
         return ["how soon", "within what time"] if first == "within" else ["when"]
-    if low[:2] == ["once", "every"] or low[0] in ("every", "each") and len(low) > 2 and is_number(low[1]):
+    if low[:2] == ["once", "every"] or (low[0] in ("every", "each") and len(low) > 2 and is_number(low[1])):
         return ["how often"]
-    if low[0] in ("daily", "twice", "weekly") or low[0] in ("every", "once") and len(low) == 2 and low[1] in TIMES:
+    if low[0] in ("daily", "twice", "weekly") or (low[0] in ("every", "once") and len(low) == 2 and low[1] in TIMES):
         return ["how often"]
     if low[0] in ("every", "each", "per", "once"):
         return []
@@ -246,14 +264,16 @@ def when(phrase: Phrase) -> list[str]:
         )
         if clock and first in ("in", "at", "from", "until", "on", "during", "since", ""):
             return {"until": ["until when"], "since": ["since when"], "at": ["at what time", "when"]}.get(first, ["when"])
-        return ["when"] if low[0] in ("last", "next", "this") and len(low) == 2 or text in ("the next year", "the following year") else []
+        return ["when"] if (low[0] in ("last", "next", "this") and len(low) == 2) or text in ("the next year", "the following year") else []
+    if first == "from" and year:
+        return []
     if first == "since":
         return ["since when", "since when" if month else "since which year"]
     if first in ("until", "till", "to"):
         return ["until when"]
     if first in ("before", "after", "by"):
         return [f"{first} which year"] if year and not month else [f"{first} when"] if first == "by" else []
-    if len(low) == 1 or month and year and len(low) == 2:
+    if len(low) == 1 or (month and year and len(low) == 2):
         kind = "month" if month else "year" if year else "day"
         inner = {"month": "in", "year": "in", "day": "on"}[kind]
         return ["when", f"{inner} which {kind}", f"{inner} what {kind}"] if first == inner else ["when"]
@@ -278,10 +298,86 @@ def count(words: Sequence[str]) -> tuple[str, list[str], str] | None:
             break
     if number[0] in "£$€":
         return number, [], "money"
-    if number.endswith("%") or counted and counted[0].lower() in ("percent", "%"):
+    if number.endswith("%") or (counted and counted[0].lower() in ("percent", "%")):
         return number, counted if number.endswith("%") else counted[1:], "percent"
     unit = counted[0].lower() if counted else ""
     if not unit or _YEAR.fullmatch(number) or unit[0].isdigit() or unit in ("o'clock", "am", "pm", "of") or unit in PREPOSITIONS:
         return None
     kinds = {"money": _MONEY, "length": _LENGTHS, "weight": _WEIGHTS, "period": _PERIODS, "degrees": re.compile("degrees?$")}
     return number, counted, next((kind for kind, form in kinds.items() if form.match(unit)), "things")
+
+
+# --- cutting what follows a verb ---------------------------------------------------------------------------------------------------
+
+
+def phrases_of(words: Sequence[str]) -> list[Phrase]:
+    """Cut at prepositions (but "of") and before expressions of time. Relative clauses and what follows a comma, but in lists, are dropped."""
+    found: list[Phrase] = []
+    preposition, part = "", []
+    words = _without_tail(list(words))
+    for i, word in enumerate(words):
+        low = word.lower()
+        particle, timely, starts = _is_particle(words, i), _starts_time(words, i, part), _starts_phrase(words, i, part)
+        if (starts or particle or (timely and not (preposition and not part))) and (part or preposition):
+            found.append(Phrase(preposition, tuple(part)))
+            preposition, part = "", []
+        if particle:
+            found.append(Phrase("", (low,)))
+        elif starts:
+            preposition = low
+        elif timely and low == "a" and not part:
+            preposition = "per"
+        else:
+            part.append(word)
+    found = [*found, Phrase(preposition, tuple(part))] if part or preposition else found
+    return [phrase for phrase in found if phrase.preposition or phrase.words not in {("even",), ("only",), ("just",), ("also",), ("both",)}]
+
+
+def _starts_time(words: list[str], i: int, part: list[str]) -> bool:
+    """Whether an expression of time without preposition starts here: every day, a year, once every, the next spring."""
+    low = words[i].lower()
+    after, later = (words[j].lower() if j < len(words) else "" for j in (i + 1, i + 2))
+    if low in ("every", "each", "this", "next", "last", "once"):
+        return after in TIMES and words[i - 1 : i] != ["the"]
+    if low == "a":
+        return after in TIMES and bool(part)
+    if low == "the" and part:
+        return (after in ("next", "following", "same") and later in TIMES) or (after in TIMES and later == "before")
+    return low in ("today", "daily", "twice") or (low == "once" and after == "every")
+
+
+def _is_particle(words: list[str], i: int) -> bool:
+    """Whether the word goes with the verb: took over, brought back."""
+    low, after = words[i].lower(), words[i + 1].lower() if i + 1 < len(words) else ""
+    loose = low in ("up", "out", "off", "back", "away", "apart") and after not in DETERMINERS
+    return low in _PARTICLES and (not after or after == "," or loose) and (low, after) != ("up", "to")
+
+
+def _starts_phrase(words: list[str], i: int, part: list[str]) -> bool:
+    """Whether the word is a preposition that opens a phrase, not part of a number ("about 40", "up to 14") or of "pane by pane"."""
+    low, after = words[i].lower(), words[i + 1].lower() if i + 1 < len(words) else ""
+    before = words[i - 1].lower() if i else ""
+    if low not in PREPOSITIONS or not after or low == "than" or _is_particle(words, i):
+        return False
+    if (low in ("about", "around", "over") and is_number(after)) or (low, after) == ("up", "to") or (before, low) == ("up", "to"):
+        return False
+    return before != after and not (low == "as" and part and before in ("as", "such", "well", "known"))
+
+
+def _without_tail(words: list[str]) -> list[str]:
+    """Drop a relative clause with all that follows it, and what follows a comma unless the words make a list ("books, tools and seed")."""
+    at = next((i for i, word in enumerate(words) if i and word.lower() in RELATIVES), 0)
+    if at:
+        words = words[: at - 1] if words[at - 1].lower() in PREPOSITIONS else words[:at]
+    if "," not in words:
+        return words
+    cut = words.index(",")
+    kept, rest = words[:cut], words[cut + 1 :]
+    opens = rest[0].lower() if rest else ""
+    if opens in ("called", "named") or (opens == "at" and rest[1:3] == ["the", "age"]):
+        return [*kept, *(rest[: rest.index(",")] if "," in rest else rest)]
+    name = next((i for i, word in enumerate(rest) if not word[0].isupper()), len(rest))
+    if name >= 2 and kept and kept[-1][0].islower() and (name == len(rest) or rest[name] == ","):
+        return [*kept, *rest[:name], *rest[name + 1 :]]
+    listed = {"and", "or"} & set(rest) and all(len(item.split()) <= 6 for item in " ".join(rest).split(" , "))
+    return words if listed and opens not in {"and", "but", "or", "then", "much", "together"} | PREPOSITIONS else kept

@@ -12,11 +12,12 @@ from dataclasses import replace
 from random import Random
 
 from trimtab_runtime.clauses import Clause, clauses
-from trimtab_runtime.phrases import DETERMINERS, PREPOSITIONS, PRONOUNS, apposed, is_person, is_plural, is_role, join
+from trimtab_runtime.phrases import DETERMINERS, PREPOSITIONS, PRONOUNS, apposed, is_number, is_person, is_plural, is_role, join
 from trimtab_runtime.spans import Asked, asked_of
 
 _PRONOUN_START = re.compile(r"(?:[-*•]\s*)?(?:\w+ )?(he|she|his|her|it|its|they|their)\b", re.IGNORECASE)
 _UNCLEAR = re.compile(r"\b(it|he|she|they|them|him|her|his|its|their|theirs|this|these|those|my|not|never)\b")
+_WITH = re.compile(r", with (?:about |some |more than |over |nearly |at least )?([\w,.-]*\w) ([a-z-]+(?: [a-z-]+)?)(?=,| and |\.?$)")
 _AGED = re.compile(r"((?:[A-ZÀ-Þ][\w'’-]+ )+[A-ZÀ-Þ][\w'’-]+), aged (\w+)")
 
 
@@ -31,16 +32,29 @@ def questions(sentence: str, *, subject_hint: str = "", limit: int = 3, seed: in
         resolved = _resolved(clause, subject_hint)
         if resolved is not None:
             asked += asked_of(resolved)
-    if asked and (aged := _AGED.search(sentence)):
-        asked.append(Asked(1, aged[2], (f"how old is {aged[1]}",)))
+    asked += _aside(sentence, asked)
     choose = Random(f"{seed} {sentence}")
     rows = []
     for one in sorted(asked, key=lambda one: one.rank):
-        sound = list(dict.fromkeys(text for text in map(_finished, one.wordings) if _is_sound(text, one.answer)))
+        least = 3 if one.rank < 4 else 4  # "What grows?" would be said of anything
+        sound = list(dict.fromkeys(text for text in map(_finished, one.wordings) if _is_sound(text, one.answer, least)))
         turn = choose.randrange(len(sound)) if sound else 0
         rows.append(sound[turn:] + sound[:turn])
     in_turn = [row[turn] for turn in range(max(map(len, rows), default=0)) for row in rows if turn < len(row)]
     return list(dict.fromkeys(in_turn))[:limit]
+
+
+def _aside(sentence: str, asked: list[Asked]) -> list[Asked]:
+    """What stands between commas beside the clauses: an age, or what a thing comes with."""
+    found = []
+    if asked and (aged := _AGED.search(sentence)):
+        found.append(Asked(1, aged[2], (f"how old is {aged[1]}",)))
+    main = clauses(sentence)[:1]
+    beside = _WITH.search(sentence)
+    if main and beside and is_number(beside[1]) and main[0].subject[0].lower() not in PRONOUNS:
+        do = "do" if main[0].plural else "does"
+        found.append(Asked(1, beside[1], (f"how many {beside[2]} {do} {join(main[0].subject)} have",)))
+    return found
 
 
 def with_hints(sentences: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -52,7 +66,7 @@ def with_hints(sentences: Iterable[str]) -> Iterator[tuple[str, str]]:
         yield sentence, person if word in ("he", "she", "his", "her") else thing if word in ("it", "its") else things if word else ""
         found = clauses(sentence)
         people = _people(found)
-        subject = join(found[0].subject) if found else ""
+        subject = re.sub(r"\b(his|her|its|their)\b", "the", join(found[0].subject)) if found else ""
         if not found or subject.split()[0].lower() in PRONOUNS | {"his", "her", "its", "their", "there", "this", "that"}:
             if word not in ("it", "they") or not found:
                 thing = things = ""
@@ -60,7 +74,7 @@ def with_hints(sentences: Iterable[str]) -> Iterator[tuple[str, str]]:
             thing, things = "", subject
         else:
             thing, things = "" if subject in people else subject, ""
-            if found[0].passive and found[0].lemma in ("call", "name") and not people:
+            if re.search(r"\b(called|named)\b", sentence) and not people:
                 people = [subject]  # "The cat is called Tom. He ..."
         person = people[0] if people else person
 
@@ -131,7 +145,7 @@ def _finished(text: str) -> str:
     return text[:1].upper() + text[1:] + "?"
 
 
-def _is_sound(text: str, answer: str) -> bool:
+def _is_sound(text: str, answer: str, least: int) -> bool:
     """Whether a question is short, complete, clear without its page, and does not say its own answer."""
     words = text[:-1].split()
     low = [word.lower().strip(",;:") for word in words]
@@ -143,11 +157,9 @@ def _is_sound(text: str, answer: str) -> bool:
         "who",
         "of",
         "than",
-        "called",
-        "named",
         "that",
     }
-    if not 3 <= len(words) <= 21 or low[-1] in dangling:
+    if not least <= len(words) <= 21 or low[-1] in dangling:
         return False
     if _UNCLEAR.search(re.sub(r"\bthis (year|month|week|season)", "", " ".join(low[1:]))):
         return False

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from trimtab_runtime.clauses import Clause
+from trimtab_runtime.clauses import TWO_OBJECTS, Clause
 from trimtab_runtime.phrases import (
     ADVERBS,
     COLOURS,
@@ -13,6 +13,7 @@ from trimtab_runtime.phrases import (
     PREPOSITIONS,
     PRONOUNS,
     RELATIVES,
+    TIMES,
     Phrase,
     apposed,
     count,
@@ -27,13 +28,25 @@ from trimtab_runtime.phrases import (
     trimmed,
     when,
 )
-from trimtab_runtime.verbs import PAST, past, third_person
+from trimtab_runtime.verbs import PAST, past, third_person, word_set
+from trimtab_runtime.wording import inverted, predicate, tail_of
 
-_MOVING = "go move travel lead return sail come run fly walk bring take carry send ship transfer ride drive march".split()
-_PERSUADING = "ask tell allow enable help let want order force invite persuade encourage permit require".split()
-_LIGHT = "take make give have pay change keep lose".split()
+_MOVING = word_set("go move travel lead return sail come run fly walk bring take carry send ship transfer ride drive march")
+_PERSUADING = word_set("ask tell allow enable help let want order force invite persuade encourage permit require")
+_LIGHT = word_set("take make give have pay change keep lose")
 _FAR = ("below", "above", "from", "beneath", "down", "under", "beyond", "off", "behind")
 _ADJECTIVES = ("high", "tall", "deep", "wide", "long", "thick", "old", "heavy")
+
+
+_OBTAINING = word_set(
+    """come buy bring get receive take collect import order fetch move borrow inherit steal acquire purchase travel return run sail"""
+)
+_THINGS_DO = word_set("cost weigh contain provide support include consist lie measure comprise weigh")  # subjects of these are no people
+_MADE = word_set("build make release write found open print use install configure publish")
+_GROUPS = word_set(
+    """charity company council committee government club society foundation school university party jury army band village"""
+)
+_COMPARED = word_set("better worse more less well faster slower further earlier later most least")
 
 
 @dataclass(frozen=True)
@@ -59,60 +72,6 @@ def asked_of(clause: Clause) -> list[Asked]:
     return found
 
 
-# --- wording ---------------------------------------------------------------------------------------------------------------------
-
-
-def _tail(clause: Clause, without: Iterable[Phrase] = (), room: int = 12) -> str:
-    """The phrases after the verb but those asked about, the leading ones last, shortened to about `room` words."""
-    skip = list(without)
-    kept: list[str] = []
-    cut = False
-    for number, phrase in enumerate(clause.phrases):
-        words = _plain(phrase)
-        whole = len(words) == len(phrase.words) + bool(phrase.preposition)
-        if not any(phrase is one for one in skip) and not (cut and not when(phrase)) and (not number or len(kept) + len(words) <= room):
-            kept += words
-        cut = cut or not whole
-    for phrase in clause.leading:
-        words = _plain(phrase)
-        if not any(phrase is one for one in skip) and len(kept) + len(words) <= room:
-            kept += words
-    if clause.condition and len(kept) + len(clause.condition) <= room:
-        kept += clause.condition
-    return join(kept)
-
-
-def _plain(phrase: Phrase) -> list[str]:
-    """A phrase's words without relative clause, without "called ...", and without a second half that starts anew ("inside and a few")."""
-    words = trimmed(phrase.words)
-    for i, word in enumerate(words):
-        if word == "and" and (
-            not i or (i + 1 < len(words) and words[i + 1] in DETERMINERS and "," not in words and words[0] not in DETERMINERS)
-        ):
-            words = words[:i]
-            break
-    return [word for word in (phrase.preposition, *words) if word]
-
-
-def inverted(clause: Clause, front: str, without: Iterable[Phrase] = (), after: str = "", room: int = 12) -> str:
-    """front + auxiliary + subject + verb + the rest; `after` stands right behind the verb (a stranded preposition)."""
-    tail = _tail(clause, without, room)
-    subject = join(clause.subject)
-    if clause.auxiliaries:
-        return join([front, clause.auxiliaries[0], subject, *clause.auxiliaries[1:], clause.verb, after, tail])
-    return join([front, {"past": "did", "third": "does", "base": "do"}[clause.tense], subject, clause.lemma, after, tail])
-
-
-def predicate(clause: Clause, front: str, without: Iterable[Phrase] = (), *, plural: bool = False, room: int = 14) -> str:
-    """front + the predicate as it stands, in the singular unless `plural`."""
-    tail = _tail(clause, without, room)
-    if clause.auxiliaries:
-        first = clause.auxiliaries[0]
-        first = first if plural else {"are": "is", "were": "was", "have": "has", "do": "does"}.get(first, first)
-        return join([front, first, *clause.auxiliaries[1:], clause.verb, tail])
-    return join([front, third_person(clause.lemma) if clause.tense == "base" and not plural else clause.verb, tail])
-
-
 def _agents(clause: Clause) -> list[Phrase]:
     return [phrase for phrase in clause.phrases if clause.passive and phrase.preposition == "by" and phrase.words and not when(phrase)]
 
@@ -134,10 +93,13 @@ def _there(clause: Clause) -> list[Asked]:
     if not clause.phrases or not clause.auxiliaries or clause.verb or clause.phrases[0].preposition:
         return []
     first = clause.phrases[0]
-    found, rest = count(first.words), _tail(clause, [first])
+    found, rest = count(first.words), tail_of(clause, [first])
     be = clause.auxiliaries[0]
     if found and found[2] == "things":
         return [Asked(1, found[0], (join([f"how many {join(found[1])} {be} there", rest]),))]
+    if (named := names(first.words)) and {"called", "named"} & set(first.words):
+        noun = [word for word in trimmed(first.words) if word != ","]
+        return [Asked(1, join(named), (f"what is the name of the {join(noun[1:])}", f"what is the {join(noun[1:])} called"))]
     return [Asked(5, first.text, (join([f"what {'is' if be == 'are' else be} there", rest]),))] if rest else []
 
 
@@ -148,13 +110,14 @@ def _times(clause: Clause) -> list[Asked]:
     for i, phrase in enumerate(everything):
         fronts = when(phrase)
         ranged = any(one.preposition in ("to", "until") for one in everything)
-        attached = phrase.preposition == "from" and not ranged and not clause.phrases[:1] == (phrase,)
-        before = everything[i - 1] if i and phrase in clause.phrases else None
-        nested = before is not None and bool(when(before)) and before.preposition == phrase.preposition == "in"
+        attached = phrase.preposition == "from" and not ranged and clause.phrases[:1] != (phrase,)
+        before = everything[i - 1] if 0 < i < len(clause.phrases) else None
+        nested = before is not None and phrase.preposition == "in" and not before.preposition and "day" in before.words
         if not fronts or attached or nested:
             continue
         skip = [one for one in everything if one is phrase or (one.preposition in ends and phrase.preposition in ends and when(one))]
         skip += _agents(clause) if len(everything) > 1 else []
+        skip += [one for one in clause.leading if phrase in clause.leading and when(one)]
         if ranged and phrase.preposition in ("from", "to"):
             fronts = ["when"] if phrase.preposition == "from" else []
         found.append(Asked(1, phrase.text, tuple(inverted(clause, front, skip) for front in fronts)))
@@ -163,6 +126,9 @@ def _times(clause: Clause) -> list[Asked]:
 
 def _counted(clause: Clause, phrase: Phrase, number: int) -> list[Asked]:
     """How many, how much, how long, how far: a phrase that starts with a number."""
+    if phrase.preposition == "at" and phrase.words[:3] == ("the", "age", "of") and is_number(phrase.words[-1]):
+        others = [one for one in clause.phrases if when(one)]
+        return [Asked(1, phrase.words[-1], (inverted(clause, "at what age", [phrase, *others]),))]
     found = count(phrase.words)
     if found is None:
         return []
@@ -178,7 +144,7 @@ def _counted(clause: Clause, phrase: Phrase, number: int) -> list[Asked]:
     )
     rest = [word.lower() for word in counted[1:]]
     skip = [phrase]
-    if nested or (first == "at" and thing.startswith("age")):
+    if nested:
         return []
     if clause.copula and not first and rest and rest[-1] in _ADJECTIVES:
         wordings = [inverted(clause, f"how {rest[-1]}", skip)]
@@ -246,7 +212,7 @@ def _agent(clause: Clause) -> list[Asked]:
         return []
     subject = join(clause.subject)
     done = {"we": "us", "they": "them", "i": "me", "he": "him", "she": "her"}.get(subject.lower(), subject)
-    rest = join([active, done, _tail(clause, [agent])])
+    rest = join([active, done, tail_of(clause, [agent])])
     answer = join(name) if name else join(words)
     if not person:
         return [Asked(2, answer, (f"who {rest}", inverted(clause, "by whom", [agent])))]
@@ -311,9 +277,16 @@ def _copula(clause: Clause) -> list[Asked]:
     chain = clause.auxiliaries[1:]
     if low[0] not in DETERMINERS and not named:
         return [Asked(1, join(words), (f"what colour {be} {subject}",))] if low[-1] in COLOURS and len(low) < 4 and not chain else []
-    person = is_person(words) or is_person(clause.subject) or is_role(words[head_of(words)])
+    person = (
+        is_person(words)
+        or is_person(clause.subject)
+        or (is_role(words[head_of(words)]) and is_role(clause.subject[head_of(clause.subject)]))
+    )
     who = "who" if person else "what"
-    proper = clause.subject[0][0].isupper() or (
+    owned = any(word.endswith(("'s", "s'")) for word in clause.subject)
+    if clause.resolved and words[head_of(words)].lower() in TIMES:
+        return []
+    proper = (clause.subject[0][0].isupper() and not owned) or (
         len(clause.subject) > 1 and clause.subject[-1][0].isupper() and not {"of", "in"} & set(clause.subject)
     )
     definite = low[0] in ("the", "our")
@@ -339,7 +312,7 @@ def _copula(clause: Clause) -> list[Asked]:
             wordings.append(f"what is the name of {subject}")
         found.append(Asked(2, join(words), tuple(wordings)))
     if definite and not person and not clause.resolved:
-        rest = join([*words, _tail(clause, [first], 8)])
+        rest = join([*words, tail_of(clause, [first], 8)])
         called = (f"what is {join(words)} called", f"what is the name of {join(words)}") if proper and not chain and be == "is" else ()
         found.append(Asked(3, subject, called or (join([f"what {'is' if be == 'are' and not is_plural(words) else be}", *chain, rest]),)))
     return found
@@ -350,7 +323,14 @@ def _object(clause: Clause) -> list[Asked]:
     if not clause.phrases or (clause.passive and clause.lemma in ("call", "name", "know")):
         return []
     first = clause.phrases[0]
-    at = 1 if len(clause.phrases) > 1 and not clause.phrases[1].preposition and not when(clause.phrases[1]) and not clause.passive else 0
+    second = clause.lemma in TWO_OBJECTS and len(clause.phrases) > 1 and not clause.phrases[1].preposition and not clause.passive
+    at = (
+        1
+        if second
+        and not when(clause.phrases[1])
+        and clause.phrases[1].words[0].lower() not in ("each", "every", "up", "out", "back", "away")
+        else 0
+    )
     target = clause.phrases[at]
     low, text = [word.lower() for word in target.words], join(trimmed(target.words))
     if (
@@ -377,16 +357,19 @@ def _object(clause: Clause) -> list[Asked]:
         if (
             not nounlike
             or when(target)
-            or low[0] in ADVERBS | PREPOSITIONS
+            or low[0] in ADVERBS | PREPOSITIONS | _COMPARED
+            or clause.lemma == "let"
             or count(target.words)
             or (infinitive and clause.lemma in _PERSUADING)
         ):
             return []
-        if len(low) == 1 and clause.lemma in _LIGHT or low[0] in ("no", "all", "nothing"):
+        if (len(low) == 1 and clause.lemma in _LIGHT) or low[0] in ("no", "all", "nothing"):
             return []
-        attached = [
-            phrase for phrase in following[:1] if phrase.preposition in ("with", "about", "like", "of", "than") or phrase.infinitive
-        ]
+        attached = [phrase for phrase in following[:1] if phrase.preposition in ("with", "about", "like", "of", "than")]
+        if following and following[0].preposition == "from" and clause.lemma not in _OBTAINING:
+            attached = following[:1]
+        if infinitive:
+            attached = [phrase for phrase in following if not when(phrase)]
         return [Asked(4, join(apposed(target.words)[1]) or text, (inverted(clause, who, [target, *attached]),))]
     plain = target.preposition in ("with", "for", "on", "about", "into", "to", "through", "in", "of", "by")
     if (
@@ -428,6 +411,8 @@ def _places(clause: Clause) -> list[Asked]:
         moving = clause.lemma in _MOVING
         if (first in ("to", "through", "along", "across", "into") and not moving) or (first == "for" and clause.lemma != "leave"):
             continue
+        if first == "from" and phrases[0] is not run[0] and clause.lemma not in _OBTAINING and not clause.passive:
+            continue
         if (clause.copula and phrases[0] is not run[0]) or (first == "on" and clause.lemma in ("depend", "rely", "focus", "base")):
             continue
         skip = [*run, *(one for other in runs if other[0].preposition in ("from", "to") for one in other)]
@@ -437,7 +422,7 @@ def _places(clause: Clause) -> list[Asked]:
             if phrase.preposition and not when(phrase) and phrase.preposition != "by"
         ]
         far = [phrase for phrase in phrases if not phrase.preposition and (count(phrase.words) or ("", [], ""))[2] == "length"]
-        found.append(Asked(3, run[0].text, (inverted(clause, "where", [*skip, *far], "from" if first == "from" else ""),)))
+        found.append(Asked(3, run[0].text, (inverted(clause, "where", [*skip, *far], first if first in ("from", "for") else ""),)))
     return found
 
 
@@ -453,17 +438,18 @@ def _subject(clause: Clause) -> list[Asked]:
         or (len(low) == 1 and low[0] in DETERMINERS)
     ):
         return []
-    size = len(_tail(clause).split())
+    size = len(tail_of(clause).split())
     subject = join(clause.subject)
     found = []
     counted = count(clause.subject)
     if counted and counted[2] in ("things", "percent") and len(counted[1]) < 6 and low[0] not in ("the", "these"):
         front = f"how many {join(counted[1])}" if counted[2] == "things" else f"what percentage {join(counted[1])}"
         found.append(Asked(1, counted[0], (predicate(clause, front, plural=True),)))
-    if is_person(clause.subject):
+    thing = clause.thing or clause.lemma in _THINGS_DO or (clause.passive and clause.lemma in _MADE)
+    if is_person(clause.subject) and not thing:
         role, name = apposed(clause.subject)
         wordings = _person_wordings(role, predicate(clause, ""))
         return [*found, Asked(2, join(name), tuple(wordings))] if size > 1 else found
-    who = "who" if is_role(head) and head[0].islower() else "what"
+    who = "who" if head[0].islower() and (is_role(head) or head in _GROUPS) else "what"
     irregular = clause.lemma in PAST or clause.auxiliaries
     return [*found, Asked(6, subject, (predicate(clause, who),))] if size > 1 and (irregular or size > 2 or found) else found

@@ -76,10 +76,11 @@ _SOFT = tuple(word_set("at iz is us os as iv ov av lv rv uc ac ic nc rc rg dg ag
 # the final consonant of these is doubled before -ed
 _DOUBLED = word_set(
     """drop fit plan map rob rip rub scrap ship stop star wrap trap knit admit permit submit refer transfer occur prefer equip
-    control cancel travel label model signal patrol commit format slip step ban beg chop clip drag hop hug nod pin plug snap strip swap tip trim whip"""
+    control cancel travel label model signal patrol commit format slip step ban beg chop clip drag hop hug nod pin plug snap
+    strip swap tip trim whip"""
 )
 # -ed words that are not verbs, and -s words that are nouns or others
-_NOT_PAST = word_set("""bed red seed feed weed shed sled breed speed deed reed hundred indeed sacred naked wicked""")
+_NOT_PAST = word_set("bed red seed feed weed shed sled breed speed deed reed hundred indeed sacred naked wicked")
 _NOT_PRESENT = word_set(
     """this its as us is was has does plus less always perhaps across towards besides sometimes news series species thus yes bus"""
 )
