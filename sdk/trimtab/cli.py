@@ -7,7 +7,6 @@ line that is none; 130 when interrupted.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import time
@@ -54,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         print("trimtab: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough; nothing may be flushed to it
+    except (BrokenPipeError, SystemExit):  # the reader has seen enough; SystemExit is click's word for that
+        sys.stdout = None  # so that nothing is flushed to it at the end
     return 0
 
 
@@ -83,7 +82,7 @@ def _options(command: _Command) -> _Command:
 
 def _kind(field: FieldInfo) -> dict[str, Any]:
     """click's settings for a field, from its type, default and description."""
-    settings: dict[str, Any] = {"help": field.description, "default": None}
+    settings: dict[str, Any] = {"help": field.description}
     kind: Any = field.annotation
     if get_origin(kind) is UnionType:  # such as int | None
         kind = next(part for part in get_args(kind) if part is not NoneType)
@@ -94,9 +93,8 @@ def _kind(field: FieldInfo) -> dict[str, Any]:
         settings |= {"is_flag": True, "flag_value": True}
     else:
         settings["type"] = click.Choice(list(get_args(kind))) if get_origin(kind) is Literal else kind
-    if field.is_required():
-        settings["required"] = True
-    elif kind is not bool and field.default is not None:
+    settings |= {"required": True} if field.is_required() else {"default": None}
+    if kind is not bool and not field.is_required() and field.default is not None:
         default = field.default
         settings["help"] += f"  [default: {' '.join(default) if isinstance(default, tuple) else default}]"
     return settings
@@ -148,7 +146,7 @@ def plan(data: tuple[str, ...], backend: str, as_json: bool, **options: Any) -> 
     if as_json:
         print(json.dumps({"rows": found.rows, "tokens": found.tokens, "steps": found.steps, "reasons": found.reasons}))
     else:
-        print("\n".join(found.lines()))
+        print("\n".join(found.reasons))
 
 
 @trimtab.command()

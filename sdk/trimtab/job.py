@@ -70,7 +70,7 @@ class Job:
                 run_id = f"trim-{uuid.uuid4().hex[:8]}"
                 if dry_run:
                     return backend.render(spec, staged.channels, run_id)
-                for line in plan(staged.train, staged.ledger).lines():
+                for line in plan(staged.train, staged.ledger).reasons:
                     screen.say(line)
                 run = Run(backend.submit(spec, staged.channels, run_id), backend)
                 screen.say(f"run {run.handle}")

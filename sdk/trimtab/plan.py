@@ -11,15 +11,12 @@ from trimtab.spec import TrainSpec
 
 @dataclass(frozen=True)
 class Plan:
-    """`steps` optimiser steps see `tokens` tokens (each pass counted). `reasons` says for each figure where it comes from."""
+    """`steps` optimiser steps over `rows` rows see `tokens` tokens, each pass counted; `reasons` says where the figures come from."""
 
     rows: int
     tokens: int
     steps: int
     reasons: tuple[str, ...]
-
-    def lines(self) -> list[str]:
-        return list(self.reasons)
 
 
 def plan(spec: TrainSpec, ledger: Ledger) -> Plan:
@@ -30,7 +27,6 @@ def plan(spec: TrainSpec, ledger: Ledger) -> Plan:
     steps = whole if spec.max_steps is None else min(whole, spec.max_steps)
     tokens = round(ledger.total.trained * steps / in_epoch) if in_epoch else 0
     reasons = [
-        f"rows {ledger.rows:,}: {ledger.total.trained:,} tokens in rows of {ledger.row_tokens:,}, {ledger.fill:.1%} full",
         f"steps {steps:,}: "
         + (f"max_steps, of {whole:,}" if steps < whole else f"{spec.epochs} epochs of {in_epoch:,}, {in_step} rows in each"),
         f"tokens {tokens:,}: what {steps:,} steps see, each pass counted",

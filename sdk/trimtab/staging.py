@@ -113,15 +113,7 @@ def complete(folder: Path) -> bool:
         return False
 
 
-def _prepare(
-    folder: Path,
-    train: TrainSpec,
-    model: BaseModel,
-    documents: Sequence[Document],
-    *,
-    say: Callable[[str], None],
-    show: Callable[[Event], None],
-) -> None:
+def _prepare(folder: Path, train: TrainSpec, model: BaseModel, documents: Sequence[Document], show: Callable[[Event], None]) -> None:
     """Make the tree in a folder beside its place and move it there when it is whole; else nothing stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _sweep(folder.parent)
@@ -130,15 +122,11 @@ def _prepare(
         job = JobDir(making).make()
         job.hyperparameters.write_text(json.dumps(train.to_hyperparameters(), indent=1), encoding="utf-8")
         job.channel("documents").mkdir()
-        (job.channel("documents") / "documents.jsonl").write_text(data.to_jsonl(documents), encoding="utf-8")
-        job.channel("model").mkdir()
-        for name in model.files:
-            link = job.channel("model") / name
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to((model.folder / name).resolve())
+        data.to_jsonl(documents, job.channel("documents") / "documents.jsonl")
+        link_model(model, job.channel("model"))
         if train.replay > 0:
-            _run("generate", job, show)
-        _run("prepare", job, show)
+            run_verb("generate", job, show)
+        run_verb("prepare", job, show)
         if folder.exists() and not complete(folder):
             shutil.rmtree(folder)  # of an earlier life: cut short, or its model's files are gone
         try:
@@ -150,8 +138,20 @@ def _prepare(
         shutil.rmtree(making, ignore_errors=True)
 
 
-def _run(verb: str, job: JobDir, show: Callable[[Event], None]) -> None:
-    """Run one of the runtime's commands in the tree and show its events. Raises StagingError with its reason; ends it when interrupted."""
+def link_model(model: BaseModel, folder: Path) -> None:
+    """Links to the base model's files, and to nothing else that lies beside them."""
+    folder.mkdir()
+    for name in model.files:
+        link = folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to((model.folder / name).resolve())
+
+
+def run_verb(verb: str, job: JobDir, show: Callable[[Event], None], *, doing: str = "the data could not be prepared") -> None:
+    """Run one of the runtime's commands in the tree and show its events; ended when interrupted.
+
+    Raises StagingError: what it was `doing`, and the runtime's reason.
+    """
     log = job.root / f"{verb}.log"
     position = job.events.stat().st_size if job.events.exists() else 0
     with log.open("wb") as output:
@@ -178,15 +178,15 @@ def _run(verb: str, job: JobDir, show: Callable[[Event], None]) -> None:
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
     if child.returncode:
-        raise StagingError(_why(verb, child.returncode, job, log))
+        raise StagingError(f"{doing}: {_why(verb, child.returncode, job, log)}")
 
 
 def _why(verb: str, code: int, job: JobDir, log: Path) -> str:
     if cause := job.cause():
-        return f"the data could not be prepared: {cause}"
+        return cause
     last = "\n  ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
     ended = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
-    return f"the data could not be prepared: {verb} {ended}; its last lines were:\n  {last}\nMend that and run the same command again."
+    return f"{verb} {ended}; its last lines were:\n  {last}\nMend that and run the same command again."
 
 
 def _sweep(parent: Path) -> None:

@@ -1,0 +1,43 @@
+"""What tests share: a tiny real model, data prepared from it, and runs that keep to one thread and to the test's own folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.tiny_model import make_tiny_model
+from trimtab.spec import JobSpec, TrainSpec
+from trimtab.staging import Staged, stage
+
+PAGES = Path(__file__).parent / "support" / "pages"
+
+SMALL = {"method": "lora", "lora_rank": 4, "dtype": "float32", "max_seq_len": 128, "questions": 0, "replay": 0, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # a test machine is shared; a model this small gains nothing from more
+        patch.setenv("TRIMTAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TRIMTAB_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random Llama with two million parameters."""
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def small_job(tiny_model: Path) -> JobSpec:
+    """A job of a few seconds: 6 optimiser steps on the tiny model."""
+    return JobSpec(train=TrainSpec(model=str(tiny_model), max_steps=6, **SMALL), data=(str(PAGES),))
+
+
+@pytest.fixture(scope="session")
+def staged(small_job: JobSpec) -> Staged:
+    """The small job's data and model, prepared by the runtime."""
+    return stage(small_job, say=lambda line: None)
