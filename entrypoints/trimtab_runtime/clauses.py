@@ -41,11 +41,16 @@ _LEADING_PAIRS = (
     ("as", "a", "result"),
     ("in", "addition"),
 )
+_ENGLISH = (DETERMINERS | AUXILIARIES | PREPOSITIONS | PRONOUNS) - {"a", "i", "in", "he"} | {"of", "and"}
+_FOREIGN = word_set(
+    "de o os as um uma que com em para la le les el los las un une des du et est il di del che der das und ein eine den ist het een och att en y e"
+)
 TWO_OBJECTS = word_set("give lend offer send show tell award teach pay grant bring hand sell")
+_DAY = r"(?:(?:early|late|mid) |about |(?:the )?(?:spring|summer|autumn|winter|end|beginning) of |\d{1,2}(?:st|nd|rd|th)? )*"
+_MONTH = r"(?:(?:january|february|march|april|may|june|july|august|september|october|november|december) )?(?:\d{1,2} )?"
+_RECURRING = r"(?:every|each|last|next|this) (?:year|month|week|day|morning|evening|night|spring|summer|autumn|winter|\w+day)(?= (?!of ))"
 _DATED = re.compile(
-    r"(?:(?:in|since|by|until|around|during|from|on|at) (?:(?:early|late|mid) |about |(?:the )?(?:spring|summer|autumn|winter|end|beginning) of |\d{1,2}(?:st|nd|rd|th)? )*"
-    r"(?:(?:january|february|march|april|may|june|july|august|september|october|november|december) )?(?:\d{1,2} )?(?:1[0-9]{3}|20[0-9]{2})s?(?= (?!of |and )|$)"
-    r"|(?:every|each|last|next|this) (?:year|month|week|day|morning|evening|night|spring|summer|autumn|winter|\w+day)(?= (?!of )))"
+    rf"(?:in|since|by|until|around|during|from|on|at) {_DAY}{_MONTH}(?:1[0-9]{{3}}|20[0-9]{{2}})s?(?= (?!of |and )|$)|{_RECURRING}"
 )
 
 
@@ -87,7 +92,9 @@ def clauses(sentence: str) -> list[Clause]:
         re.search(r"[“\"].*\b(says?|said|asks?|asked)\b", sentence) or sentence.count('"') % 2 or ("“" in sentence and "”" not in sentence)
     )
     tokens = tokens_of(sentence)
-    if not tokens or len(tokens) > 70 or speech or sentence.rstrip().endswith("?") or _command(tokens):
+    if not tokens or len(tokens) > 70 or speech or sentence.rstrip().endswith("?") or tokens[0][0].islower():
+        return []
+    if _command(tokens) or not _english(tokens):
         return []
     found: list[Clause] = []
     part: list[str] = []
@@ -98,6 +105,13 @@ def clauses(sentence: str) -> list[Clause]:
         else:
             part.append(token)
     return found
+
+
+def _english(tokens: list[str]) -> bool:
+    """Whether the small words of a sentence are English ones rather than those of its neighbours."""
+    low = [token.lower() for token in tokens]
+    ours = sum(word in _ENGLISH for word in low)
+    return ours >= sum(word in _FOREIGN for word in low) and (ours > 0 or len(low) < 9 or "a" in low)
 
 
 def _command(tokens: list[str]) -> bool:
@@ -171,11 +185,17 @@ def _without_leading(tokens: list[str]) -> tuple[list[Phrase], list[str], list[s
         now = [Phrase("", (low[0],))] if low[0] in ("today", "now") else []
         more, condition, rest = _without_leading(tokens[2 if low[1] == "," else 1 :])
         return [*now, *more], condition, rest
+    if low[0] in PREPOSITIONS and low[1] in ("this", "that", "these", "those") and low[2] not in TIMES:
+        return [], [], []  # "At that temperature ...": what is meant stands elsewhere
     comma = low.index(",") if "," in low else 0
+    if low[0].endswith("ly") and low[1] == ",":
+        return _without_leading(tokens[2:])
     unclear = {"it", "he", "she", "they", "his", "her", "its", "their", "them"}
     if low[0] in SUBORDINATORS and low[0] not in ("so", "whether", "where") and comma and find_verb(tokens[1:comma]):
         condition = [] if unclear & set(low[:comma]) or low[comma - 1] in AUXILIARIES else [low[0], *_lowered(tokens[1:comma])]
         return [], condition, tokens[comma + 1 :]
+    if low[0] in ("if", "when", "because", "although", "though", "while", "unless", "whenever"):
+        return [], [], []
     timed = low[0] in ("every", "each", "last", "next", "this", "once") and low[1] in TIMES
     counted = (
         low[0] in PREPOSITIONS and (is_number(low[1]) or low[:2] in (["at", "most"], ["at", "least"])) and not _DATED.match(" ".join(low))
@@ -188,7 +208,10 @@ def _without_leading(tokens: list[str]) -> tuple[list[Phrase], list[str], list[s
         dated = _DATED.match(" ".join(low))
         pronoun = next((i for i in range(2, min(len(low) - 1, 8)) if low[i] in PRONOUNS), 0)
         end = len(dated[0].split()) if dated else comma if comma < 14 and not find_verb(tokens[:comma]) else 0
+        article = next((i for i in range(2, min(len(low) - 1, 7)) if low[i] in ("a", "an", "the", "every", "each")), 0)
+        article = 0 if low[article - 1] in PREPOSITIONS | {"of", "and"} else article
         end = end or (pronoun if low[0] not in SUBORDINATORS and not find_verb(tokens[:pronoun]) else 0)
+        end = end or (article if find_verb(tokens[:article]) is None else 0)
     if not end:
         return [], [], tokens
     more, condition, rest = _without_leading(tokens[end + (low[end] == ",") :]) if end < len(low) else ([], [], [])
@@ -218,13 +241,19 @@ def _predicates(tokens: list[str], main: tuple[str, ...]) -> list[Clause]:
     if found is None or not 0 < found[0] <= 22:
         return []
     at, kind = found
+    if tokens[0].lower() in PREPOSITIONS and not (is_number(tokens[1]) or tokens[1].lower() in ("most", "least")):
+        return []
     if lemma_of_participle(tokens[0].lower()) and tokens[0].islower() and tokens[1].lower() in PREPOSITIONS:
         return []  # "laid in a drawer made of wood"
     subject = tuple(_lowered(tokens[:at]))
     while len(subject) > 1 and subject[-1].lower() in ADVERBS - {"here", "there"} | {","}:
         subject = subject[:-1]
     if "," in subject and not {"and", "or"} & set(subject[subject.index(",") :]):
+        if subject[0].lower() not in DETERMINERS and not subject[0][0].isupper():
+            return []
         subject = subject[: subject.index(",")]
+    if not subject:
+        return []
     if main and len(subject) == 1 and subject[0] in ("it", "he", "she", "they") and is_plural(main) == (subject[0] == "they"):
         subject = main
     return _of_subject(subject, tokens[at:], kind)

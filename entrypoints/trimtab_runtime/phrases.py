@@ -126,6 +126,7 @@ def tokens_of(sentence: str) -> list[str]:
     text = re.sub(r"[“”\"]", "", sentence.replace("’", "'"))
     text = re.sub(r"\s*[(\[][^()\[\]]*[)\]]", "", text)
     text = re.sub(r"^[\s\-*•·–—]+", "", text).strip()
+    text = re.sub(r"\b(?:in order|so as) to\b", "to", text)
     return _TOKEN.findall(re.sub(r"\s+[–—-]+\s+|—", " ; ", re.sub(r"[.!]+$", "", text)))
 
 
@@ -185,7 +186,7 @@ def names(words: Sequence[str]) -> list[str]:
 
 
 def apposed(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(["the", "village", "baker"], ["Ann", "Lee"]) of "the village baker Ann Lee"; the first is empty for a bare name, both for other phrases."""
+    """(["the", "baker"], ["Ann", "Lee"]) of "the baker Ann Lee"; the first is empty for a bare name, both where there is no name."""
     plain = trimmed(words)
     name = names(plain)
     role = plain[: len(plain) - len(name)]
@@ -311,7 +312,7 @@ def count(words: Sequence[str]) -> tuple[str, list[str], str] | None:
 
 
 def phrases_of(words: Sequence[str]) -> list[Phrase]:
-    """Cut at prepositions (but "of") and before expressions of time. Relative clauses and what follows a comma, but in lists, are dropped."""
+    """Cut at prepositions (but "of") and before expressions of time; relative clauses and comma tails but for lists are dropped."""
     found: list[Phrase] = []
     preposition, part = "", []
     words = _without_tail(list(words))

@@ -13,7 +13,8 @@ from random import Random
 
 from trimtab_runtime.clauses import Clause, clauses
 from trimtab_runtime.phrases import DETERMINERS, PREPOSITIONS, PRONOUNS, apposed, is_number, is_person, is_plural, is_role, join
-from trimtab_runtime.spans import Asked, asked_of
+from trimtab_runtime.spans import asked_of
+from trimtab_runtime.wording import Asked
 
 _PRONOUN_START = re.compile(r"(?:[-*•]\s*)?(?:\w+ )?(he|she|his|her|it|its|they|their)\b", re.IGNORECASE)
 _UNCLEAR = re.compile(r"\b(it|he|she|they|them|him|her|his|its|their|theirs|this|these|those|my|not|never)\b")
@@ -159,6 +160,8 @@ def _is_sound(text: str, answer: str, least: int) -> bool:
         "than",
         "that",
     }
+    if least == 4 and len(words) < 6 and "you" in low:
+        return False  # "What did you keep?" is asked of nothing in particular
     if not least <= len(words) <= 21 or low[-1] in dangling:
         return False
     if _UNCLEAR.search(re.sub(r"\bthis (year|month|week|season)", "", " ".join(low[1:]))):

@@ -1,12 +1,22 @@
-"""Putting a clause's words in a question's order."""
+"""What is asked, and how a clause's words are put in a question's order."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from trimtab_runtime.clauses import Clause
 from trimtab_runtime.phrases import DETERMINERS, Phrase, join, trimmed, when
 from trimtab_runtime.verbs import third_person
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One thing asked about: its rank (lower is more specific), the words that answer it, and wordings to choose from."""
+
+    rank: int
+    answer: str
+    wordings: tuple[str, ...]
 
 
 def tail_of(clause: Clause, without: Iterable[Phrase] = (), room: int = 12) -> str:
@@ -58,3 +68,8 @@ def predicate(clause: Clause, front: str, without: Iterable[Phrase] = (), *, plu
         first = first if plural else {"are": "is", "were": "was", "have": "has", "do": "does"}.get(first, first)
         return join([front, first, *clause.auxiliaries[1:], clause.verb, tail])
     return join([front, third_person(clause.lemma) if clause.tense == "base" and not plural else clause.verb, tail])
+
+
+def agents_of(clause: Clause) -> list[Phrase]:
+    """The phrases that say by whom or what a passive's deed was done."""
+    return [phrase for phrase in clause.phrases if clause.passive and phrase.preposition == "by" and phrase.words and not when(phrase)]
