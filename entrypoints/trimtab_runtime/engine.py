@@ -7,6 +7,7 @@ buffers made once (concatenating them took half of a step's time), and finished 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from trimtab_runtime.tokenizer import Tokenizer
 
 MAX_ROWS = 64  # more rows cost as much more time as they bring
 CACHE_BYTES = 1 << 30  # keys and values of one batch
+NUCLEUS = 1024  # tokens looked at before a full sort
 SHARED_PREFIX = 8  # tokens from which computing a common beginning once is worth its extra pass
 
 Name = Literal["base", "tuned"]
@@ -103,7 +105,9 @@ class Engine:
                 _quantise_once(model)
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, str(self.artifact), is_trainable=False)
+            with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 for a name that is about to go
+                warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+                model = PeftModel.from_pretrained(model, str(self.artifact), is_trainable=False)
         return model.eval()
 
     def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -147,7 +151,7 @@ class Engine:
         weights = self.model(model)
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         for prompt, limit in zip(prompts, limits, strict=True):
-            self._check(prompt, limit)
+            self.check(prompt, limit)
         stop = frozenset(self.stop_ids if stop_ids is None else stop_ids)
         sampling = Sampling(temperature, top_p, seed)
         results: list[Completion | None] = [None] * len(prompts)
@@ -160,7 +164,8 @@ class Engine:
                     on_progress(done, len(prompts))
         return [result for result in results if result is not None]
 
-    def _check(self, prompt: Sequence[int], limit: int) -> None:
+    def check(self, prompt: Sequence[int], limit: int) -> None:
+        """Raise EndpointError for an empty prompt, a limit below 1, or more tokens than the model's context."""
         if not prompt:
             raise EndpointError("the prompt is empty: give at least one word")
         if limit < 1:
@@ -292,7 +297,11 @@ class _Draw:
         """Token ids [rows] for logits [rows, vocabulary]."""
         if not self.sources:
             return logits.argmax(-1)
-        ordered, tokens = torch.softmax(logits.float() / self.sampling.temperature, -1).sort(-1, descending=True)
+        likely = torch.softmax(logits.float() / self.sampling.temperature, -1)
+        # sorting a whole vocabulary costs more than the model's step; the nucleus nearly always lies in the first few hundred
+        ordered, tokens = likely.topk(min(NUCLEUS, likely.shape[-1]))
+        if bool((ordered.sum(-1) < self.sampling.top_p).any()):
+            ordered, tokens = likely.sort(-1, descending=True)
         mass = ordered.cumsum(-1)
         inside = mass - ordered < self.sampling.top_p  # the likeliest is always inside
         mass = (ordered * inside).cumsum(-1)
