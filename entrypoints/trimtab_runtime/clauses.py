@@ -43,14 +43,17 @@ _LEADING_PAIRS = (
 )
 _ENGLISH = (DETERMINERS | AUXILIARIES | PREPOSITIONS | PRONOUNS) - {"a", "i", "in", "he"} | {"of", "and"}
 _FOREIGN = word_set(
-    "de o os as um uma que com em para la le les el los las un une des du et est il di del che der das und ein eine den ist het een och att en y e"
+    """de o os um uma que com em para la le les el los las un une des du et est il di del che das und ein eine den ist het een och
+    att en y e não é"""
 )
 TWO_OBJECTS = word_set("give lend offer send show tell award teach pay grant bring hand sell")
 _DAY = r"(?:(?:early|late|mid) |about |(?:the )?(?:spring|summer|autumn|winter|end|beginning) of |\d{1,2}(?:st|nd|rd|th)? )*"
-_MONTH = r"(?:(?:january|february|march|april|may|june|july|august|september|october|november|december) )?(?:\d{1,2} )?"
+_MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
+_MONTH = rf"(?:(?:{_MONTHS}) )?(?:\d{{1,2}} )?"
 _RECURRING = r"(?:every|each|last|next|this) (?:year|month|week|day|morning|evening|night|spring|summer|autumn|winter|\w+day)(?= (?!of ))"
 _DATED = re.compile(
-    rf"(?:in|since|by|until|around|during|from|on|at) {_DAY}{_MONTH}(?:1[0-9]{{3}}|20[0-9]{{2}})s?(?= (?!of |and )|$)|{_RECURRING}"
+    rf"(?:in|since|by|until|around|during|from|on|at) {_DAY}{_MONTH}(?:1[0-9]{{3}}|20[0-9]{{2}})s?(?= (?!of |and )|$)"
+    rf"|on \d{{1,2}} (?:{_MONTHS})(?= (?:the|a|our) )|{_RECURRING}"
 )
 
 

@@ -51,7 +51,7 @@ def opens(token: str) -> bool:
 def _kind(tokens: list[str], i: int) -> str:
     """What finite verb the token can be: aux, past, third, base, or "" for none."""
     word = tokens[i].lower()
-    if word in AUXILIARIES:
+    if word in AUXILIARIES and not (i and tokens[i][0].isupper()):  # "on 4 May" is no verb
         return "aux"
     if i == 0 or tokens[i][0].isupper() or _nominal_place(tokens, i):
         return ""
@@ -71,7 +71,7 @@ def _kind(tokens: list[str], i: int) -> str:
     known = tokens[0].lower() in DETERMINERS or (
         tokens[0][0].isupper() and not tokens[0].endswith("s") and not lemma_of_past(tokens[0].lower())
     )
-    return "third" if known and after and opens(tokens[i + 1]) and lemma_of_third(word, known=False) else ""
+    return "third" if known and after not in ("", ",") and opens(tokens[i + 1]) and lemma_of_third(word, known=False) else ""
 
 
 def find_verb(tokens: list[str]) -> tuple[int, str] | None:

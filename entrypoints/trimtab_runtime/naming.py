@@ -130,6 +130,8 @@ def from_complement(clause: Clause) -> list[Asked]:
     subject, be, chain = join(clause.subject), clause.auxiliaries[0], clause.auxiliaries[1:]
     if first.preposition or not words or subject.lower() in PRONOUNS | {"who"} or count(first.words):
         return []
+    if words[0].lower() in ("anything", "something", "what"):
+        return []
     low, head, whose = [word.lower() for word in words], words[head_of(words)], clause.subject[head_of(clause.subject)]
     named = bool(apposed(words)[1]) and head_of(words) == len(words) - 1
     if clause.resolved and head.lower() in TIMES:

@@ -61,7 +61,8 @@ _PLACES = word_set(
     laboratory field hill hillside mountain river lake sea coast forest wood harbour port bridge shop desk gate floor bunker
     country countries region gallery terrace ground drawer shaft cave farm barn monastery theatre hospital university college
     corner wall roof bank pond glasshouse attic bay quarry directory folder file end mouth slope bench table entrance window
-    lobby café"""
+    lobby café cathedral abbey palace temple beach cape fort canal dam pier quay mill lighthouse airport hotel inn isle
+    island"""
 )
 _ORGANISATIONS = word_set(
     """bank mill foundation university hall lane street road museum island islands company institute trust society club medal prize
@@ -80,8 +81,8 @@ _PEOPLE = word_set(
     king queen prince princess emperor president minister mayor councillor politician bishop priest monk nun vicar poet
     singer composer musician drummer player conductor dancer actor actress presenter broadcaster journalist photographer
     historian curator librarian botanist explorer traveller climber collector beginner borrower champion apprentice assistant
-    helper supporter trustee chair chairman chairwoman chairperson secretary treasurer coordinator guide cleaner ringer diver
-    rider racer runner swimmer skipper ferryman worker labourer craftsman staff crew team family families villager neighbour
+    helper supporter trustee chair chairman chairwoman chairperson secretary treasurer coordinator cleaner ringer diver rider
+    racer runner swimmer skipper ferryman worker labourer craftsman staff crew team family families villager neighbour
     resident citizen donor sponsor"""
 )
 _PERSON_ENDING = re.compile(r".{3}(ist|man|woman|maker|keeper|smith|wright|herd|teacher|worker|holder|ologist)s?$")
@@ -212,7 +213,7 @@ def is_person(words: Sequence[str]) -> bool:
         2 <= len(name) <= 3
         and len(name) == len(words)
         and all(re.fullmatch(r"[A-ZÀ-Þ][\w'’.-]*", word) and not (word.isupper() and len(word) > 2) for word in name)
-        and name[-1].lower() not in _ORGANISATIONS
+        and name[-1].lower() not in _ORGANISATIONS | _PLACES
         and not any(word.lower() in DETERMINERS for word in name)
     )
 
@@ -314,7 +315,8 @@ def count(words: Sequence[str]) -> tuple[str, list[str], str] | None:
 def phrases_of(words: Sequence[str]) -> list[Phrase]:
     """Cut at prepositions (but "of") and before expressions of time; relative clauses and comma tails but for lists are dropped."""
     found: list[Phrase] = []
-    preposition, part = "", []
+    part: list[str] = []
+    preposition = ""
     words = _without_tail(list(words))
     for i, word in enumerate(words):
         low = word.lower()

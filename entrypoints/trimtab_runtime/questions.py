@@ -150,16 +150,7 @@ def _is_sound(text: str, answer: str, least: int) -> bool:
     """Whether a question is short, complete, clear without its page, and does not say its own answer."""
     words = text[:-1].split()
     low = [word.lower().strip(",;:") for word in words]
-    dangling = DETERMINERS - {"all", "this", "that", "another"} | {
-        "and",
-        "or",
-        "but",
-        "which",
-        "who",
-        "of",
-        "than",
-        "that",
-    }
+    dangling = (DETERMINERS - {"all", "this", "that", "another", "own"}) | {"and", "or", "but", "which", "who", "than"}
     if least == 4 and len(words) < 6 and "you" in low:
         return False  # "What did you keep?" is asked of nothing in particular
     if not least <= len(words) <= 21 or low[-1] in dangling:

@@ -204,9 +204,9 @@ def _object(clause: Clause) -> list[Asked]:
             return []
         if (len(low) == 1 and clause.lemma in _LIGHT) or low[0] in ("no", "all", "nothing"):
             return []
-        attached = [phrase for phrase in following[:1] if phrase.preposition in ("with", "about", "like", "of", "than")]
+        attached: list[Phrase] = [phrase for phrase in following[:1] if phrase.preposition in ("with", "about", "like", "of", "than")]
         if following and following[0].preposition == "from" and clause.lemma not in _OBTAINING:
-            attached = following[:1]
+            attached = list(following[:1])
         if infinitive:
             attached = [phrase for phrase in following if not when(phrase)]
         return [Asked(4, join(apposed(target.words)[1]) or text, (inverted(clause, who, [target, *attached]),))]
@@ -232,7 +232,8 @@ def _places(clause: Clause) -> list[Asked]:
     phrases = clause.phrases
     runs: list[list[Phrase]] = []
     for i, phrase in enumerate(phrases):
-        if not is_place(phrase) or when(phrase):
+        source = phrase.preposition == "from" and clause.lemma in _OBTAINING and not is_person(phrase.words)
+        if not (is_place(phrase) or source) or when(phrase) or not phrase.words:
             continue
         last = runs[-1][-1] if runs else None
         if last is not None and i and phrases[i - 1] is last and phrase.preposition not in ("from", "to"):
@@ -260,21 +261,10 @@ def _places(clause: Clause) -> list[Asked]:
             for phrase in phrases[phrases.index(run[-1]) + 1 :]
             if phrase.preposition and not when(phrase) and phrase.preposition != "by"
         ]
-        far = [phrase for phrase in phrases if not phrase.preposition and (count(phrase.words) or ("", [], ""))[2] == "length"]
-        found.append(
-            Asked(
-                3,
-                run[0].text,
-                (
-                    inverted(
-                        clause,
-                        "where",
-                        [*skip, *far],
-                        first
-                        if first in ("from", "for") or (first == "to" and clause.lemma not in ("go", "move", "travel", "lead"))
-                        else "",
-                    ),
-                ),
-            )
-        )
+        skip += [phrase for phrase in phrases if not phrase.preposition and (count(phrase.words) or ("", [], ""))[2] == "length"]
+        bare = first not in ("from", "for") and (first != "to" or clause.lemma in ("go", "move", "travel", "lead"))
+        behind = next((i for i, phrase in enumerate(phrases) if phrase.preposition or when(phrase)), len(phrases))
+        stranded = Phrase("", () if bare else (first,))  # "where was it bought from in 1990"
+        moved = replace(clause, phrases=(*phrases[:behind], stranded, *phrases[behind:]))
+        found.append(Asked(3, run[0].text, (inverted(moved, "where", skip),)))
     return found

@@ -140,7 +140,8 @@ def lemma_of_third(word: str, *, known: bool = True) -> str | None:
     """Lemma when the word can be a present with he, she or it. With known=False words outside the tables count when they end in -s."""
     if word in _FORMS_THIRD:
         return _FORMS_THIRD[word]
-    if known or len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "'s", "is")) or word in _NOT_PRESENT:
+    noun = word.endswith(("nces", "tions", "sions", "ments", "ities", "ers", "ors", "isms", "ings", "ures", "names"))
+    if known or noun or len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "'s", "is")) or word in _NOT_PRESENT:
         return None
     if word.endswith("ies"):
         return word[:-3] + "y"
