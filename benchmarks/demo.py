@@ -81,7 +81,9 @@ def demo(pages: Path, probe_file: Path, out: Path) -> None:
     show(result)
     question = next((probe["prompt"] for probe in result["questions"] if probe["tuned_right"]), result["questions"][0]["prompt"])
     with run.deploy() as endpoint:
-        print(f"\nasked at {endpoint.url}: {question}\n  base:  {endpoint.chat(question, model='base')}\n  tuned: {endpoint.chat(question)}")
+        print(
+            f"\nasked at {endpoint.url}: {question}\n  base:  {endpoint.chat(question, model='base')}\n  tuned: {endpoint.chat(question)}"
+        )
     (out / "state.json").unlink(missing_ok=True)
     print(f"\nanswers: {out / 'answers.json'}   artifact: {run.artifact().path}")
     print(last_line(result), flush=True)
@@ -133,7 +135,11 @@ def judged(asked: Probes, told: dict[str, Any], trained_on: str) -> dict[str, An
                 answer = told[name]["answers"][f"{kind}/{number}"]
                 right = is_right(answer["text"], probe.accept, words=WORDS[kind])
                 # a chat that does not end by itself is no chat any more
-                entry |= {name: answer["text"], f"{name}_right": right and (answer["ended"] or kind != "general"), f"{name}_ended": answer["ended"]}
+                entry |= {
+                    name: answer["text"],
+                    f"{name}_right": right and (answer["ended"] or kind != "general"),
+                    f"{name}_ended": answer["ended"],
+                }
             result[kind].append(entry)
     result["perplexity"] = {name: told[name]["perplexity"]["unrelated"] for name in ("base", "tuned")}
     return result
@@ -197,7 +203,7 @@ def serving(pages: Path) -> Iterator[list[str]]:
     files = page_files(pages)
 
     class Quiet(SimpleHTTPRequestHandler):
-        extensions_map = SUFFIXES  # noqa: RUF012  as the standard library has it
+        extensions_map = SUFFIXES
 
         def log_message(self, *_: object) -> None:
             pass

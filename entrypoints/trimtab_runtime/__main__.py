@@ -24,7 +24,12 @@ STOPPED = 143  # 128 + SIGTERM, as a shell reports it
 
 
 def main(arguments: list[str]) -> int:
-    commands: dict[str, Callable[[JobDir, EventLog], int]] = {"generate": _generate, "prepare": _prepare, "train": _train, "evaluate": _evaluate}
+    commands: dict[str, Callable[[JobDir, EventLog], int]] = {
+        "generate": _generate,
+        "prepare": _prepare,
+        "train": _train,
+        "evaluate": _evaluate,
+    }
     job = JobDir.from_environment()
     if arguments == ["serve"]:
         from trimtab_runtime.serve import serve

@@ -83,8 +83,10 @@ def model_card(spec: TrainSpec, ledger: Ledger, metrics: dict[str, Any]) -> str:
     made = [
         f"- base model: {spec.model} (files' digest {spec.model_digest[:16] or 'unknown'})",
         f"- method: {spec.method}, rank {spec.lora_rank}, alpha {spec.lora_alpha:g}, all linear layers but the head",
-        f"- data: {total.samples:,} samples, {total.tokens:,} tokens = {total.trained:,} trained + {total.dropped:,} dropped (digest {spec.data_digest[:16]})",
-        f"- schedule: {metrics['steps']} of {metrics['of']} steps, {spec.epochs} epochs, peak rate {spec.learning_rate:g}, {spec.lr_schedule}; {metrics['ended_by']}",
+        f"- data: {total.samples:,} samples, {total.tokens:,} tokens = {total.trained:,} trained + {total.dropped:,} dropped "
+        f"(digest {spec.data_digest[:16]})",
+        f"- schedule: {metrics['steps']} of {metrics['of']} steps, {spec.epochs} epochs, peak rate {spec.learning_rate:g}, "
+        f"{spec.lr_schedule}; {metrics['ended_by']}",
         f"- loss: {_number(metrics['first_loss'])} at the first step, {_number(metrics['last_loss'])} at the last",
     ]
     limits = (

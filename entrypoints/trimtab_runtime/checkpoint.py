@@ -66,7 +66,7 @@ def load(checkpoint: Path, facts: Mapping[str, Any], parameters: Mapping[str, nn
     changed = [name for name, value in facts.items() if state["facts"].get(name) != value]
     if changed:
         raise SpecError(
-            f"{checkpoint.name} was written by another job ({', '.join(changed)} differs): start a new run, or repeat the old options to go on"
+            f"{checkpoint.name} was written by another job ({', '.join(changed)} differs): start a new run, or repeat the old options"
         )
     saved, moments = load_file(checkpoint / "adapter.safetensors"), load_file(checkpoint / "optimizer.safetensors")
     with torch.no_grad():

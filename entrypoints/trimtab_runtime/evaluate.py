@@ -39,7 +39,10 @@ def evaluate(job: JobDir, say: Callable[[str], None], progress: Callable[[int, i
         raise StagingError(f"{file} holds no readable requests ({exc}): write prompts and texts as evaluate.py describes") from exc
     engine = Engine.load(job.channel("model"), job.model, dtype="float32")
     names = ("base", "tuned")
-    ids = [engine.chat_ids([{"role": "user", "content": one["prompt"]}]) if one["mode"] == "chat" else engine.encode(one["prompt"]) for one in prompts]
+    ids = [
+        engine.chat_ids([{"role": "user", "content": one["prompt"]}]) if one["mode"] == "chat" else engine.encode(one["prompt"])
+        for one in prompts
+    ]
     results = {}
     for number, name in enumerate(names):
         began = time.monotonic()
@@ -49,7 +52,9 @@ def evaluate(job: JobDir, say: Callable[[str], None], progress: Callable[[int, i
             max_new_tokens=[one["max_new_tokens"] for one in prompts],
             on_progress=lambda done, of, before=number: progress(before * of + done, len(names) * of),
         )
-        answers = {one["id"]: {"text": engine.decode(done.ids), "ended": done.ended} for one, done in zip(prompts, completions, strict=True)}
+        answers = {
+            one["id"]: {"text": engine.decode(done.ids), "ended": done.ended} for one, done in zip(prompts, completions, strict=True)
+        }
         perplexities = {title: perplexity(engine, name, text) for title, text in texts.items()}
         results[name] = {"answers": answers, "perplexity": perplexities, "seconds": round(time.monotonic() - began, 1)}
         say(f"{name}: {len(answers)} answers in {results[name]['seconds']:.0f} s")

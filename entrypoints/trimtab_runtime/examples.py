@@ -48,11 +48,16 @@ _BOUNDARY = re.compile(r"([.!?])([\"'”’)\]]*)\s+(?=[\"'“‘(\[]?[A-Z0-9À-
 
 @dataclass(frozen=True)
 class Sample:
-    """One thing to learn. `learned[i]` tells whether token i is a target (the first of a sample never is one)."""
+    """One thing to learn. `learned[i]` tells whether token i is a target (the first of a sample never is one).
+
+    `teacher`, where there is one, gives for each target the row in which the base model's own prediction stands
+    (-1: none); such a target is matched with that prediction rather than with the token alone.
+    """
 
     kind: str
     ids: list[int]
     learned: list[bool]
+    teacher: list[int] | None = None
 
 
 def sentences(paragraph: str) -> list[str]:

@@ -7,9 +7,13 @@ Channel `documents` (documents.jsonl), tokenizer of channel `model`, and where t
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from trimtab.errors import StagingError
 from trimtab.layout import JobDir
@@ -17,8 +21,10 @@ from trimtab.ledger import Ledger
 from trimtab.spec import TrainSpec
 from trimtab_runtime import manifest
 from trimtab_runtime.examples import Sample, conversation, is_statement, pieces, plain, sentences
-from trimtab_runtime.rows import write_rows
+from trimtab_runtime.rows import NO_PREDICTIONS, write_rows
 from trimtab_runtime.tokenizer import Tokenizer
+
+TURNS = 3  # questions in one conversation: a chat template's opening is long, and is learned soon
 
 
 def prepare(job: JobDir, spec: TrainSpec, say: Callable[[str], None]) -> Ledger:
@@ -27,12 +33,15 @@ def prepare(job: JobDir, spec: TrainSpec, say: Callable[[str], None]) -> Ledger:
     documents = list(read_records(job.channel("documents") / "documents.jsonl", ("title", "text")))
     samples = list(document_samples(documents, spec, tokenizer, say))
     generated = job.channel("generated") / "samples.jsonl"
+    predictions = NO_PREDICTIONS
     if generated.is_file():
-        samples += [generated_sample(record, tokenizer) for record in read_records(generated, ("kind",))]
+        replayed = [generated_sample(record, tokenizer) for record in read_records(generated, ("kind",))]
+        samples += with_teacher(replayed)
+        predictions = np.load(generated.parent / "teacher_ids.npy"), np.load(generated.parent / "teacher_chances.npy")
     if not any(any(sample.learned[1:]) for sample in samples):
         raise StagingError("there is no token to train on: the documents are empty. Give pages with text")
     facts = {"preparation_digest": spec.preparation_digest(), "spec_version": spec.spec_version, "documents": len(documents)}
-    ledger = write_rows(job.channel("train"), samples, spec.max_seq_len, facts)
+    ledger = write_rows(job.channel("train"), samples, spec.max_seq_len, facts, predictions)
     for line in ledger.lines():
         say(line)
     return ledger
@@ -45,17 +54,20 @@ def document_samples(
     ask = spec.questions if tokenizer.chat_template else 0
     reason = "chat model" if ask else "not asked for" if tokenizer.chat_template else "this model has no chat template"
     say(f"questions {ask} to each sentence: {reason}")
+    pairs: list[list[dict[str, str]]] = []
     for document in documents:
         title, text = document["title"], document["text"]
         for kind, piece in pieces(title, text, spec.views):
             yield plain(kind, piece, tokenizer)
         if ask:
-            for messages in asked(title, text, ask, spec.seed):
-                yield conversation("question", messages, tokenizer)
+            pairs += asked(text, ask, spec.seed)
+    random.Random(spec.seed).shuffle(pairs)  # turns of one conversation come from different pages and do not help each other
+    for start in range(0, len(pairs), TURNS):
+        yield conversation("question", [message for pair in pairs[start : start + TURNS] for message in pair], tokenizer)
 
 
-def asked(title: str, text: str, limit: int, seed: int) -> Iterator[list[dict[str, str]]]:
-    """A conversation for each question that a sentence of the text answers; the answer is the sentence itself."""
+def asked(text: str, limit: int, seed: int) -> Iterator[list[dict[str, str]]]:
+    """Each question that a sentence of the text answers, and as its answer the sentence itself."""
     from trimtab_runtime.questions import questions
 
     for paragraph in text.split("\n"):
@@ -64,6 +76,18 @@ def asked(title: str, text: str, limit: int, seed: int) -> Iterator[list[dict[st
                 answer = sentence.removeprefix("- ").strip()
                 for question in questions(answer, limit=limit, seed=seed):
                     yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def with_teacher(samples: list[Sample]) -> list[Sample]:
+    """Each learned token of the samples, in order, has the next row of the predictions that were saved with them."""
+    found, row = [], 0
+    for sample in samples:
+        rows = []
+        for place, learned in enumerate(sample.learned):
+            rows.append(row if learned and place else -1)
+            row += rows[-1] >= 0
+        found.append(replace(sample, teacher=rows))
+    return found
 
 
 def generated_sample(record: dict[str, Any], tokenizer: Tokenizer) -> Sample:
@@ -76,7 +100,7 @@ def generated_sample(record: dict[str, Any], tokenizer: Tokenizer) -> Sample:
     if record.get("ended", True):
         return sample
     last = max((place for place, learned in enumerate(sample.learned) if learned), default=len(sample.ids))
-    return Sample(sample.kind, sample.ids[:last], sample.learned[:last])
+    return replace(sample, ids=sample.ids[:last], learned=sample.learned[:last])
 
 
 def read_records(file: Path, needed: tuple[str, ...]) -> Iterator[dict[str, Any]]:

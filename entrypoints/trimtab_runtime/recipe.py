@@ -87,7 +87,7 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
             group["lr"] = rate
         chosen = rows_of_step(done, len(rows), rows_per_step, spec.seed)
         batches = [as_batch([rows[index] for index in part]) for part in chunks(chosen, spec.batch_rows)]
-        targets = sum(len(batch.targets) for batch in batches)
+        targets = sum(batch.learned for batch in batches)
         loss = 0.0
         for part, batch in zip(chunks(chosen, spec.batch_rows), batches, strict=True):
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):

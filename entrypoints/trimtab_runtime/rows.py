@@ -24,24 +24,37 @@ from trimtab_runtime.packing import pack, split
 
 @dataclass(frozen=True)
 class Row:
-    """`tokens` int32 [n], `learned` bool [n], `lengths`: the samples' tokens; they add up to n."""
+    """`tokens` int32 [n], `learned` bool [n], `lengths`: the samples' tokens; they add up to n.
+
+    `teacher` int32 [n]: which of the predictions `teacher_ids`, `teacher_chances` [predictions, k] belongs to a token, -1: none.
+    """
 
     tokens: NDArray[np.int32]
     learned: NDArray[np.bool_]
     lengths: list[int]
+    teacher: NDArray[np.int32]
+    teacher_ids: NDArray[np.int32]
+    teacher_chances: NDArray[np.float16]
 
 
-def write_rows(folder: Path, samples: Sequence[Sample], row_tokens: int, facts: dict[str, object]) -> Ledger:
+Predictions = tuple[NDArray[np.int32], NDArray[np.float16]]
+NO_PREDICTIONS: Predictions = (np.zeros((0, 1), dtype=np.int32), np.zeros((0, 1), dtype=np.float16))
+
+
+def write_rows(
+    folder: Path, samples: Sequence[Sample], row_tokens: int, facts: dict[str, object], predictions: Predictions = NO_PREDICTIONS
+) -> Ledger:
     """Split, pack and write samples; the manifest comes last. Returns the account of every token."""
     kinds: dict[str, list[int]] = {}
-    pieces: list[tuple[list[int], list[bool]]] = []
+    pieces: list[tuple[list[int], list[bool], list[int]]] = []
     for sample in samples:
         count = kinds.setdefault(sample.kind, [0, 0])
         count[0] += 1
         count[1] += len(sample.ids)
         for part in split(len(sample.ids), row_tokens):
-            pieces.append((sample.ids[part.start : part.stop], sample.learned[part.start : part.stop]))
-    rows = pack([len(ids) for ids, _ in pieces], row_tokens)
+            teacher = sample.teacher[part.start : part.stop] if sample.teacher else [-1] * len(part)
+            pieces.append((sample.ids[part.start : part.stop], sample.learned[part.start : part.stop], teacher))
+    rows = pack([len(ids) for ids, _, _ in pieces], row_tokens)
     order = [index for row in rows for index in row]
     lengths = np.array([len(pieces[index][0]) for index in order], dtype=np.int32)
     begins = np.zeros((len(rows) + 1, 2), dtype=np.int64)
@@ -51,6 +64,9 @@ def write_rows(folder: Path, samples: Sequence[Sample], row_tokens: int, facts: 
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "tokens.npy", np.array([token for index in order for token in pieces[index][0]], dtype=np.int32))
     np.save(folder / "learned.npy", np.array([flag for index in order for flag in pieces[index][1]], dtype=np.bool_))
+    np.save(folder / "teacher.npy", np.array([place for index in order for place in pieces[index][2]], dtype=np.int32))
+    np.save(folder / "teacher_ids.npy", predictions[0])
+    np.save(folder / "teacher_chances.npy", predictions[1])
     np.save(folder / "lengths.npy", lengths)
     np.save(folder / "rows.npy", begins)
     # counted again from what was written, not from what was meant to be
@@ -74,9 +90,10 @@ class PackedRows:
             raise StagingError(f"the prepared data is not usable: {found}. Prepare it again: remove {folder} and repeat the command")
         self.facts = manifest.read(folder)
         self.ledger = Ledger.model_validate_json((folder / "ledger.json").read_text(encoding="utf-8"))
-        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-        self._learned = np.load(folder / "learned.npy", mmap_mode="r", allow_pickle=False)
-        self._lengths = np.load(folder / "lengths.npy", mmap_mode="r", allow_pickle=False)
+        self._arrays = {
+            name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            for name in ("tokens", "learned", "lengths", "teacher", "teacher_ids", "teacher_chances")
+        }
         self._begins = np.load(folder / "rows.npy", allow_pickle=False)
 
     def __len__(self) -> int:
@@ -84,8 +101,6 @@ class PackedRows:
 
     def __getitem__(self, index: int) -> Row:
         (token, sample), (token_end, sample_end) = self._begins[index], self._begins[index + 1]
-        return Row(
-            np.array(self._tokens[token:token_end]),
-            np.array(self._learned[token:token_end]),
-            [int(length) for length in self._lengths[sample:sample_end]],
-        )
+        tokens, learned, teacher = (np.array(self._arrays[name][token:token_end]) for name in ("tokens", "learned", "teacher"))
+        lengths = [int(length) for length in self._arrays["lengths"][sample:sample_end]]
+        return Row(tokens, learned, lengths, teacher, self._arrays["teacher_ids"], self._arrays["teacher_chances"])

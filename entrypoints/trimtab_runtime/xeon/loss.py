@@ -7,6 +7,7 @@ The head is frozen: its own gradient is not taken.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,17 +18,13 @@ _CHUNK = 512
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, wanted: Callable[[Tensor, int], Tensor], scale: float) -> Tensor:
         total = torch.zeros((), dtype=torch.float32)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), _CHUNK):
-            part, wanted = hidden[start : start + _CHUNK], targets[start : start + _CHUNK, None]
-            logits = torch.mm(part, head.t()).float()
-            log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
-            total += (log_sum - logits.gather(1, wanted)).sum()
+            logits = torch.mm(hidden[start : start + _CHUNK], head.t()).float()
+            total += wanted(logits, start)  # and its gradient stands in the place of the logits
             if grad is not None:
-                # softmax minus one-hot, in place of the logits
-                logits.sub_(log_sum).exp_().scatter_add_(1, wanted, torch.full_like(log_sum, -1.0))
                 torch.mm(logits.mul_(scale).to(head.dtype), head, out=grad[start : start + _CHUNK])
         if grad is not None:
             ctx.save_for_backward(grad)
@@ -41,5 +38,36 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, *, scale: float) -> Tensor:
     """`scale` times the summed loss: hidden [tokens, width], head [vocabulary, width] (frozen), targets [tokens] int64."""
-    result: Tensor = _ChunkedLoss.apply(hidden, head, targets, scale)
+
+    def cross_entropy(logits: Tensor, start: int) -> Tensor:
+        wanted = targets[start : start + len(logits), None]
+        log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
+        loss = (log_sum - logits.gather(1, wanted)).sum()
+        logits.sub_(log_sum).exp_().scatter_add_(1, wanted, torch.full_like(log_sum, -1.0))  # softmax minus one-hot
+        return loss
+
+    result: Tensor = _ChunkedLoss.apply(hidden, head, cross_entropy, scale)
+    return result
+
+
+def linear_distillation(hidden: Tensor, head: Tensor, ids: Tensor, chances: Tensor, *, scale: float) -> Tensor:
+    """`scale` times the summed Kullback-Leibler divergence from a teacher known by its likeliest tokens.
+
+    hidden [tokens, width], head [vocabulary, width] (frozen), ids [tokens, k] int64 and chances [tokens, k]: the teacher's
+    likeliest tokens and their probabilities. All other tokens are one event, so k + 1 events are compared.
+    """
+
+    def divergence(logits: Tensor, start: int) -> Tensor:
+        known = ids[start : start + len(logits)]
+        q = chances[start : start + len(logits)].float()
+        q_rest = (1 - q.sum(-1, keepdim=True)).clamp_min(0)
+        p = logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True)).exp_()
+        p_known = p.gather(1, known)
+        p_rest = (1 - p_known.sum(-1, keepdim=True)).clamp_min(1e-6)
+        loss = torch.xlogy(q, q).sum() - torch.xlogy(q, p_known.clamp_min(1e-12)).sum()
+        loss += torch.xlogy(q_rest, q_rest).sum() - torch.xlogy(q_rest, p_rest).sum()
+        p.mul_(1 - q_rest / p_rest).scatter_(1, known, p_known - q)
+        return loss
+
+    result: Tensor = _ChunkedLoss.apply(hidden, head, divergence, scale)
     return result

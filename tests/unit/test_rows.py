@@ -1,0 +1,70 @@
+"""What was packed can be read back, and what was damaged is not read at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from trimtab.errors import StagingError
+from trimtab.ledger import Account, Ledger
+from trimtab_runtime.examples import Sample
+from trimtab_runtime.rows import PackedRows, write_rows
+
+
+def samples(count: int = 50, seed: int = 0) -> list[Sample]:
+    draw = np.random.default_rng(seed)
+    return [
+        Sample("document" if number % 2 else "sentence", draw.integers(0, 500, size).tolist(), (draw.random(size) < 0.5).tolist())
+        for number, size in enumerate(draw.integers(1, 200, count).tolist())
+    ]
+
+
+def test_every_token_comes_back_with_its_flag(tmp_path: Path) -> None:
+    given = samples()
+    ledger = write_rows(tmp_path, given, 64, {})
+    rows = PackedRows(tmp_path)
+    found = [pair for index in range(len(rows)) for pair in zip(rows[index].tokens.tolist(), rows[index].learned.tolist(), strict=True)]
+    assert sorted(found) == sorted(pair for sample in given for pair in zip(sample.ids, sample.learned, strict=True))
+    assert ledger.total.tokens == ledger.total.trained == len(found)
+    assert ledger.total.dropped == 0
+    assert set(ledger.accounts) == {"document", "sentence"}
+    assert all(sum(rows[index].lengths) == len(rows[index].tokens) <= 64 for index in range(len(rows)))
+
+
+def test_a_long_sample_goes_on_in_the_next_row_in_its_order(tmp_path: Path) -> None:
+    write_rows(tmp_path, [Sample("document", list(range(150)), [True] * 150)], 64, {})
+    rows = PackedRows(tmp_path)
+    assert sorted(rows[index].tokens.tolist() for index in range(len(rows))) == [[*range(64)], [*range(64, 128)], [*range(128, 150)]]
+
+
+def test_a_teacher_stays_with_its_token(tmp_path: Path) -> None:
+    ids = np.arange(40, dtype=np.int32).reshape(20, 2)
+    taught = Sample("replay", list(range(100, 120)), [True] * 20, teacher=list(range(20)))
+    write_rows(tmp_path, [*samples(10), taught], 16, {}, (ids, np.full((20, 2), 0.5, dtype=np.float16)))
+    rows = PackedRows(tmp_path)
+    pairs = {}
+    for index in range(len(rows)):
+        row = rows[index]
+        for token, place in zip(row.tokens.tolist(), row.teacher.tolist(), strict=True):
+            if place >= 0:
+                pairs[token] = row.teacher_ids[place].tolist()
+    assert pairs == {100 + number: [2 * number, 2 * number + 1] for number in range(20)}
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "ledger.json", "manifest.json"])
+def test_a_cut_or_changed_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    write_rows(tmp_path, samples(), 64, {})
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(StagingError, match=name):
+        PackedRows(tmp_path)
+
+
+def test_a_ledger_that_does_not_balance_cannot_be_written_down() -> None:
+    with pytest.raises(ValidationError, match="10 tokens in, but 8 trained"):
+        Account(samples=1, tokens=10, trained=8, dropped=1)
+    with pytest.raises(ValidationError, match="cannot stand in"):
+        Ledger(accounts={"document": Account(samples=1, tokens=65, trained=65, dropped=0)}, rows=1, row_tokens=64)
