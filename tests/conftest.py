@@ -11,6 +11,8 @@ from support.tiny_model import make_tiny_model
 from trimtab.spec import JobSpec, TrainSpec
 from trimtab.staging import Staged, stage
 
+pytest.register_assert_rewrite("contract.backend_contract")
+
 PAGES = Path(__file__).parent / "support" / "pages"
 
 SMALL = {"method": "lora", "lora_rank": 4, "dtype": "float32", "max_seq_len": 128, "questions": 0, "replay": 0, "learning_rate": 1e-3}

@@ -6,6 +6,7 @@ line that is none; 130 when interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -19,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from trimtab.backends import BACKENDS, load_backend
 from trimtab.backends.base import Listable, RunStatus
-from trimtab.errors import TrimtabError
+from trimtab.errors import EndpointError, TrimtabError
 from trimtab.job import OPTIONS, Job
 from trimtab.progress import clock, display
 from trimtab.run import Run
@@ -253,8 +254,11 @@ def deploy(handle: str, port: int) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with run.deploy(port=port) as endpoint:
         print(endpoint.url, flush=True)
-        print(f"Ask it:  curl {endpoint.url}/v1/chat/completions   (Ctrl-C ends it)", file=sys.stderr)
-        signal.pause()
+        print("It speaks OpenAI's interface under /v1. Ctrl-C ends it.", file=sys.stderr)
+        with contextlib.suppress(KeyboardInterrupt):
+            while endpoint.ready(timeout=60):
+                time.sleep(5)
+            raise EndpointError(f"{endpoint.url} answers no more: deploy it again with  trimtab deploy {handle}")
 
 
 @trimtab.command()
@@ -296,7 +300,7 @@ def _ask(endpoint: Endpoint, conversation: list[dict[str, str]], question: str, 
     """Print the answer and its seconds, and add both sides to the conversation."""
     conversation.append({"role": "user", "content": question})
     began = time.monotonic()
-    answer = endpoint.chat(conversation, max_tokens=max_tokens)
+    answer = endpoint.chat(conversation, max_new_tokens=max_tokens)
     conversation.append({"role": "assistant", "content": answer})
     print(answer, flush=True)
     print(f"({time.monotonic() - began:.1f} s)", file=sys.stderr, flush=True)

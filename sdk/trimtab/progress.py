@@ -83,7 +83,7 @@ class Bar:
         self._name = ""
 
     def say(self, text: str) -> None:
-        self._open().console.print(text, markup=False, highlight=False)
+        self._open().console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, event: Event) -> None:
         if isinstance(event, Step):

@@ -23,10 +23,11 @@ _LOG_TAIL = 20
 
 
 class Run:
-    """A run by its handle. Everything is asked of the backend each time; nothing is remembered here."""
+    """A run by its handle. Everything is asked of the backend each time; only what was shown already is remembered."""
 
     def __init__(self, handle: RunHandle, backend: Backend) -> None:
         self.handle, self.backend = handle, backend
+        self._shown = 0
 
     @classmethod
     def attach(cls, handle: str | RunHandle) -> Run:
@@ -46,15 +47,16 @@ class Run:
     def wait(self, timeout: float | None = None, *, progress: Display | None = None) -> RunStatus:
         """Wait until the run is done, at most `timeout` seconds, and show its events meanwhile; its last status.
 
+        Waiting again shows what is new; after a resume, what the resumed run says.
+
         Raises RunFailed with the run's own reason, and WaitTimeout, after which the run goes on.
         """
         progress = progress or Silent()
         deadline = None if timeout is None else time.monotonic() + timeout
-        position = 0
         while True:
             status = self.status()
             if isinstance(self.backend, Reporting):
-                events, position = self.backend.events(self.handle, position)
+                events, self._shown = self.backend.events(self.handle, self._shown)
                 for event in events:
                     progress.show(event)
             if status.done:
@@ -78,6 +80,8 @@ class Run:
         """Start the same run again; it goes on from its newest complete checkpoint. Raises BackendError for one that need not."""
         if not isinstance(self.backend, Resumable):
             raise BackendError(f"the {self.backend.name} backend cannot resume {self.handle}: run the job again")
+        if isinstance(self.backend, Reporting):
+            self._shown = self.backend.events(self.handle, self._shown)[1]
         self.backend.resume(self.handle)
         return self
 

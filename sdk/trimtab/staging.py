@@ -1,6 +1,6 @@
 """From what a user asks for to what a run reads: the base model's files and the packed rows, as two folders named by content.
 
-cache/data/<digest>/            a job tree of its own, made by the runtime's `generate` and `prepare`
+cache/data/<digest>-<version>/  a job tree of its own, made by the runtime's `generate` and `prepare`
     input/data/documents/       what the sources said
     input/data/model/           links to the base model's files, and to nothing else that lies in its folder
     input/data/train/           the packed rows, their ledger, their manifest
@@ -9,6 +9,7 @@ cache/data/<digest>/            a job tree of its own, made by the runtime's `ge
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -79,7 +80,7 @@ def stage(
         "data_digest": documents_digest(loaded.documents),
     }
     train = TrainSpec(**{**spec.train.model_dump(), **filled})
-    folder = cache / "data" / train.preparation_digest()[:16]
+    folder = cache / "data" / f"{train.preparation_digest()[:16]}-{_maker()}"
     try:
         if reused := complete(folder):
             say(f"data: prepared before, in {folder}")
@@ -97,6 +98,14 @@ def stage(
 def documents_digest(documents: Sequence[Document]) -> str:
     """sha256 of what is trained on, titles and texts in their order: the same pages fetched again are the same data."""
     return hashlib.sha256(json.dumps([[document.title, document.text] for document in documents]).encode()).hexdigest()
+
+
+def _maker() -> str:
+    """The version whose rules make the rows: another version may make others of the same documents."""
+    try:
+        return importlib.metadata.version("trimtab")
+    except importlib.metadata.PackageNotFoundError:
+        return "checkout"
 
 
 def complete(folder: Path) -> bool:

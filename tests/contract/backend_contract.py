@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,8 +16,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from trimtab.backends.base import Backend, RunHandle, RunState, RunStatus
+from trimtab.endpoint import Endpoint
 from trimtab.errors import BackendError, RunFailed, RunNotFound, StagingError, WaitTimeout
-from trimtab.events import Checkpoint, Step
+from trimtab.events import Checkpoint, Event, Step
+from trimtab.progress import Silent
 from trimtab.run import Run
 from trimtab.spec import JobSpec
 from trimtab.staging import Staged
@@ -34,6 +37,15 @@ def until(look: Callable[[], object], what: str) -> None:
 def finish(backend: Backend, handle: RunHandle) -> RunStatus:
     until(lambda: backend.status(handle).done, f"the end of {handle}")
     return backend.status(handle)
+
+
+class Seen(Silent):
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def show(self, event: Event) -> None:
+        if isinstance(event, Step):
+            self.steps.append(event.step)
 
 
 class BackendContract:
@@ -121,6 +133,33 @@ class BackendContract:
         done = subprocess.run(command, env=self.environment(backend), capture_output=True, text=True, check=True)
         assert json.loads(done.stdout)["state"] == "succeeded"
 
+    def test_what_a_run_left_can_be_asked_from_the_command_line(self, backend, pair):
+        def trimtab(*words: str, typed: str = "") -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "trimtab", *words, "--max-tokens", "4"]
+            return subprocess.run(command, env=self.environment(backend), input=typed, capture_output=True, text=True, check=True)
+
+        handle = str(pair[0])
+        once = trimtab("chat", handle, "--question", "Who keeps the key?")
+        assert once.stdout.endswith("\n")
+        assert once.stderr.count(" s)\n") == 1
+        twice = trimtab("chat", handle, typed="Who keeps the key?\n\nAnd the bell?\nstop\nnever asked\n")
+        assert twice.stderr.count(" s)\n") == 2
+        assert twice.stdout.startswith(once.stdout)
+
+    def test_it_is_served_until_ctrl_c(self, backend, pair):
+        command = [sys.executable, "-m", "trimtab", "deploy", str(pair[0])]
+        server = subprocess.Popen(command, env=self.environment(backend), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            endpoint = Endpoint(server.stdout.readline().strip())
+            names = endpoint.models()
+        finally:
+            server.send_signal(signal.SIGINT)
+            said = server.communicate(timeout=60)[1]
+        assert {"base", "tuned"} <= set(names)
+        assert "Traceback" not in said
+        assert server.returncode == 0
+        assert not endpoint.ready()
+
     def test_a_bad_job_fails_with_the_reason_the_runtime_gave(self, backend, job, staged, tmp_path):
         damaged = tmp_path / "train"
         shutil.copytree(staged.channels["train"], damaged)
@@ -157,6 +196,10 @@ class BackendContract:
 
         run.resume()
         self._until_step(backend, going, saved + 2)
+        seen = Seen()
+        with pytest.raises(WaitTimeout):
+            run.wait(0, progress=seen)
+        assert seen.steps[0] == saved + 1  # what was before the resume is not told again
         numbers = [event.step for event in run.events() if isinstance(event, Step)]
         assert numbers == list(range(1, len(numbers) + 1))  # nothing repeated, nothing left out
 

@@ -91,6 +91,13 @@ def test_a_process_that_just_ends_is_a_failure_with_its_last_lines(run_script):
     assert status.reason.endswith("\n  one\n  two")
 
 
+def test_an_ended_run_leaves_no_zombie(run_script):
+    backend, handle = run_script("exit 0")
+    finish(backend, handle)
+    pid = json.loads((backend.home / "runs" / handle.id / "process.json").read_text())["pid"]
+    until(lambda: backend.status(handle).done and not Path(f"/proc/{pid}").exists(), "the end of the process")
+
+
 def test_a_process_deaf_to_sigterm_is_killed_when_its_grace_is_over(run_script, monkeypatch):
     monkeypatch.setattr(process, "GRACE", 0.3)
     backend, handle = run_script("trap '' TERM; echo deaf; while :; do sleep 0.05; done")

@@ -46,6 +46,9 @@ class _Detached(subprocess.Popen[bytes]):
         """Outliving this process is the point; Popen's own would warn of it."""
 
 
+_children: list[_Detached] = []  # started here and not yet known to have ended
+
+
 class ProcessBackend:
     """Jobs as processes of this machine. A run lives in `home/runs/<id>`; `home` is `$TRIMTAB_HOME`, else `~/.trimtab`."""
 
@@ -110,6 +113,7 @@ class ProcessBackend:
 
     def status(self, handle: RunHandle) -> RunStatus:
         folder = self._folder(handle)
+        _children[:] = [child for child in _children if child.poll() is None]  # else they stay as zombies as long as this process
         alive = _alive(folder)  # asked first: what a dead process wrote can no longer change
         process = _read_json(folder / "process.json") if (folder / "process.json").exists() else None
         step, last_word, spoke = _last_events(JobDir(folder).events, process["events_from"] if process else 0)
@@ -224,6 +228,7 @@ def _start(folder: Path, request: Mapping[str, Any], lock: int) -> None:
             start_new_session=True,
             pass_fds=(lock,),
         )
+    _children.append(child)
     _write_json(folder / "process.json", {"pid": child.pid, "events_from": events_from, "started": datetime.now(UTC).isoformat()})
 
 
