@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,22 +127,25 @@ def test_sigterm_lets_the_running_answer_finish_and_the_log_holds_no_prompt(mode
         while not record.exists():
             assert server.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.05)
-        endpoint = Endpoint(json.loads(record.read_text())["url"])
-        texts: list[str] = []
-        asking = threading.Thread(target=lambda: texts.append(endpoint.generate("Zanzibar", max_new_tokens=300, temperature=5.0)))
-        asking.start()
-        time.sleep(0.3)
-        server.send_signal(signal.SIGTERM)
+        url = json.loads(record.read_text())["url"]
+        body = json.dumps({"prompt": "Zanzibar", "max_tokens": 300, "temperature": 2, "seed": 3, "stream": True}).encode()
+        with urllib.request.urlopen(urllib.request.Request(url + "/v1/completions", data=body), timeout=60) as answer:
+            first = answer.readline().decode()
+            server.send_signal(signal.SIGTERM)
+            lines = [first, *(line.decode() for line in answer)]
         assert server.wait(60) == 0
-        asking.join()
     finally:
         server.kill()
         server.wait()
-    assert len(texts[0]) > 100
+    assert lines[-2:] == ["data: [DONE]\n", "\n"]
+    events = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines[:-2] if line.strip()]
+    assert events[-1]["finish_reason"] in ("stop", "length")
+    text = "".join(event["text"] for event in events)
+    assert len(text) > 100
     written = (tmp_path / "log").read_text()
     assert "/v1/completions 200" in written
     assert "Zanzibar" not in written
-    assert texts[0][:40] not in written
+    assert text[:40] not in written
     assert not record.exists()
 
 
