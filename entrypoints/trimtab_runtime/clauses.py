@@ -46,7 +46,7 @@ _FOREIGN = word_set(
     """de o os um uma que com em para la le les el los las un une des du et est il di del che das und ein eine den ist het een och
     att en y e não é"""
 )
-TWO_OBJECTS = word_set("give lend offer send show tell award teach pay grant bring hand sell")
+TWO_OBJECTS = word_set("leave give lend offer send show tell award teach pay grant bring hand sell")
 _DAY = r"(?:(?:early|late|mid) |about |(?:the )?(?:spring|summer|autumn|winter|end|beginning) of |\d{1,2}(?:st|nd|rd|th)? )*"
 _MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
 _MONTH = rf"(?:(?:{_MONTHS}) )?(?:\d{{1,2}} )?"
@@ -69,7 +69,7 @@ class Clause:
     phrases: tuple[Phrase, ...]
     leading: tuple[Phrase, ...] = ()  # adverbials that stood before the subject
     condition: tuple[str, ...] = ()  # "when the power fails"
-    reason: bool = False  # a because-clause follows
+    reason: str = ""  # the question word that a following clause answers: why, when
     thing: bool = False  # the subject is known to be no person
     resolved: bool = False  # the subject stands for a pronoun: the sentence does not say it
 
@@ -138,7 +138,8 @@ def _part(tokens: list[str], main: tuple[str, ...]) -> list[Clause]:
     leading, condition, tokens = _without_leading(tokens)
     found = _predicates(tokens, main)
     if found:
-        found[0] = replace(found[0], leading=tuple(leading), condition=tuple(condition))
+        same = found[0].subject
+        found = [replace(one, leading=tuple(leading), condition=tuple(condition)) if one.subject == same else one for one in found]
     for subject, rest in relatives:
         found += [replace(one, thing=rest[0] == "which") for one in _predicates([*subject, *rest[1:]], ())]
     return found
@@ -167,6 +168,8 @@ def _without_relatives(tokens: list[str]) -> tuple[list[str], list[tuple[list[st
             before = kept[-len(name) - 1].lower() if len(kept) > len(name) else ""
             if name and (after[0] == "who" or (after[0] == "which" and before not in PREPOSITIONS | {"the", "of"})):
                 relatives.append((name, tokens[i + 1 : end]))
+            elif after[0] in ("who", "which") and (noun := _noun_at_end(kept, after[1:2])):
+                relatives.append((noun, tokens[i + 1 : end]))
             if complete and end + 1 < len(tokens) and find_verb(tokens[end + 2 :]) is None:
                 end = len(tokens)
             i = end if complete else end + 1
@@ -174,6 +177,17 @@ def _without_relatives(tokens: list[str]) -> tuple[list[str], list[tuple[list[st
         kept.append(tokens[i])
         i += 1
     return kept, relatives
+
+
+def _noun_at_end(tokens: list[str], verb: list[str]) -> list[str]:
+    """The noun phrase that ends here, made definite, where an auxiliary agrees with it: "17 beehives, which are" -> the beehives."""
+    low = [token.lower() for token in tokens]
+    start = next((i for i in range(len(low) - 2, max(-1, len(low) - 5), -1) if low[i] in ("a", "an", "the") or is_number(low[i])), -1)
+    noun = low[start + 1 :]
+    if start < 0 or not verb or set(noun) & (PREPOSITIONS | {"of", "and", ","}) or any(word[0].isupper() for word in tokens[start + 1 :]):
+        return []
+    agrees = verb[0] in (("are", "were", "have") if is_plural(noun) else ("is", "was", "has"))
+    return ["the", *noun] if agrees else []
 
 
 def _without_leading(tokens: list[str]) -> tuple[list[Phrase], list[str], list[str]]:
@@ -269,8 +283,8 @@ def _of_subject(subject: tuple[str, ...], words: list[str], kind: str) -> list[C
     if not rest:
         return [clause] if clause else []
     link = rest[0].lower()
-    if clause and link == "because":
-        clause = replace(clause, reason=True)
+    if clause and (link == "because" or (link == "when" and not clause.copula)):
+        clause = replace(clause, reason="why" if link == "because" else "when")
     if link == "so" and rest[1:2] == ["that"]:
         rest = rest[1:]
     rest = rest[1:]
@@ -320,11 +334,11 @@ def _end_of_predicate(tokens: list[str], kind: str) -> tuple[int, list[str]]:
             plain = inner and inner[0] <= 5 and inner[1] in ("aux", "past", "third") and rest[0].lower() in DETERMINERS | PRONOUNS
             if _continued(rest, kind) or ((comma or word == "but") and inner) or plain or (inner and inner[1] == "aux" and inner[0] <= 2):
                 return end, tokens[i:]
-        if word in ("because", "while", "although", "though", "whereas", "unless", "if", "whether") or (
+        if word in ("because", "when", "while", "although", "though", "whereas", "unless", "if", "whether") or (
             word == "so" and rest[0].lower() == "that"
         ):
             return end, tokens[i:]
-        if word in ("when", "where", "until", "before", "after", "since", "once", "as"):
+        if word in ("where", "until", "before", "after", "since", "once", "as"):
             inner = find_verb(rest)
             if (
                 inner

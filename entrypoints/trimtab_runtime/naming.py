@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from trimtab_runtime.clauses import Clause
 from trimtab_runtime.phrases import (
+    CLAUSAL,
     COLOURS,
     DETERMINERS,
     PRONOUNS,
@@ -103,7 +104,8 @@ def from_name(clause: Clause) -> list[Asked]:
         noun, name = words[:at], join(words[at + 1 :])
         before = clause.phrases[number - 1] if number else None
         if not phrase.preposition and clause.copula:
-            found.append(Asked(1, name, (f"what is {subject} called", f"what is the name of {subject}", f"what is {subject}")))
+            be = clause.auxiliaries[0]
+            found.append(Asked(1, name, (f"what {be} {subject} called", f"what {be} the name of {subject}", f"what {be} {subject}")))
             continue
         lead = [phrase.preposition] if phrase.preposition else []
         skip = [phrase]
@@ -162,7 +164,13 @@ def from_subject(clause: Clause) -> list[Asked]:
     """Questions that the subject answers."""
     low = [word.lower() for word in clause.subject]
     head = clause.subject[head_of(clause.subject)]
-    if clause.resolved or clause.copula or low[0] in PRONOUNS | {"who", "someone", "everyone", "anyone", "everything", "anything"}:
+    clausal = any(phrase.words[:1] and phrase.words[0] in CLAUSAL for phrase in clause.phrases[:1])
+    if (
+        clausal
+        or clause.resolved
+        or clause.copula
+        or low[0] in PRONOUNS | {"who", "someone", "everyone", "anyone", "everything", "anything"}
+    ):
         return []
     if (
         (low[0].endswith("ing") and len(low) > 6)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trimtab_runtime.verbs import LEMMAS, word_set
+from trimtab_runtime.verbs import LEMMAS, lemma_of_participle, word_set
 
 BE = word_set("is are was were am be been being")
 MODALS = word_set("may must will would could should can might shall cannot")
@@ -288,6 +288,8 @@ def count(words: Sequence[str]) -> tuple[str, list[str], str] | None:
     i = 0
     while i < len(plain) and plain[i].lower() in _APPROXIMATE:
         i += 1
+    if plain[i : i + 1] == ["a"] and i + 1 < len(plain) and plain[i + 1] in ("hundred", "thousand", "million", "dozen"):
+        i += 1
     begin = i
     while i < len(plain) and is_number(plain[i]):
         i += 1
@@ -367,9 +369,17 @@ def _starts_phrase(words: list[str], i: int, part: list[str]) -> bool:
     return before != after and not (low == "as" and part and before in ("as", "such", "well", "known"))
 
 
+def _describes(words: list[str], i: int) -> bool:
+    """Whether a participle describes the noun before it: "57 notebooks bound in oilcloth"."""
+    before, after = words[i - 1].lower(), words[i + 1].lower() if i + 1 < len(words) else ""
+    if i < 2 or after not in ("in", "with", "by", "from", "on", "for", "at") or not lemma_of_participle(words[i].lower()):
+        return False
+    return before not in DETERMINERS | PREPOSITIONS | ADVERBS | BE | {"and", "or", ",", "of"} and not before.endswith("ly")
+
+
 def _without_tail(words: list[str]) -> list[str]:
     """Drop a relative clause with all that follows it, and what follows a comma unless the words make a list ("books, tools and seed")."""
-    at = next((i for i, word in enumerate(words) if i and word.lower() in RELATIVES), 0)
+    at = next((i for i, word in enumerate(words) if i and (word.lower() in RELATIVES or _describes(words, i))), 0)
     if at:
         words = words[: at - 1] if words[at - 1].lower() in PREPOSITIONS else words[:at]
     if "," not in words:

@@ -17,7 +17,8 @@ from trimtab_runtime.spans import asked_of
 from trimtab_runtime.wording import Asked
 
 _PRONOUN_START = re.compile(r"(?:[-*•]\s*)?(?:\w+ )?(he|she|his|her|it|its|they|their)\b", re.IGNORECASE)
-_UNCLEAR = re.compile(r"\b(it|he|she|they|them|him|her|his|its|their|theirs|this|these|those|my|not|never)\b")
+_UNCLEAR = re.compile(r"\b(it|he|she|they|them|him|theirs|this|these|those|my|not|never)\b")
+_OWNED = re.compile(r"\b(its|his|her|their)\b")  # whose, in a passive, is rarely the subject's
 _WITH = re.compile(r", with (?:about |some |more than |over |nearly |at least )?([\w,.-]*\w) ([a-z-]+(?: [a-z-]+)?)(?=,| and |\.?$)")
 _AGED = re.compile(r"((?:[A-ZÀ-Þ][\w'’-]+ )+[A-ZÀ-Þ][\w'’-]+), aged (\w+)")
 
@@ -32,7 +33,7 @@ def questions(sentence: str, *, subject_hint: str = "", limit: int = 3, seed: in
     for clause in clauses(sentence):
         resolved = _resolved(clause, subject_hint)
         if resolved is not None:
-            asked += asked_of(resolved)
+            asked += [one for one in asked_of(resolved) if not (clause.passive and _OWNED.search(" ".join(one.wordings)))]
     asked += _aside(sentence, asked)
     choose = Random(f"{seed} {sentence}")
     rows = []
@@ -106,6 +107,8 @@ def _people(found: list[Clause]) -> list[str]:
 
 def _resolved(clause: Clause, hint: str) -> Clause | None:
     """The clause with its pronoun subject replaced by the hint; None when it stays unclear who or what is meant."""
+    plain = tuple("the" if i and word in ("his", "her", "its", "their") else word for i, word in enumerate(clause.subject))
+    clause = replace(clause, subject=plain)
     first, alone, words = clause.subject[0].lower(), len(clause.subject) == 1, tuple(hint.split())
     if first in ("it", "he", "she", "they") and alone:
         return replace(clause, subject=words, resolved=True) if words and is_plural(words) == (first == "they") else None
@@ -150,6 +153,8 @@ def _is_sound(text: str, answer: str, least: int) -> bool:
     """Whether a question is short, complete, clear without its page, and does not say its own answer."""
     words = text[:-1].split()
     low = [word.lower().strip(",;:") for word in words]
+    if re.search(r"\bher$|\bher (?:in|on|at|to|for|by|with)\b", text[:-1]):
+        return False
     dangling = (DETERMINERS - {"all", "this", "that", "another", "own"}) | {"and", "or", "but", "which", "who", "than"}
     if least == 4 and len(words) < 6 and "you" in low:
         return False  # "What did you keep?" is asked of nothing in particular

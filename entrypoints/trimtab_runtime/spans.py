@@ -47,7 +47,9 @@ def asked_of(clause: Clause) -> list[Asked]:
     found = [*_times(clause)]
     untimed = [(i, phrase) for i, phrase in enumerate(clause.phrases) if not when(phrase)]
     for i, phrase in untimed:
-        found += _counted(clause, phrase, i)
+        found += _counted(clause, phrase, i) + _counted_inside(clause, phrase)
+    for phrase in clause.leading:
+        found += [] if when(phrase) else _counted(clause, phrase, 0)
     found += (
         from_agent(clause)
         + from_name(clause)
@@ -56,7 +58,7 @@ def asked_of(clause: Clause) -> list[Asked]:
         + from_subject(clause)
     )
     if clause.reason:
-        found.append(Asked(5, "because", (inverted(clause, "why"),)))
+        found.append(Asked(4, f"{clause.reason} clause", (inverted(clause, clause.reason),)))
     return found
 
 
@@ -94,6 +96,21 @@ def _times(clause: Clause) -> list[Asked]:
             fronts = ["when"] if phrase.preposition == "from" else []
         found.append(Asked(1, phrase.text, tuple(inverted(clause, front, skip) for front in fronts)))
     return found
+
+
+def _counted_inside(clause: Clause, phrase: Phrase) -> list[Asked]:
+    """A number further on: in a list ("rope, tar and 40 kinds of hook"), or behind "of" ("a loan of 900 pounds")."""
+    words = list(phrase.words)
+    if count(words) is not None or clause.copula:
+        return []
+    starts = [i + 1 for i, word in enumerate(words) if word in (",", "and")] if "," in words and not phrase.preposition else []
+    for start in starts:
+        found = count(words[start:])
+        if found and found[2] == "things":
+            return [Asked(2, found[0], (inverted(clause, f"how many {join(found[1])}", [phrase]),))]
+    if words[:1] == ["a"] and words[2:3] == ["of"] and (found := count(words[3:])) and found[2] == "money":
+        return [Asked(2, found[0], (inverted(clause, f"{phrase.preposition} how large a {words[1]}", [phrase]),))]
+    return []
 
 
 def _counted(clause: Clause, phrase: Phrase, number: int) -> list[Asked]:
