@@ -24,7 +24,7 @@ from trimtab.run import Run
 from trimtab.spec import JobSpec
 from trimtab.staging import Staged
 
-PATIENCE = 180.0
+PATIENCE = 300.0  # seconds; on an idle machine none of these waits takes ten
 
 
 def until(look: Callable[[], object], what: str) -> None:
