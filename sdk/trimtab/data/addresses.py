@@ -12,7 +12,7 @@ Resolver = Callable[[str, int], Sequence[str]]
 """A host name and a port to numeric addresses, preferred first. Raises OSError when the name does not resolve."""
 
 _CARRIER_GRADE = ip_network("100.64.0.0/10")  # RFC 6598
-_NAT64 = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"))  # RFC 6052, RFC 8215: the IPv4 address is the last 32 bits
+_NAT64 = ip_network("64:ff9b::/96")  # RFC 6052: on a network without IPv4 every IPv4 address looks like this, in the last 32 bits
 
 
 def resolve(host: str, port: int) -> tuple[str, ...]:
@@ -54,12 +54,12 @@ def _carried(ip: IPv4Address | IPv6Address) -> Iterator[IPv4Address]:
             yield ip.sixtofour
         if ip.teredo:
             yield from ip.teredo
-        if any(ip in network for network in _NAT64):
+        if ip in _NAT64:
             yield IPv4Address(int(ip) & 0xFFFFFFFF)
 
 
 def _kind(ip: IPv4Address | IPv6Address) -> str | None:
-    if isinstance(ip, IPv6Address) and ip.ipv4_mapped:
+    if isinstance(ip, IPv6Address) and (ip.ipv4_mapped or ip in _NAT64):
         return None  # judged by the IPv4 address it carries
     checks = (
         ("unspecified", ip.is_unspecified),

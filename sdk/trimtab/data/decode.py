@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from trimtab.errors import DataError
@@ -48,6 +49,7 @@ _META = re.compile(
     rb"""<meta[^>]{0,400}?charset\s*=\s*["']?\s*([A-Za-z0-9_.:-]{2,40})|<\?xml[^>]{0,200}?encoding\s*=\s*["']([\w.:-]{2,40})""",
     re.I,
 )
+_NOT_OF_PAGES = frozenset({"idna", "punycode", "unicode-escape", "unicode_escape", "raw-unicode-escape", "raw_unicode_escape"})
 # First bytes of what is sometimes served, or saved, as a page.
 _BINARY = {
     b"%PDF-": "a PDF file",
@@ -64,7 +66,7 @@ _BINARY = {
     b"OggS": "a media file",
     b"ID3": "a media file",
 }
-_NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x84\x86-\x9f\ufffd]")
+_NOT_TEXT = frozenset({"Cc", "Cn", "Co", "Cs"})  # Unicode categories: control, unassigned, private use, surrogate
 _ASCII = bytes(range(128))
 _REPLACED_AT_MOST = 0.1  # of the bytes outside ASCII: a stray byte in a page is common, a wrong encoding breaks most of them
 _NOT_TEXT_AT_MOST = 0.05  # of the first characters
@@ -85,8 +87,10 @@ def decode(body: bytes, *, header_charset: str | None = None, markup: bool = Tru
     if kind := next((kind for magic, kind in _BINARY.items() if body.startswith(magic)), None):
         raise DataError(f"it is {kind}, not a page of text; export it as .html, .txt or .md")
     decoded = _decode(body, header_charset, markup)
-    head = decoded.text[:8192]
-    if len(_NOT_TEXT.findall(head)) > _NOT_TEXT_AT_MOST * len(head):
+    head = decoded.text[:4096]
+    if sum(
+        char == "\ufffd" or (unicodedata.category(char) in _NOT_TEXT and char not in "\t\n\f\r\x1b\x85") for char in head
+    ) > _NOT_TEXT_AT_MOST * len(head):
         raise DataError("it is binary data, not a page of text; check the address, or export it as .html, .txt or .md")
     return Decoded(decoded.text.replace("\r\n", "\n").replace("\r", "\n"), decoded.encoding)
 
@@ -113,7 +117,7 @@ def _decode(body: bytes, header_charset: str | None, markup: bool) -> Decoded:
             return decoded
         if best is None or share < best[0]:
             best = share, decoded
-    if best and best[0] <= _REPLACED_AT_MOST:
+    if best and best[0] <= _REPLACED_AT_MOST and not _one_byte(best[1].encoding):  # one without the byte is the wrong one
         return best[1]
     if detected := _detected(body):
         return _replaced(body, detected)[1]
@@ -126,10 +130,11 @@ def _known(label: str | None) -> str | None:
         return None
     label = label.strip().strip("\"'").lower()
     try:
-        found = codecs.lookup(_MEANT.get(label, label))
-        return found.name if isinstance(b"".decode(found.name), str) else None
+        name = codecs.lookup(_MEANT.get(label, label)).name
+        b" ".decode(name, errors="replace")  # codecs that are no text encoding are refused here
     except (LookupError, ValueError):
         return None
+    return None if name in _NOT_OF_PAGES else name
 
 
 def _declared(body: bytes) -> str | None:

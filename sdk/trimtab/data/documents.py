@@ -167,8 +167,8 @@ def _without_repetition(readings: Sequence[Reading], say: Callable[[str], None])
         for number, lines in zip(numbers, pages, strict=True):
             out[number] = replace(readings[number], lines=lines)
         if fewer:
-            where = site if readings[numbers[0]].source.url else "the folder's"
-            say(f"data: left out {fewer} lines that most {where} pages begin or end with, but for their first occurrence")
+            where = site if readings[numbers[0]].source.url else "the folder"
+            say(f"data: left out {fewer} lines that most pages of {where} begin or end with, but for their first occurrence")
     return out
 
 

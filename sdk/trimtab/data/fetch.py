@@ -1,7 +1,7 @@
 """One page from the network, through a session that cannot be led elsewhere.
 
 LangChain's `WebBaseLoader` asks; the session it is given answers. Every hop (first request, redirect, retry) passes `_Adapter.send`,
-and every connection `_Gate.connect`, which resolves the name once, checks all addresses and connects to one of those it checked.
+and every connection `Gate.connect`, which resolves the name once, checks all addresses and connects to one of those it checked.
 The name stays in the Host header and in TLS (server name and certificate check), because only the socket is made differently.
 """
 
@@ -11,26 +11,20 @@ import email.utils
 import importlib.metadata
 import io
 import os
-import socket
-import threading
 import time
-import zlib
 from dataclasses import dataclass
-from email.message import Message
-from types import TracebackType
-from typing import Any, ClassVar, cast
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 from bs4 import BeautifulSoup
 from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies, select_proxy
-from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, NameResolutionError, NewConnectionError
-from urllib3.util.connection import create_connection
+from urllib3.exceptions import HTTPError, NameResolutionError
 
 from trimtab.data.addresses import Resolver, checked, resolve
+from trimtab.data.body import HTML_TYPES, TEXT_TYPES, content_type, read, sniffed
+from trimtab.data.connect import Deadline, Gate, ProxyGate, use_gate
 from trimtab.data.decode import decode
 from trimtab.data.limits import FetchLimits
 from trimtab.data.loader import PageLoader
@@ -47,10 +41,7 @@ def _version() -> str:
 
 
 USER_AGENT = f"trimtab/{_version()} (fetches the pages that its user names, to tune a model on them)"
-HTML_TYPES = ("text/html", "application/xhtml+xml")
-TEXT_TYPES = ("text/plain", "text/markdown")
 _WORTH_A_RETRY = frozenset({429, 500, 502, 503, 504})
-_CHUNK = 16_384  # compressed bytes at a time
 
 
 @dataclass(frozen=True)
@@ -77,8 +68,8 @@ def fetch_page(
 
     `verify` is a file of certificate authorities; None takes REQUESTS_CA_BUNDLE or SSL_CERT_FILE, else the bundled ones.
     """
-    with _Deadline(limits.total_s) as deadline:
-        adapter = _Adapter(limits, deadline, _Gate(resolver, deadline, allow_private_hosts), proxies_from_environment)
+    with Deadline(limits.total_s) as deadline:
+        adapter = _Adapter(limits, deadline, Gate(resolver, deadline, allow_private_hosts), proxies_from_environment)
         with _session(adapter, limits, verify) as session:
             try:
                 loader = PageLoader(url, session)
@@ -113,121 +104,22 @@ def _session(adapter: _Adapter, limits: FetchLimits, verify: bool | str | None) 
     return session
 
 
-class _Deadline:
-    """Ends a page's connections when its time is over, wherever it waits: a timeout of a read starts again with every byte."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds, self._end = seconds, time.monotonic() + seconds
-        self._lock, self._sockets = threading.Lock(), list[socket.socket]()
-        self._timer = threading.Timer(seconds, self._cut)
-        self._timer.daemon = True
-
-    def __enter__(self) -> _Deadline:
-        self._timer.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
-        self._timer.cancel()
-        with self._lock:
-            for sock in self._sockets:
-                sock.close()
-            self._sockets.clear()
-
-    def left(self) -> float:
-        return self._end - time.monotonic()
-
-    def reason(self) -> str | None:
-        return f"it took longer than {self._seconds:g} s; raise limits.total_s if the page is worth it" if self.left() <= 0 else None
-
-    def check(self) -> None:
-        if reason := self.reason():
-            raise DataError(reason)
-
-    def watch(self, sock: socket.socket) -> None:
-        with self._lock:
-            self._sockets.append(sock.dup())  # TLS takes the socket over; shutting down the duplicate ends the same connection
-        if self.left() <= 0:
-            self._cut()
-
-    def _cut(self) -> None:
-        with self._lock:
-            for sock in self._sockets:
-                try:
-                    sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    continue  # already closed by the other side
-
-
-class _Gate:
-    """Makes the sockets: the address that is checked is the address that is connected to."""
-
-    def __init__(self, resolver: Resolver, deadline: _Deadline, allow_private_hosts: bool) -> None:
-        self.resolver, self.deadline, self.allow_private_hosts = resolver, deadline, allow_private_hosts
-
-    def connect(self, connection: HTTPConnection) -> socket.socket:
-        host, port = connection.host, connection.port or connection.default_port
-        try:
-            addresses = checked(host, self.resolver(host, port), allow_private_hosts=self.allow_private_hosts)
-        except (OSError, UnicodeError) as exc:
-            error = exc if isinstance(exc, socket.gaierror) else socket.gaierror(str(exc))
-            raise NameResolutionError(host, connection, error) from exc
-        failed: OSError | None = None
-        for address in addresses:
-            self.deadline.check()
-            try:
-                sock = create_connection((address, port), cast(float, connection.timeout), None, connection.socket_options)
-            except OSError as exc:
-                failed = exc
-                continue
-            self.deadline.watch(sock)
-            return sock
-        if isinstance(failed, TimeoutError):
-            raise ConnectTimeoutError(connection, f"no answer from {host}") from failed
-        raise NewConnectionError(connection, f"{failed}") from failed
-
-
-class _ProxyGate(_Gate):
-    """To a proxy that the user's environment names: its address is the user's choice, the deadline holds."""
-
-    def __init__(self, gate: _Gate) -> None:
-        super().__init__(gate.resolver, gate.deadline, allow_private_hosts=True)
-
-
-def _use_gate(manager: PoolManager, gate: _Gate) -> None:
-    """Every pool that `manager` opens makes its sockets through `gate`."""
-
-    class Plain(HTTPConnection):
-        def _new_conn(self) -> socket.socket:
-            return gate.connect(self)
-
-    class Tls(HTTPSConnection):
-        def _new_conn(self) -> socket.socket:
-            return gate.connect(self)
-
-    class PlainPool(HTTPConnectionPool):
-        ConnectionCls = Plain
-
-    class TlsPool(HTTPSConnectionPool):
-        ConnectionCls = Tls
-
-    manager.pool_classes_by_scheme = {"http": PlainPool, "https": TlsPool}
-
-
 class _Adapter(HTTPAdapter):
     """Each hop: its URL checked, retried, its body read within the limits. Keeps the page; requests follows the redirects."""
 
     cookies: Any = None
 
-    def __init__(self, limits: FetchLimits, deadline: _Deadline, gate: _Gate, proxies_from_environment: bool) -> None:
+    def __init__(self, limits: FetchLimits, deadline: Deadline, gate: Gate, proxies_from_environment: bool) -> None:
         self.limits, self.deadline, self.gate, self.proxies_from_environment = limits, deadline, gate, proxies_from_environment
         self.page: tuple[str, bytes, str] | None = None
         super().__init__()
-        _use_gate(self.poolmanager, gate)
+        use_gate(self.poolmanager, gate)
 
     def proxy_manager_for(self, proxy: str, **proxy_kwargs: Any) -> Any:
+        if not proxy.lower().startswith(("http://", "https://")):
+            raise DataError("the environment's proxy is neither http nor https; name such a one in HTTPS_PROXY and HTTP_PROXY")
         manager = super().proxy_manager_for(proxy, **proxy_kwargs)
-        if proxy.lower().startswith("http"):
-            _use_gate(manager, _ProxyGate(self.gate))
+        use_gate(manager, ProxyGate(self.gate))
         return manager
 
     def send(
@@ -248,12 +140,12 @@ class _Adapter(HTTPAdapter):
             last = attempt == self.limits.retries
             self.deadline.check()
             try:
-                timeout = (min(self.limits.connect_s, self.deadline.left()), self.limits.read_s)
+                timeout = (min(self.limits.connect_s, max(self.deadline.left(), 0.001)), self.limits.read_s)
                 response = super().send(request, stream=True, timeout=timeout, verify=verify, cert=cert, proxies=proxies)
                 if response.status_code not in _WORTH_A_RETRY or last:
                     return self._received(response)
-                wait = self._asked_pause(response, pause)
                 response.close()
+                wait = self._asked_pause(response, pause)
             except requests.exceptions.SSLError:
                 raise  # a certificate is no better the second time
             except (requests.ConnectionError, requests.Timeout, HTTPError):
@@ -291,10 +183,10 @@ class _Adapter(HTTPAdapter):
         raw, text = response.raw, ""
         try:
             if response.status_code == 200:
-                media_type, charset = _content_type(response.headers)
-                body = _read(raw, response.headers, self.limits.max_bytes)
+                media_type, charset = content_type(response.headers)
+                body = read(raw, response.headers, self.limits.max_bytes)
                 self.deadline.check()  # a cut connection can look like the end of the page
-                media_type = media_type or _sniffed(body)
+                media_type = media_type or sniffed(body)
                 text = decode(body, header_charset=charset, markup=media_type in HTML_TYPES).text
                 self.page = media_type, body, text
                 text = parseable(text)
@@ -304,78 +196,6 @@ class _Adapter(HTTPAdapter):
             raw.close()
         response.raw = io.BytesIO(text.encode("utf-8", errors="replace"))
         return response
-
-
-def _content_type(headers: Any) -> tuple[str, str | None]:
-    """Media type ("" if there is none) and charset of a response. Raises DataError for a type that is not read."""
-    message = Message()
-    message["Content-Type"] = headers.get("Content-Type", "")
-    media_type = headers.get("Content-Type", "").partition(";")[0].strip().lower()
-    if media_type and media_type not in (*HTML_TYPES, *TEXT_TYPES):
-        raise DataError(f"it is {media_type}, which is not read; pages are {', '.join((*HTML_TYPES, *TEXT_TYPES))}")
-    charset = message.get_param("charset")
-    return media_type, charset if isinstance(charset, str) else None
-
-
-def _sniffed(body: bytes) -> str:
-    if body.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
-        return "text/html"
-    raise DataError("it has no content type and does not look like HTML; save it as a file and pass that")
-
-
-def _read(raw: Any, headers: Any, max_bytes: int) -> bytes:
-    """The body, decompressed here so that neither a small file that unpacks to a large one nor a cut one passes."""
-    encoding = headers.get("Content-Encoding", "identity").strip().lower() or "identity"
-    if encoding not in _Inflate.WINDOW and encoding != "identity":
-        raise DataError(f"it is compressed with {encoding}, which was not asked for; save it as a file and pass that")
-    inflate = _Inflate(encoding) if encoding != "identity" else None
-    body = bytearray()
-    while chunk := raw.read(_CHUNK, decode_content=False):
-        body += inflate.feed(chunk, max_bytes + 1 - len(body)) if inflate else chunk
-        if len(body) > max_bytes:
-            raise DataError(f"it is larger than {max_bytes:,} bytes; raise limits.max_bytes if it is worth it")
-    if inflate and not inflate.complete:
-        raise requests.ConnectionError("the compressed body ends early")
-    return bytes(body)
-
-
-class _Inflate:
-    """gzip (of several members too) and deflate, a bounded number of bytes at a time."""
-
-    WINDOW: ClassVar[dict[str, int]] = {"gzip": 31, "x-gzip": 31, "deflate": 15}
-
-    def __init__(self, encoding: str) -> None:
-        self._window = self.WINDOW[encoding]
-        self._inflater = zlib.decompressobj(self._window)
-        self._started = False
-
-    @property
-    def complete(self) -> bool:
-        return self._inflater.eof or not self._started
-
-    def feed(self, data: bytes, at_most: int) -> bytes:
-        out = b""
-        try:
-            while data and len(out) < at_most:
-                if self._inflater.eof:
-                    if self._window != 31 or data[:1] != b"\x1f":
-                        break  # padding after the end
-                    self._inflater = zlib.decompressobj(self._window)
-                out += self._inflate(data, at_most - len(out))
-                data = self._inflater.unused_data if self._inflater.eof else b""
-        except zlib.error as exc:
-            raise requests.ConnectionError("the compressed body is damaged") from exc
-        return out
-
-    def _inflate(self, data: bytes, at_most: int) -> bytes:
-        first, self._started = not self._started, True
-        try:
-            return self._inflater.decompress(data, at_most)
-        except zlib.error:
-            if not first or self._window != 15:
-                raise
-            self._inflater = zlib.decompressobj(-15)  # "deflate" without the zlib wrapper, as some servers send it
-            return self._inflater.decompress(data, at_most)
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -410,12 +230,14 @@ def _reason(exc: Exception, limits: FetchLimits) -> str:
         return f"no connection within {limits.connect_s:g} s"
     if isinstance(exc, requests.Timeout) or any(isinstance(error, TimeoutError) for error in chain):
         return f"no data for {limits.read_s:g} s"
-    if isinstance(exc, requests.exceptions.InvalidURL | UnicodeError):
+    if isinstance(exc, ValueError):
         return "it is, or redirects to, an address that cannot be read"
     return f"the connection failed ({_innermost(chain)})"
 
 
 def _innermost(chain: list[BaseException]) -> str:
+    if chain[0].args and isinstance(chain[0].args[0], str):
+        return chain[0].args[0]  # one of our own
     for error in chain:
         if isinstance(error, OSError) and error.strerror:
             return error.strerror

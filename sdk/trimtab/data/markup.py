@@ -30,8 +30,9 @@ _BLOCKS = frozenset(
     }
 )
 _SPAN_AT_MOST = 50  # rows and columns that one cell may cover; a page can ask for billions
-_LAYOUT_WORDS = 60  # a headless table with a cell longer than this only arranges the page
+_LAYOUT_WORDS = 60  # a table without <th> and with a longer cell, or with one column, only arranges the page
 _XML_DECLARATION = re.compile(r"\A\s*<\?xml[^>]*>")
+_TABLES_DEEP = 3  # tables within so many others only arrange the page
 _ANCHOR_SIGNS = frozenset("¶#§🔗")
 
 
@@ -62,6 +63,7 @@ def blocks(root: Tag, *, dropped: Callable[[Tag], bool] = lambda tag: False) -> 
 def _walk(root: Tag, dropped: Callable[[Tag], bool]) -> Iterator[Block]:
     text: list[str] = []
     inside = [root]  # block elements around the current position
+    tables = 0  # of them
 
     def flush() -> Iterator[Block]:
         line = collapse("".join(text))
@@ -75,6 +77,7 @@ def _walk(root: Tag, dropped: Callable[[Tag], bool]) -> Iterator[Block]:
         child = next(children, None)
         if child is None:
             stack.pop()
+            tables -= parent.name == "table"
             if parent.name in _BLOCKS:
                 yield from flush()
                 if len(inside) > 1:
@@ -89,12 +92,13 @@ def _walk(root: Tag, dropped: Callable[[Tag], bool]) -> Iterator[Block]:
                 text.append(" ")
             elif child.name in _BLOCKS:
                 yield from flush()
-                if child.name == "table" and (rows := _data_rows(child, dropped)) is not None:
+                if child.name == "table" and tables < _TABLES_DEEP and (rows := _data_rows(child, dropped)) is not None:
                     yield from (Block(line, child) for line in map(collapse, rows) if line)
                 elif child.name == "pre":
                     yield from (Block(line, child) for line in map(collapse, re.split(r"\n\s*\n", child.get_text())) if line)
                 else:
                     inside.append(child)
+                    tables += child.name == "table"
                     stack.append((child, iter(child.children)))
             else:
                 stack.append((child, iter(child.children)))
@@ -123,7 +127,7 @@ def _in_definition(tag: Tag) -> Tag | None:
 
 
 def _is_anchor_sign(tag: Tag) -> bool:
-    return tag.name == "a" and tag.get_text().strip() in _ANCHOR_SIGNS
+    return tag.name == "a" and len(tag.contents) == 1 and str(tag.contents[0]).strip() in _ANCHOR_SIGNS
 
 
 def _data_rows(table: Tag, dropped: Callable[[Tag], bool]) -> list[str] | None:
@@ -134,7 +138,7 @@ def _data_rows(table: Tag, dropped: Callable[[Tag], bool]) -> list[str] | None:
     cells = [[cell for cell in row.find_all(["td", "th"]) if not dropped(cell)] for row in rows]
     has_heads = any(cell.name == "th" for row in cells for cell in row)
     texts = {id(cell): _cell_text(cell, dropped) for row in cells for cell in row}
-    if not has_heads and any(len(text.split()) > _LAYOUT_WORDS for text in texts.values()):
+    if not has_heads and (max(map(len, cells), default=0) < 2 or any(len(text.split()) > _LAYOUT_WORDS for text in texts.values())):
         return None
     in_head = [any(tag.name == "thead" for tag in _up_to(row, table)) for row in rows]
     all_heads = [bool(row) and all(cell.name == "th" for cell in row) for row in cells]

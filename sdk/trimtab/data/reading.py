@@ -78,7 +78,7 @@ def _in_parallel(
     results: dict[int, Reading | Refused] = {}
     queues: dict[str, deque[int]] = defaultdict(deque)
     for number, source in enumerate(sources):
-        queues[urlsplit(source.url).netloc if source.url else ""].append(number)
+        queues[source.site if source.url else ""].append(number)
 
     def empty(queue: deque[int]) -> None:
         while True:

@@ -23,13 +23,9 @@ class Source:
     """One page to read. `name` is what documents and messages show: nothing secret, no folder of this machine."""
 
     name: str
+    site: str  # what its pages have in common: the host, or the folder that was passed
     url: str | None = None
     path: Path | None = None
-
-    @property
-    def site(self) -> str:
-        """What its pages have in common: the host, or the folder."""
-        return (urlsplit(self.url).netloc or "") if self.url else str(self.path.parent if self.path else "")
 
 
 @dataclass(frozen=True)
@@ -114,7 +110,7 @@ def _from_url(url: str, scheme: str) -> _Found:
     port = "" if parts.port in (None, {"http": 80, "https": 443}[scheme]) else f":{parts.port}"
     host = (parts.hostname or "").lower()
     same = urlunsplit((scheme, (f"[{host}]" if ":" in host else host) + port, parts.path or "/", parts.query, ""))
-    return [(same, Source(name, url=same))], [], []
+    return [(same, Source(name, host + port, url=same))], [], []
 
 
 def _from_path(path: Path) -> _Found:
@@ -128,7 +124,7 @@ def _from_path(path: Path) -> _Found:
         return [], [Refused(name, _missing(path))], []
     if path.suffix.lower() not in FILE_KINDS:
         return [], [Refused(name, f"files of this kind are not read, only {', '.join(FILE_KINDS)}; export it as one of them")], []
-    return [(os.path.realpath(path), Source(name, path=path))], [], []
+    return [(os.path.realpath(path), Source(name, str(path.parent), path=path))], [], []
 
 
 def _from_folder(folder: Path, name: str) -> _Found:
@@ -147,7 +143,7 @@ def _from_folder(folder: Path, name: str) -> _Found:
         elif not path.is_file():
             refused.append(Refused(shown, "it is a link to nothing, or no plain file; remove it or pass the files by name"))
         elif path.suffix.lower() in FILE_KINDS:
-            found.append((os.path.realpath(path), Source(shown, path=path)))
+            found.append((os.path.realpath(path), Source(shown, str(folder), path=path)))
         else:
             unread[path.suffix.lower() or "no suffix"] += 1
     notes = []
