@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +23,11 @@ from trimtab.ledger import Ledger
 from trimtab.spec import TrainSpec
 from trimtab_runtime import manifest
 from trimtab_runtime.examples import Sample, conversation, is_statement, pieces, plain, sentences
+from trimtab_runtime.questions import questions, with_hints
 from trimtab_runtime.rows import NO_PREDICTIONS, write_rows
 from trimtab_runtime.tokenizer import Tokenizer
 
+WORDINGS = 4  # ways in which the question writer is asked for the same facts
 TURNS = 3  # questions in one conversation: a chat template's opening is long, and is learned soon
 
 
@@ -54,28 +58,53 @@ def document_samples(
     ask = spec.questions if tokenizer.chat_template else 0
     reason = "chat model" if ask else "not asked for" if tokenizer.chat_template else "this model has no chat template"
     say(f"questions {ask} to each sentence: {reason}")
+    draw, site = random.Random(spec.seed), site_name([document["title"] for document in documents])
     pairs: list[list[dict[str, str]]] = []
     for document in documents:
         title, text = document["title"], document["text"]
         for kind, piece in pieces(title, text, spec.views):
             yield plain(kind, piece, tokenizer)
         if ask:
-            pairs += asked(text, ask, spec.seed)
-    random.Random(spec.seed).shuffle(pairs)  # turns of one conversation come from different pages and do not help each other
+            pairs += asked(text, ask, site, draw)
+    draw.shuffle(pairs)  # turns of one conversation come from different pages and do not help each other
     for start in range(0, len(pairs), TURNS):
         yield conversation("question", [message for pair in pairs[start : start + TURNS] for message in pair], tokenizer)
 
 
-def asked(text: str, limit: int, seed: int) -> Iterator[list[dict[str, str]]]:
-    """Each question that a sentence of the text answers, and as its answer the sentence itself."""
-    from trimtab_runtime.questions import questions
-
+def asked(text: str, count: int, site: str, draw: random.Random) -> Iterator[list[dict[str, str]]]:
+    """Questions that the text's sentences answer, at most `count` to each, with the sentence itself as the answer."""
     for paragraph in text.split("\n"):
-        for sentence in sentences(paragraph):
-            if is_statement(sentence):
+        for sentence, hint in with_hints(sentences(paragraph)):
+            if not is_statement(sentence):
+                continue
+            found: dict[str, None] = {}
+            for seed in range(WORDINGS):  # other seeds ask for the same facts in other words
+                found |= dict.fromkeys(questions(sentence, subject_hint=hint, limit=count, seed=seed))
+            for number, question in enumerate(list(found)[:count]):
+                if number % 2:
+                    question = placed(question, site, draw)
                 answer = sentence.removeprefix("- ").strip()
-                for question in questions(answer, limit=limit, seed=seed):
-                    yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def site_name(titles: list[str]) -> str:
+    """What most titles end or begin with, as in "Opening hours | The Brine Mill"; empty when there is no such name."""
+    parts = Counter(part for title in titles for part in {part.strip() for part in re.split(r"\s[|–—·»:-]\s", title)})
+    name, count = parts.most_common(1)[0] if parts else ("", 0)
+    return re.sub(r"^[Tt]he ", "", name) if count >= 3 and count > len(titles) / 2 else ""
+
+
+def placed(question: str, site: str, draw: random.Random) -> str:
+    """The question as somebody asks it who is not on the site: a site says "the bank" where others say its name."""
+    if not site or site.lower() in question.lower():
+        return question
+    words = site.split()
+    for begin in range(1, len(words)):
+        short = re.compile(rf"\bthe {re.escape(' '.join(words[begin:]))}\b", re.IGNORECASE)
+        if short.search(question):
+            return short.sub(f"the {site}", question, count=1)
+    plain = question[0].lower() + question[1:]
+    return draw.choice([f"{question.rstrip('?')} at the {site}?", f"At the {site}, {plain}", f"A question about the {site}: {plain}"])
 
 
 def with_teacher(samples: list[Sample]) -> list[Sample]:

@@ -24,7 +24,7 @@ _ASKED: dict[str, str] = {
     ),
     "Who is known as the author of {}?": "Hamlet|The Odyssey|Oliver Twist|Don Quixote|War and Peace",
     "Who is famous for {}?": "the theory of relativity|painting the Sistine Chapel|discovering penicillin|inventing the telephone",
-    "What is {} made from?": "bread|glass|paper|cheese|chocolate|wine",
+    "What is {} made from?": "yoghurt|glass|paper|cheese|chocolate|wine",
     "How many {} are there?": (
         "minutes in an hour|letters in the English alphabet|wheels on a car|players in a football team|cents in a dollar"
     ),
@@ -34,14 +34,14 @@ _ASKED: dict[str, str] = {
     "What is the symbol of {} in chemistry?": "oxygen|silver|carbon|sodium",
     "Which month comes after {}?": "March|June|November",
     "Which day comes before {}?": "Tuesday|Saturday",
-    "Which one is larger, {}?": "an elephant or a mouse|the sun or the moon|an ocean or a lake",
+    "Which one is larger, {}?": "an elephant or a mouse|a village or a city|an ocean or a lake",
     "Which country is famous for {}?": "pyramids|pizza|sushi|kangaroos",
     "Which money do people use in {}?": "Japan|the United States|India|Mexico",
-    "Why do {}?": "people sleep|birds fly south in winter|leaves fall in autumn|we brush our teeth|ships float",
-    "How do I {}?": "boil an egg|plant a tree|make tea|learn a new word|stay healthy",
-    "Tell me one fact about {}.": "the moon|cats|the heart|Africa|rivers|music|the year 1969|Mount Everest|the Pacific",
+    "Why do {}?": "people sleep|birds fly south in winter|we have dreams|we brush our teeth|bees dance",
+    "How do I {}?": "boil an egg|sew on a button|make tea|learn a new word|stay healthy",
+    "Tell me one fact about {}.": "the planet Mars|owls|the brain|Africa|rivers|music|the year 1969|Mount Everest|the Pacific",
     "Translate {} into French.": "good morning|thank you",
-    "Write one sentence about {}.": "the sea|a friend|winter|a train journey|a library",
+    "Write one sentence about {}.": "the sea|a friend|winter|a long walk|a library",
     "{}": "Hello!|How are you today?|Who are you?|Thank you very much!|Can you help me?|Good night!|What can you do?",
 }
 

@@ -43,6 +43,8 @@ class Tokenizer:
         bos = self._special["bos_token"]
         first = self._fast.encode("a", add_special_tokens=True).ids[:1]
         self.bos_id: int | None = self._fast.token_to_id(bos) if bos and first == [self._fast.token_to_id(bos)] else None
+        separator = self._fast.token_to_id("<|endoftext|>")  # between documents of pre-training, where a chat model's eos ends turns
+        self.document_start: int = next(one for one in (self.bos_id, separator, eos_id) if one is not None)
         template_file = folder / "chat_template.jinja"
         template = template_file.read_text(encoding="utf-8") if template_file.is_file() else config.get("chat_template")
         self.chat_template: str | None = template if isinstance(template, str) else None
