@@ -13,7 +13,7 @@ from trimtab.data.extract import extract
 from trimtab.data.plain import markdown, text_lines
 from trimtab.data.tables import row_lines
 
-PAGES = sorted((Path(__file__).parents[2] / "benchmarks/demo/pages").glob("*.html"))
+PAGES = sorted((Path(__file__).parents[2] / "benchmarks").glob("*/pages/*.html"))
 PROSE = "The ferry Astrid Vane was built in 1974 at the yard in Osterhaven and has carried passengers across the sound ever since."
 MORE = "Her captain is Ines Calder, who came to the company in 1998 after eleven years on the lighthouse tender of the same harbour."
 
@@ -31,7 +31,7 @@ def without_landmarks(html: str) -> str:
 
 
 @pytest.mark.parametrize("change", [str, without_landmarks], ids=["as it is", "without main and article"])
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
 def test_no_block_of_a_real_page_is_lost_and_no_boilerplate_kept(path: Path, change):
     html = path.read_text(encoding="utf-8")
     tree = BeautifulSoup(html, "lxml")
