@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> int:
     }
     job = JobDir.from_environment()
     if arguments == ["serve"]:
+        _before_torch()
         from trimtab_runtime.serve import serve
 
         return serve(job)

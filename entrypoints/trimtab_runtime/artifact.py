@@ -87,7 +87,7 @@ def model_card(spec: TrainSpec, ledger: Ledger, metrics: dict[str, Any]) -> str:
         f"(digest {spec.data_digest[:16]})",
         f"- schedule: {metrics['steps']} of {metrics['of']} steps, {spec.epochs} epochs, peak rate {spec.learning_rate:g}, "
         f"{spec.lr_schedule}; {metrics['ended_by']}",
-        f"- loss: {_number(metrics['first_loss'])} at the first step, {_number(metrics['last_loss'])} at the last",
+        f"- loss: {metrics['first_loss']:.4f} at the first step, {metrics['last_loss']:.4f} at the last",
     ]
     limits = (
         "The adapter repeats what its pages said, as far as it learned it; it can be wrong, and it knows nothing newer. "
@@ -98,7 +98,3 @@ def model_card(spec: TrainSpec, ledger: Ledger, metrics: dict[str, Any]) -> str:
 
 def _hub_name(model: str) -> str:
     return Path(model).name if model.startswith(("/", ".", "~")) else model
-
-
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4f}"

@@ -6,9 +6,10 @@ One folder a checkpoint, named by its step: adapter and optimiser tensors, state
 from __future__ import annotations
 
 import base64
+import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,21 @@ _PATTERN = "step-*"
 
 @dataclass(frozen=True)
 class Position:
-    """Where training stands: `step` optimiser steps are done; `facts` is what must not have changed since."""
+    """Where training stands: `step` optimiser steps are done; `facts` is what must not have changed since.
+
+    `losses` are the first step's and the last's.
+    """
 
     step: int
     facts: Mapping[str, Any]
+    losses: tuple[float, ...] = ()
 
 
 def save(folder: Path, position: Position, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, keep: int) -> Path:
-    """Write a checkpoint for `position`, then remove all but the newest `keep` complete ones."""
+    """Write a checkpoint for `position`, then remove all but the newest `keep` complete ones up to it.
+
+    Later ones go too: they were passed over as damaged, and must not push out what is whole.
+    """
     target = folder / f"step-{position.step:08d}"
     if target.exists():  # a half-written one of an earlier life, or this very step again
         _remove(target)
@@ -43,10 +51,12 @@ def save(folder: Path, position: Position, parameters: Mapping[str, nn.Parameter
             moments[f"{name}|{key}"] = (value if isinstance(value, Tensor) else torch.tensor(value)).contiguous()
     save_file(moments, target / "optimizer.safetensors")
     random = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-    manifest.write_json(target / "state.json", {"step": position.step, "facts": dict(position.facts), "random": random})
+    manifest.write_json(target / "state.json", asdict(position) | {"random": random})
     manifest.write(target, {"step": position.step})
-    for old in _complete(folder)[keep:]:
-        _remove(old)
+    kept = [path for path in _complete(folder) if path.name <= target.name][:keep]
+    for old in folder.glob(_PATTERN):
+        if old not in kept:
+            _remove(old)
     return target
 
 
@@ -60,9 +70,9 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def load(checkpoint: Path, facts: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Put a checkpoint back and return the number of steps done. Raises SpecError when it belongs to another job."""
-    state = manifest.json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+def load(checkpoint: Path, facts: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Position:
+    """Put a checkpoint back and return where it stood. Raises SpecError when it belongs to another job."""
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     changed = [name for name, value in facts.items() if state["facts"].get(name) != value]
     if changed:
         raise SpecError(
@@ -75,7 +85,7 @@ def load(checkpoint: Path, facts: Mapping[str, Any], parameters: Mapping[str, nn
     for name, parameter in parameters.items():
         optimizer.state[parameter] = {key.rpartition("|")[2]: value for key, value in moments.items() if key.rpartition("|")[0] == name}
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
-    return int(state["step"])
+    return Position(state["step"], state["facts"], tuple(state["losses"]))
 
 
 def _complete(folder: Path) -> list[Path]:

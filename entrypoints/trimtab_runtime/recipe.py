@@ -64,13 +64,16 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
     # where an earlier life of this run left off
     facts = {"spec": spec.digest(), "rows": rows.facts["files"]}
     done = 0
+    losses: list[float] = []
     found = checkpoint.newest(job.checkpoints, say)
     if found is not None:
-        done = checkpoint.load(found, facts, adapters, optimizer)
+        position = checkpoint.load(found, facts, adapters, optimizer)
+        done, losses = position.step, list(position.losses)
         say(f"resume: going on after step {done} from {found.name}")
 
     def save(reason: str) -> None:
-        path = checkpoint.save(job.checkpoints, checkpoint.Position(done, facts), adapters, optimizer, keep=spec.keep_checkpoints)
+        position = checkpoint.Position(done, facts, (losses[0], losses[-1]))
+        path = checkpoint.save(job.checkpoints, position, adapters, optimizer, keep=spec.keep_checkpoints)
         events.write(Checkpoint(step=done, path=path.name, reason=reason))
         say(f"checkpoint {path.name}: {reason}")
 
@@ -78,7 +81,6 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
     events.write(Phase(name="train", at=time.time(), detail=f"{steps} steps"))
     saved_at = loop_began = time.monotonic()
     seconds: list[float] = []
-    losses: list[float] = []
     ended_by = ""
     while done < steps:
         step_began = time.monotonic()
@@ -137,7 +139,7 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
     # what stays
     events.write(Phase(name="save", at=time.time(), detail=ended_by))
     metrics = {
-        "steps": done, "of": steps, "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
+        "steps": done, "of": steps, "first_loss": losses[0], "last_loss": losses[-1],
         "seconds": round(time.monotonic() - loop_began, 1), "ended_by": ended_by or "all steps done",
     }  # fmt: skip
     artifact.write(job, spec, model, rows.ledger, metrics)

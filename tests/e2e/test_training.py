@@ -21,6 +21,9 @@ from trimtab.events import Checkpoint, Finished, Step, read
 from trimtab.ledger import Ledger
 from trimtab_runtime.rows import PackedRows
 
+# PEFT still asks transformers by an old name
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
 
 def artifact_bytes(root: Path) -> bytes:
     return (root / "model" / "adapter_model.safetensors").read_bytes()

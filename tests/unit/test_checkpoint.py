@@ -1,0 +1,147 @@
+"""A checkpoint is there whole or not at all, and what it gives back is what went in."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from trimtab.errors import SpecError
+from trimtab_runtime import checkpoint, manifest
+from trimtab_runtime.checkpoint import Position
+
+FACTS = {"spec": "abc", "rows": {"tokens.npy": {"bytes": 3, "sha256": "d"}}}
+KEEP_ALL = 100
+
+
+class Training:
+    """Two parameters, an optimiser with moments, and random steps."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.parameters = {"layer.lora_A": nn.Parameter(torch.randn(3, 4)), "layer.lora_B": nn.Parameter(torch.randn(4, 3))}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.1, fused=True)
+
+    def step(self, count: int = 1) -> None:
+        for _ in range(count):
+            sum((parameter * torch.randn_like(parameter)).sum() for parameter in self.parameters.values()).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def save(self, folder: Path, step: int, keep: int = KEEP_ALL) -> Path:
+        return checkpoint.save(folder, Position(step, FACTS, (3.5, 1.25)), self.parameters, self.optimizer, keep=keep)
+
+    def load(self, path: Path) -> Position:
+        return checkpoint.load(path, FACTS, self.parameters, self.optimizer)
+
+    def tensors(self) -> list[torch.Tensor]:
+        moments = [value for parameter in self.parameters.values() for value in self.optimizer.state[parameter].values()]
+        return [tensor.detach().clone() for tensor in (*self.parameters.values(), *moments)]
+
+
+def equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(some, others, strict=True))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def newest(folder: Path) -> tuple[str | None, list[str]]:
+    said: list[str] = []
+    found = checkpoint.newest(folder, said.append)
+    return found and found.name, said
+
+
+def test_parameters_moments_and_random_numbers_come_back_bit_for_bit(tmp_path: Path) -> None:
+    first = Training()
+    first.step(3)
+    path = first.save(tmp_path, 3)
+    saved = first.tensors()
+    first.step(4)
+    expected, expected_draw = first.tensors(), torch.rand(5)
+
+    second = Training(seed=99)
+    assert second.load(path) == Position(3, FACTS, (3.5, 1.25))
+    assert equal(second.tensors(), saved)
+    second.step(4)
+    assert equal(second.tensors(), expected)
+    assert torch.equal(torch.rand(5), expected_draw)
+
+
+def test_the_newest_are_kept_and_no_more(tmp_path: Path) -> None:
+    training = Training()
+    for step in (2, 9, 10, 11):
+        training.step()
+        training.save(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["step-00000010", "step-00000011"]
+    assert newest(tmp_path) == ("step-00000011", [])
+
+
+def damage(path: Path) -> None:
+    content = bytearray((path / "adapter.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "adapter.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (damage, "step-00000006/adapter.safetensors does not match its digest"),
+        (lambda path: (path / "manifest.json").unlink(), "step-00000006 has no readable manifest.json"),
+        (lambda path: (path / "manifest.json").write_text("{"), "step-00000006 has no readable manifest.json"),
+        (lambda path: (path / "optimizer.safetensors").unlink(), "step-00000006/optimizer.safetensors is missing"),
+        (lambda path: (path / "state.json").write_text(""), "step-00000006/state.json does not match its digest"),
+    ],
+)
+def test_one_that_is_not_whole_is_named_and_passed_over(tmp_path: Path, harm: Callable[[Path], None], reason: str) -> None:
+    training = Training()
+    training.step()
+    training.save(tmp_path, 3)
+    harm(training.save(tmp_path, 6))
+    found, said = newest(tmp_path)
+    assert found == "step-00000003"
+    assert len(said) == 1
+    assert reason in said[0]
+
+
+def test_where_nothing_is_whole_nothing_is_found(tmp_path: Path) -> None:
+    assert newest(tmp_path) == (None, [])
+    (tmp_path / "step-00000001").mkdir()
+    assert newest(tmp_path)[0] is None
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_one_does_not_push_out_a_whole_one(tmp_path: Path, keep: int) -> None:
+    training = Training()
+    training.step()
+    training.save(tmp_path, 3)
+    for step in (9, 12):
+        damage(training.save(tmp_path, step))
+    shutil.copytree(tmp_path / "step-00000003", tmp_path / "step-00000001", ignore=shutil.ignore_patterns(manifest.NAME))
+    training.save(tmp_path, 6, keep=keep)
+    assert names(tmp_path) == ["step-00000003", "step-00000006"][-keep:]
+    assert newest(tmp_path) == ("step-00000006", [])
+
+
+def test_the_same_step_again_takes_the_place_of_what_lay_there(tmp_path: Path) -> None:
+    training = Training()
+    training.step()
+    damage(training.save(tmp_path, 4))
+    training.save(tmp_path, 4)
+    assert newest(tmp_path) == ("step-00000004", [])
+
+
+def test_one_of_another_job_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    training = Training()
+    training.step()
+    path = training.save(tmp_path, 1)
+    training.step()
+    before = training.tensors()
+    with pytest.raises(SpecError, match=r"another job \(spec differs\): start a new run"):
+        checkpoint.load(path, {**FACTS, "spec": "xyz"}, training.parameters, training.optimizer)
+    assert equal(training.tensors(), before)
