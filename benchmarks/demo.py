@@ -22,6 +22,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -29,8 +30,10 @@ from trimtab import Job, Run, RunFailed, TrimtabError, probes
 from trimtab.backends.base import RunState
 from trimtab.errors import RunNotFound, SpecError
 from trimtab.evaluation import Prompt, evaluate
+from trimtab.layout import JobDir
 from trimtab.probes import KINDS, WORDS, Probes, is_right, plain_words
 from trimtab.progress import display
+from trimtab_runtime.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent / "demo"
 SUFFIXES = {".html": "text/html", ".htm": "text/html", ".txt": "text/plain", ".md": "text/markdown"}
@@ -147,14 +150,9 @@ def judged(asked: Probes, told: dict[str, Any], trained_on: str) -> dict[str, An
 
 def training_text(run: Run) -> str:
     """The words of everything the run was trained on, to show that no probe question is among it."""
-    from trimtab.cache import cache_dir
-    from trimtab_runtime.tokenizer import Tokenizer
-
-    spec = run.artifact().spec
-    folder = cache_dir() / "data" / spec.preparation_digest()[:16] / "input" / "data"
-    import numpy as np
-
-    return " " + " ".join(plain_words(Tokenizer(folder / "model").decode(np.load(folder / "train" / "tokens.npy").tolist()))) + " "
+    job = JobDir(run.artifact().path.parent)
+    tokens = np.load(job.channel("train") / "tokens.npy").tolist()
+    return " " + " ".join(plain_words(Tokenizer(job.channel("model")).decode(tokens))) + " "
 
 
 def last_line(result: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from trimtab_runtime.rows import Predictions
 from trimtab_runtime.tokenizer import Tokenizer
 
 LIKELIEST = 64  # tokens of a prediction that are kept
-_SHARES = {"everyday": 0.4, "chat": 0.15, "prose": 0.45}  # of the tokens wanted
+_SHARES = {"everyday": 0.45, "chat": 0.1, "prose": 0.45}  # of the tokens wanted
 _TOKENS = {"everyday": 70, "chat": 115, "prose": 150}  # what a sample brings into the rows, for planning how many
 _LIMIT = {"everyday": 48, "chat": 72, "prose": 160, "asking": 36}  # new tokens
 

@@ -18,14 +18,21 @@ from trimtab.spec import TrainSpec
 from trimtab_runtime.methods.lora import add_adapters
 from trimtab_runtime.rows import Row
 from trimtab_runtime.xeon import attention
+from trimtab_runtime.xeon.lora import fuse
 from trimtab_runtime.xeon.loss import linear_cross_entropy, linear_distillation
 
 # heads that do something to their logits, which the chunked loss does not know
 _OWN_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier")
 
+# divergences are small beside the cross-entropy of new text until it is too late; measured, see README.md
+TEACHER_WEIGHT = 2.0
 
-def load_model(folder: Path, spec: TrainSpec, dtype: torch.dtype) -> PeftModel:
-    """The base from a local folder, frozen (in NF4 for qlora), with fresh adapters. Raises SpecError where it does not load."""
+
+def load_model(folder: Path, spec: TrainSpec, dtype: torch.dtype, *, fused: bool = True) -> PeftModel:
+    """The base from a local folder, frozen (in NF4 for qlora), with fresh adapters. Raises SpecError where it does not load.
+
+    With `fused`, adapted layers without dropout compute in one step (xeon/lora.py); the others need autocast for bf16.
+    """
     attention.register()
     logging.disable_progress_bar()
     try:
@@ -42,10 +49,16 @@ def load_model(folder: Path, spec: TrainSpec, dtype: torch.dtype) -> PeftModel:
         raise SpecError(f"max_seq_len {spec.max_seq_len} is beyond this model's {limit} positions: choose {limit} or less")
     base.config.use_cache = False
     if spec.method == "qlora":
-        from trimtab_runtime.methods.qlora import quantise
+        from trimtab_runtime.methods.qlora import begin_with, quantise
 
-        quantise(base, dtype)
-    return add_adapters(base, spec)
+        lost = quantise(base, dtype, rank=spec.lora_rank if spec.lora_init == "loftq" else 0)
+        model = add_adapters(base, spec)
+        begin_with(model, lost)
+    else:
+        model = add_adapters(base, spec)
+    if fused:
+        fuse(model)
+    return model
 
 
 @dataclass(frozen=True)
@@ -96,5 +109,7 @@ def batch_loss(model: PeftModel, batch: Batch, *, scale: float) -> Tensor:
     hidden = base.get_decoder()(**given).last_hidden_state[0]
     loss = linear_cross_entropy(hidden.index_select(0, batch.places).to(head.dtype), head, batch.targets, scale=scale)
     if len(batch.taught):
-        loss = loss + linear_distillation(hidden.index_select(0, batch.taught).to(head.dtype), head, batch.ids, batch.chances, scale=scale)
+        loss = loss + linear_distillation(
+            hidden.index_select(0, batch.taught).to(head.dtype), head, batch.ids, batch.chances, scale=scale * TEACHER_WEIGHT
+        )
     return loss

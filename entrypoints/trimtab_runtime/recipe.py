@@ -47,6 +47,7 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
     dtype = getattr(torch, choice.value)
     model = load_model(job.channel("model"), spec, dtype)
     model.train()
+    mixed = dtype is torch.bfloat16 and spec.lora_dropout > 0  # layers with dropout are PEFT's own, in fp32 but for autocast
     adapters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     trained = sum(parameter.numel() for parameter in adapters.values())
     say(f"method {spec.method}: {trained:,} adapter parameters in fp32, base computed in {choice.value}")
@@ -92,7 +93,7 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
         targets = sum(batch.learned for batch in batches)
         loss = 0.0
         for part, batch in zip(chunks(chosen, spec.batch_rows), batches, strict=True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
                 share = batch_loss(model, batch, scale=1 / max(1, targets))
             if not math.isfinite(share.item()):
                 raise Diverged(

@@ -50,6 +50,9 @@ class TrainSpec(_Spec):
     method: Literal["qlora", "lora"] = Field("qlora", description="qlora: base in 4-bit NF4; lora: base in the compute dtype")
     lora_rank: int = Field(32, ge=1, le=1024, description="rank of the adapters on every linear layer but the head")
     lora_alpha: float = Field(64.0, gt=0, description="adapters are scaled by alpha / rank")
+    lora_init: Literal["loftq", "zeros"] = Field(
+        "loftq", description="qlora's adapters begin as what quantisation took away (loftq), or as nothing (zeros)"
+    )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
 
     max_seq_len: int = Field(2048, ge=16, le=1_048_576, description="tokens in a packed row; longer documents go on in the next")

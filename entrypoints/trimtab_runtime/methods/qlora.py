@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trimtab_runtime.methods.lora import linear_layers
 
 BLOCK = 64
+Factors = tuple[Tensor, Tensor]
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -18,8 +20,12 @@ with warnings.catch_warnings():
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 
-def quantise(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Replace every linear layer but the head by its NF4 form, in place. Computes in `dtype`."""
+def quantise(model: PreTrainedModel, dtype: torch.dtype, *, rank: int = 0) -> dict[str, Factors]:
+    """Replace every linear layer but the head by its NF4 form, in place. Computes in `dtype`.
+
+    Returns for each layer the `rank` largest parts of what quantisation took away (none for rank 0).
+    """
+    lost = {}
     for name, layer in linear_layers(model).items():
         small = bnb.nn.Linear4bit(
             layer.in_features,
@@ -37,9 +43,35 @@ def quantise(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         small = small.to(layer.weight.device)
         # else the first forward in eval mode repacks the weights in place, and later gradients are wrong or missing
         small.support_avx512bf16_for_cpu = False
+        if rank:
+            kept = dequantize_4bit(small.weight.data, small.weight.quant_state)
+            lost[name] = largest_parts(layer.weight.data.float() - kept.float(), rank)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, small)
-    return model
+    return lost
+
+
+def largest_parts(matrix: Tensor, rank: int) -> Factors:
+    """B [out, rank] and A [rank, in] whose product is nearest to `matrix` [out, in]; zeros beyond its own rank."""
+    size = min(rank, *matrix.shape)
+    left, values, right = torch.svd_lowrank(matrix, q=min(size + 16, *matrix.shape), niter=2)
+    root = values[:size].sqrt()
+    b, a = matrix.new_zeros(matrix.shape[0], rank), matrix.new_zeros(rank, matrix.shape[1])
+    b[:, :size], a[:size] = left[:, :size] * root, (right[:, :size] * root).T
+    return b, a
+
+
+def begin_with(model: PeftModel, lost: dict[str, Factors]) -> None:
+    """Let the adapters begin as what quantisation took away, so that training starts nearer to the original weights.
+
+    Li et al. 2023, "LoftQ", arXiv:2310.08659, with one iteration.
+    """
+    layers = dict(model.get_base_model().named_modules())
+    for name, (b, a) in lost.items():
+        layer = layers[name]
+        root = layer.scaling["default"] ** 0.5
+        layer.lora_B["default"].weight.data.copy_(b / root)
+        layer.lora_A["default"].weight.data.copy_(a / root)
 
 
 def dequantised_nf4(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:

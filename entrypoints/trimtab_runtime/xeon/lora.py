@@ -1,0 +1,70 @@
+"""An adapted linear layer as one step of the graph: base product, adapter, and both gradients, without casts in between.
+
+PEFT's own layer keeps adapters in fp32 and casts each activation to them and back; on a small model these copies and
+the separate additions cost as much as the adapters' products. The mathematics is the same (a test compares both).
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+
+class _Adapted(torch.autograd.Function):
+    """y = x W' + b + s (x A') B' for x [tokens, in], W [out, in] frozen, A [r, in] and B [out, r] in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Module, scale: float) -> Tensor:
+        a_low, b_low = a.to(x.dtype), b.to(x.dtype)
+        inner = torch.mm(x, a_low.t())
+        weight = _weight(base, x.dtype)
+        bias = getattr(base, "bias", None)
+        y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
+        y.addmm_(inner, b_low.t(), alpha=scale)
+        ctx.save_for_backward(x, inner, a_low, b_low)
+        ctx.base, ctx.scale = base, scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+        x, inner, a_low, b_low = ctx.saved_tensors
+        dy = upstream[0].contiguous()
+        d_inner = torch.mm(dy, b_low).mul_(ctx.scale)
+        db = torch.mm(dy.t(), inner).float().mul_(ctx.scale)
+        da = torch.mm(d_inner.t(), x).float()
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.mm(dy, _weight(ctx.base, dy.dtype))
+            dx.addmm_(d_inner, a_low)
+        return dx, da, db, None, None
+
+
+def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The frozen weight [out, in] in the compute dtype; a 4-bit one is dequantised for this product only."""
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        return base.weight.to(dtype)
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight: Tensor = dequantize_4bit(base.weight.data, state)
+    return weight.to(dtype)
+
+
+def _forward(self: LoraLayer, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    y: Tensor = _Adapted.apply(flat, self.lora_A["default"].weight, self.lora_B["default"].weight, self.base_layer, self.scaling["default"])
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def fuse(model: nn.Module) -> int:
+    """Let every adapted linear layer compute in one step; layers with dropout stay as they are. Returns how many do."""
+    fused = 0
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and isinstance(layer.lora_dropout["default"], nn.Identity):
+            layer.forward = MethodType(_forward, layer)
+            fused += 1
+    return fused
