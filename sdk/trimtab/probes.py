@@ -49,6 +49,9 @@ def load(file: Path, *, default: Probes | None = None) -> Probes:
     unknown = sorted(set(data) - set(KINDS))
     if unknown:
         raise SpecError(f"the probe file {file} has {unknown[0]!r}; known are {', '.join(KINDS)}. It looks like\n{FORMAT}")
+    odd = [kind for kind in KINDS if not isinstance(data.get(kind, []), list)]
+    if odd:
+        raise SpecError(f"the probe file {file}: {odd[0]} is no list. It looks like\n{FORMAT}")
     return {
         kind: tuple(_probe(entry, f"{file}: {kind}[{number}]") for number, entry in enumerate(data[kind]))
         if kind in data
