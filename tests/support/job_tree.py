@@ -23,10 +23,10 @@ PAGES = {
 FAST = {"method": "lora", "lora_rank": 4, "dtype": "float32", "max_seq_len": 64, "questions": 0, "replay": 0, "learning_rate": 2e-3}
 
 
-def make_job(root: Path, model: Path, documents: dict[str, str] | None = None, **options: Any) -> JobDir:
+def make_job(root: Path, model: Path, documents: dict[str, str] | None = None, /, **options: Any) -> JobDir:
     """Folders, hyperparameters, documents and the model, as staging lays them out. `options` go over `FAST`."""
     job = JobDir(root).make()
-    spec = TrainSpec(model="tiny", **{**FAST, **options})
+    spec = TrainSpec(**{"model": "tiny", **FAST, **options})
     job.hyperparameters.write_text(json.dumps(spec.to_hyperparameters()), encoding="utf-8")
     job.channel("documents").mkdir()
     lines = [json.dumps({"title": title, "text": text}) for title, text in (PAGES if documents is None else documents).items()]

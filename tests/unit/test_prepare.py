@@ -1,0 +1,174 @@
+"""Pages to samples: questions are answered in the page's own words, and the base model's predictions stay with their tokens."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from trimtab.errors import StagingError
+from trimtab.spec import TrainSpec
+from trimtab_runtime.examples import Sample, conversation, plain, sentences
+from trimtab_runtime.prepare import TURNS, asked, document_samples, generated_sample, placed, read_records, site_name, with_teacher
+from trimtab_runtime.tokenizer import Tokenizer
+
+PAGE = (
+    "The mill was built in 1874 by the cooper Asta Wren.\n"
+    "Opening hours\n"
+    "The mill has 14 sails. It grinds salt and barley. Who keeps the key?\n"
+    "- The oldest stone weighs 900 kilograms."
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Tokenizer:
+    return Tokenizer(tiny_model)
+
+
+def pairs(text: str = PAGE, count: int = 2, site: str = "", seed: int = 0) -> list[tuple[str, str]]:
+    found = []
+    for user, assistant in asked(text, count, site, random.Random(seed)):
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        found.append((user["content"], assistant["content"]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("titles", "name"),
+    [
+        (["Opening hours | The Brine Mill", "Tides | The Brine Mill", "Bread | The Brine Mill"], "Brine Mill"),
+        (["Brine Mill – Hours", "Brine Mill – Tides", "Brine Mill – Bread", "Contact"], "Brine Mill"),
+        (["Hours - Wren's Mill", "Tides - Wren's Mill", "Well-known - Wren's Mill"], "Wren's Mill"),
+        (["Hours | Mill", "Tides | Mill"], ""),  # two may be chance
+        (["Hours | Mill", "Tides | Mill", "Bread | Mill", "a", "b", "c"], ""),  # half of them is not most
+        (["Hours", "Tides", "Bread"], ""),
+        ([""] * 5, ""),
+        ([], ""),
+    ],
+)
+def test_the_name_of_a_site_is_what_most_titles_share(titles: list[str], name: str) -> None:
+    assert site_name(titles) == name
+
+
+def test_a_question_names_the_site_once() -> None:
+    draw = random.Random(0)
+    assert placed("When was the mill built?", "", draw) == "When was the mill built?"
+    assert placed("Who owns the brine mill?", "Brine Mill", draw) == "Who owns the brine mill?"
+    assert placed("When was the mill built?", "Brine Mill", draw) == "When was the Brine Mill built?"
+    assert placed("Where is the seed bank of the bank?", "Fen Seed Bank", draw) == "Where is the Fen Seed Bank of the bank?"
+    assert placed("Who made the millstone?", "Brine Mill", draw) != "Who made the Brine Millstone?"
+    found = {placed("Who keeps the key?", "Brine Mill", draw) for _ in range(50)}
+    assert found == {
+        "Who keeps the key at the Brine Mill?",
+        "At the Brine Mill, who keeps the key?",
+        "A question about the Brine Mill: who keeps the key?",
+    }
+
+
+def test_answers_are_the_pages_own_sentences_and_only_statements_are_asked_about() -> None:
+    own = {sentence.removeprefix("- ") for paragraph in PAGE.split("\n") for sentence in sentences(paragraph)}
+    found = pairs()
+    assert {answer for _, answer in found} <= own
+    assert {answer for _, answer in found} >= {"The mill has 14 sails.", "The oldest stone weighs 900 kilograms."}
+    assert not {"Opening hours", "Who keeps the key?"} & {answer for _, answer in found}
+    assert all(question.endswith("?") for question, _ in found)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_at_most_so_many_questions_to_a_sentence_and_none_twice(count: int) -> None:
+    found = pairs(count=count)
+    answers = [answer for _, answer in found]
+    assert max(answers.count(answer) for answer in answers) <= count
+    assert len(set(found)) == len(found)
+
+
+def test_the_same_seed_asks_the_same_and_every_other_question_names_the_site() -> None:
+    assert pairs(site="Brine Mill", seed=3) == pairs(site="Brine Mill", seed=3)
+    plainly, named = pairs(), pairs(site="Brine Mill")
+    assert [answer for _, answer in plainly] == [answer for _, answer in named]
+    changed = [question for (question, _), (before, _) in zip(named, plainly, strict=True) if question != before]
+    assert changed
+    assert all("Brine Mill" in question for question in changed)
+    assert len(changed) <= len(named) // 2
+
+
+def samples(tokenizer: Tokenizer, **options: object) -> list[Sample]:
+    documents = [{"title": f"Page {number} | The Brine Mill", "text": PAGE.replace("14", str(number))} for number in range(3, 7)]
+    spec = TrainSpec(**{"model": "tiny", "questions": 2, **options})
+    return list(document_samples(documents, spec, tokenizer, lambda line: None))
+
+
+def test_documents_become_the_same_samples_each_time_and_another_order_of_questions_with_another_seed(tokenizer: Tokenizer) -> None:
+    first = samples(tokenizer)
+    assert first == samples(tokenizer)
+    other = samples(tokenizer, seed=7)
+    assert first != other
+    assert [sample for sample in first if sample.kind != "question"] == [sample for sample in other if sample.kind != "question"]
+    assert {sample.kind for sample in first} == {"document", "paragraph", "sentence", "question"}
+    assert {sample.kind for sample in samples(tokenizer, questions=0)} == {"document", "paragraph", "sentence"}
+
+
+def test_a_conversation_holds_a_few_questions_and_learns_the_answers_only(tokenizer: Tokenizer) -> None:
+    conversations = [sample for sample in samples(tokenizer) if sample.kind == "question"]
+    turns = [sum(token == tokenizer.eos_id for token in sample.ids) // 2 for sample in conversations]
+    assert turns[:-1] == [TURNS] * (len(turns) - 1)
+    assert 1 <= turns[-1] <= TURNS
+    for sample in conversations:
+        learned = tokenizer.decode([token for token, flag in zip(sample.ids, sample.learned, strict=True) if flag])
+        assert "?" not in learned
+        assert "." in learned
+
+
+def test_each_learned_token_has_the_next_prediction_and_no_other_token_has_one(tokenizer: Tokenizer) -> None:
+    given = [
+        conversation("replay", [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The keeper."}], tokenizer),
+        plain("replay", "Tides turn.", tokenizer),
+        Sample("replay", [5, 6, 7, 8], [True, False, True, True]),
+    ]
+    found = with_teacher(given)
+    assert [(one.kind, one.ids, one.learned) for one in found] == [(one.kind, one.ids, one.learned) for one in given]
+    assert found[2].teacher is not None
+    assert found[2].teacher[:2] == [-1, -1]  # nothing predicts a first token
+    rows = []
+    for sample in found:
+        assert sample.teacher is not None
+        assert [row >= 0 for row in sample.teacher] == [learned and place > 0 for place, learned in enumerate(sample.learned)]
+        rows += [row for row in sample.teacher if row >= 0]
+    assert rows == list(range(len(rows)))
+
+
+MESSAGES = [{"role": "user", "content": "Who keeps it?"}, {"role": "assistant", "content": "The keeper keeps"}]
+
+
+@pytest.mark.parametrize("record", [{"kind": "replay", "messages": MESSAGES}, {"kind": "replay", "text": "Tides turn twice and"}])
+def test_what_did_not_end_by_itself_does_not_teach_to_end_there(tokenizer: Tokenizer, record: dict[str, object]) -> None:
+    ended, cut = (generated_sample({**record, "ended": flag}, tokenizer) for flag in (True, False))
+    assert generated_sample(record, tokenizer) == ended
+    last = max(place for place, learned in enumerate(ended.learned) if learned)
+    assert ended.ids[last] == tokenizer.eos_id
+    assert (cut.ids, cut.learned) == (ended.ids[:last], ended.learned[:last])
+    assert tokenizer.eos_id not in [token for token, learned in zip(cut.ids, cut.learned, strict=True) if learned]
+    assert cut.learned[-1]
+    assert cut.kind == "replay"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"title": "a", "text": "b"}\n{"title"', "line 2 is not JSON"),
+        ('{"title": "a"}\n', "line 1 lacks the text field 'text'"),
+        ('{"title": "a", "text": 3}\n', "line 1 lacks the text field 'text'"),
+        ("[]\n", "line 1 lacks the text field 'title'"),
+    ],
+)
+def test_a_broken_record_is_named_by_file_and_line(tmp_path: Path, content: str, reason: str) -> None:
+    file = tmp_path / "documents.jsonl"
+    file.write_text(content)
+    with pytest.raises(StagingError, match=rf"documents\.jsonl, {reason}.*Correct or remove the line"):
+        list(read_records(file, ("title", "text")))
+
+
+def test_records_that_are_not_there_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(StagingError, match="stage the documents first"):
+        list(read_records(tmp_path / "none.jsonl", ("title",)))
