@@ -60,7 +60,7 @@ def main() -> int:
 
 def demo(pages: Path, probe_file: Path, out: Path) -> None:
     began = time.monotonic()
-    asked = probes.load(probe_file, default=probes.load(HERE / "probes.json"))
+    asked = probes.load(probe_file, default={"general": probes.load(HERE / "probes.json")["general"]})
     out.mkdir(parents=True, exist_ok=True)
     os.environ["TRIMTAB_HOME"] = str(out.absolute() / "home")
     with serving(pages) as urls:
@@ -106,6 +106,7 @@ def finished(job: Job, pages: Path, state: Path) -> Run:
     except (OSError, ValueError, KeyError, RunNotFound):
         pass
     if run is None:
+        print("demo: preparing the data takes a minute or two and is kept once it is done", flush=True)
         run = job.fit(wait=False)
         state.write_text(json.dumps({"key": key, "handle": str(run.handle)}), encoding="utf-8")
     elif run.status().state in (RunState.STOPPED, RunState.FAILED):
@@ -121,6 +122,8 @@ def finished(job: Job, pages: Path, state: Path) -> Run:
     except RunFailed:
         state.unlink(missing_ok=True)
         raise
+    if run.status().state is RunState.STOPPED:
+        raise TrimtabError(f"{run.handle} was stopped from elsewhere; run the same command again to go on from its checkpoint")
     return run
 
 

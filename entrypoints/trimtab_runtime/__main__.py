@@ -54,10 +54,9 @@ def main(arguments: list[str]) -> int:
                 events.write(Finished(state="failed", reason=_cause(exc), seconds=time.monotonic() - began))
                 raise
             if arguments[0] == "train":
-                state, reason = ("stopped", "stopped by SIGTERM, after a checkpoint") if code == STOPPED else ("succeeded", "")
-                events.write(
-                    Finished(state="stopped" if state == "stopped" else "succeeded", reason=reason, seconds=time.monotonic() - began)
-                )
+                stopped = code == STOPPED
+                reason = "stopped by SIGTERM, after a checkpoint" if stopped else ""
+                events.write(Finished(state="stopped" if stopped else "succeeded", reason=reason, seconds=time.monotonic() - began))
             return code
     except _InUse as exc:  # the failure file belongs to the process that works there
         print(exc, file=sys.stderr)

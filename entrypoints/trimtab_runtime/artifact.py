@@ -34,7 +34,7 @@ def write(job: JobDir, spec: TrainSpec, model: PeftModel, ledger: Ledger, metric
     (folder / NAME).unlink(missing_ok=True)
     # the base is named as the user named it, not by where it lay on this machine
     for config in model.peft_config.values():
-        config.base_model_name_or_path = spec.model
+        config.base_model_name_or_path = _hub_name(spec.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(folder, save_embedding_layers=False, safe_serialization=True)
@@ -81,7 +81,7 @@ def model_card(spec: TrainSpec, ledger: Ledger, metrics: dict[str, Any]) -> str:
         "---",
     ]
     made = [
-        f"- base model: {spec.model} (files' digest {spec.model_digest[:16] or 'unknown'})",
+        f"- base model: {_hub_name(spec.model)} (files' digest {spec.model_digest[:16] or 'unknown'})",
         f"- method: {spec.method}, rank {spec.lora_rank}, alpha {spec.lora_alpha:g}, all linear layers but the head",
         f"- data: {total.samples:,} samples, {total.tokens:,} tokens = {total.trained:,} trained + {total.dropped:,} dropped "
         f"(digest {spec.data_digest[:16]})",
@@ -89,6 +89,11 @@ def model_card(spec: TrainSpec, ledger: Ledger, metrics: dict[str, Any]) -> str:
         f"{spec.lr_schedule}; {metrics['ended_by']}",
         f"- loss: {metrics['first_loss']:.4f} at the first step, {metrics['last_loss']:.4f} at the last",
     ]
+    if spec.method == "qlora":
+        made.append(
+            "- the adapter belongs on the base in NF4 (blocks of 64, double quantisation), as it was trained"
+            + (": it also restores part of what quantisation took away" if spec.lora_init == "loftq" else "")
+        )
     limits = (
         "The adapter repeats what its pages said, as far as it learned it; it can be wrong, and it knows nothing newer. "
         "The base model's licence applies. Answers about other subjects can have become worse: compare before use."

@@ -40,6 +40,7 @@ class Tokenizer:
         if eos_id is None:
             raise SpecError(f"{folder}/tokenizer_config.json names no eos_token of tokenizer.json: add it, training needs an end")
         self.eos_id: int = eos_id
+        self._control = [token.content for token in self._fast.get_added_tokens_decoder().values() if token.special]
         bos = self._special["bos_token"]
         first = self._fast.encode("a", add_special_tokens=True).ids[:1]
         self.bos_id: int | None = self._fast.token_to_id(bos) if bos and first == [self._fast.token_to_id(bos)] else None
@@ -67,32 +68,47 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise SpecError("this model has no chat template: it completes text. Use a chat model, or plain text as data")
-        # contents go in as marks, so that a content's letters can never become control tokens of the template
+        # marks stand for the contents, so that it is known where the template puts them
         marks = [f"\x02{index}\x03" for index in range(len(messages))]
-        rendered = self._render([{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)], generation_prompt)
-        ids: list[int] = []
-        mine: list[bool] = []
-        rest, ends_turn = rendered, False
+        rest = self._render([{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)], generation_prompt)
+        parts: list[tuple[str, bool, bool]] = []  # text, whether it is a content, whether the assistant wrote it
+        wrote = False
         for message, mark in zip(messages, marks, strict=True):
             before, found, rest = rest.partition(mark)
             if not found:
-                raise SpecError(
-                    f"the chat template leaves out or reorders a {message.get('role')} message: change the conversation's roles"
-                )
-            self._append_template(before, ids, mine, ends_turn)
-            content = self.text(message["content"].strip())
-            ends_turn = message["role"] == "assistant"
-            ids += content
-            mine += [ends_turn] * len(content)
-        self._append_template(rest, ids, mine, ends_turn)
-        return ids, mine
-
-    def _append_template(self, text: str, ids: list[int], mine: list[bool], ends_turn: bool) -> None:
-        """The template's own text; the first token after an assistant's words ends its turn and is the assistant's."""
+                raise SpecError(f"the chat template leaves out or reorders a {message.get('role')} message: change the roles")
+            parts += self._closing(before, wrote)
+            wrote = message["role"] == "assistant"
+            parts.append((message["content"].strip(), True, wrote))
+        parts += self._closing(rest, wrote)
+        if any(word in text for text, content, _ in parts if content for word in self._control):
+            return self._piecewise(parts)
+        # as the template's own tokenizer does it: the whole conversation at once
         self._fast.encode_special_tokens = False
-        part = self._fast.encode(text, add_special_tokens=False).ids
-        ids += part
-        mine += [ends_turn and place == 0 for place in range(len(part))]
+        encoding = self._fast.encode("".join(text for text, _, _ in parts), add_special_tokens=False)
+        written, place = [], 0
+        for text, _, mine in parts:
+            if mine and text:
+                written.append((place, place + len(text)))
+            place += len(text)
+        return encoding.ids, [any(end > first and start < last for first, last in written) for start, end in encoding.offsets]
+
+    def _closing(self, text: str, wrote: bool) -> list[tuple[str, bool, bool]]:
+        """The template's text behind a content: up to its first control token it ends the turn, and is whose turn it was."""
+        ends = [text.index(word) + len(word) for word in self._control if word in text] if wrote else []
+        cut = min(ends, default=0)
+        return [(text[:cut], False, True), (text[cut:], False, False)]
+
+    def _piecewise(self, parts: list[tuple[str, bool, bool]]) -> tuple[list[int], list[bool]]:
+        """Part by part, where a content spells a control token: there it must yield letters."""
+        ids: list[int] = []
+        mine: list[bool] = []
+        for text, content, wrote in parts:
+            self._fast.encode_special_tokens = content
+            part = self._fast.encode(text, add_special_tokens=False).ids
+            ids += part
+            mine += [wrote] * len(part)
+        return ids, mine
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])

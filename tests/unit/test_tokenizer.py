@@ -67,3 +67,31 @@ def test_a_model_without_a_template_says_so(tiny_model: Path, tmp_path: Path) ->
 def test_a_folder_without_a_fast_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"tokenizer\.json"):
         Tokenizer(tmp_path)
+
+
+def test_a_llama_2_conversation_is_as_the_template_has_it_and_learns_its_end(tmp_path: Path) -> None:
+    """SentencePiece spelling: a space before each piece, and a template that puts one before the end of a turn."""
+    from tokenizers import AddedToken, models, normalizers, trainers
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders as decode
+    from transformers import PreTrainedTokenizerFast
+
+    fast = Fast(models.BPE(unk_token="<unk>", byte_fallback=True))
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast.decoder = decode.Sequence([decode.Replace("▁", " "), decode.ByteFallback(), decode.Fuse(), decode.Strip(" ", 1, 0)])
+    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False)
+    fast.train_from_iterator(["Who keeps the key ? The keeper keeps it . [INST] Where ? [/INST] On a hook . In the tower ."], trainer)
+    fast.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ("<s>", "</s>")])
+    theirs = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    theirs.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+    theirs.save_pretrained(tmp_path)
+    ours = Tokenizer(tmp_path)
+    ids, mine = ours.chat(CONVERSATION[1:])
+    assert ids == theirs.apply_chat_template(CONVERSATION[1:], tokenize=True, return_dict=False)
+    learned = [token for token, flag in zip(ids, mine, strict=True) if flag]
+    assert learned.count(ours.eos_id) == 2
+    assert ours.decode(learned).split() == "The keeper keeps it. On a hook. In the tower.".split()

@@ -75,7 +75,6 @@ def packed_attention(
         group = packed_groups[0]
         n, length = group.gather.shape
         return _attend(*(part.reshape(n, length, *part.shape[1:]) for part in (query, key, value)), scale)[None].flatten(1, 2), None
-    out = torch.empty_like(query)
     pieces = []
     for group in packed_groups:
         shape = group.gather.shape
