@@ -140,6 +140,8 @@ class JobSpec(_Spec):
     device: Literal["xeon", "gpu"] = Field("xeon", description="what the run computes on")
     on_error: Literal["fail", "skip"] = Field("fail", description="a source that cannot be read: fail before training, or skip it, named")
     allow_private_hosts: bool = Field(False, description="allow pages on private and loopback addresses")
+    max_page_mb: float = Field(10.0, gt=0, le=1e6, description="largest page or file that is read, in MB (10^6 bytes) after unpacking")
+    max_page_seconds: float = Field(60.0, gt=0, le=86_400, description="longest that a page may take, with redirects, retries and pauses")
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -73,7 +73,8 @@ def stage(
     cache = cache or cache_dir()
     refuse_missing_runtime(sys.executable)
     model = weights.resolve(spec.train.model, cache=cache, token=token, offline=offline, say=say)
-    loaded = data.load(spec.data, on_error=spec.on_error, allow_private_hosts=spec.allow_private_hosts, say=say)
+    limits = data.FetchLimits(max_bytes=max(1, round(spec.max_page_mb * 1e6)), total_s=spec.max_page_seconds)
+    loaded = data.load(spec.data, on_error=spec.on_error, allow_private_hosts=spec.allow_private_hosts, limits=limits, say=say)
     filled = {
         "model": spec.train.model if model.hub_id else str(model.folder),
         "model_digest": model.digest,

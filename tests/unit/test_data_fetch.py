@@ -251,7 +251,7 @@ def test_too_large(site: SiteServer):
     site.pages["/declared"] = Reply("x" * 200_001)
     site.pages["/undeclared"] = Reply("x" * 200_001, with_length=False)
     site.pages["/fits"] = Reply("x" * 200_000)
-    assert failure(site, "/declared") == "it is larger than 200,000 bytes; raise limits.max_bytes if it is worth it"
+    assert failure(site, "/declared") == "it is larger than 200,000 bytes; raise max_page_mb (--max-page-mb) if it is worth it"
     assert failure(site, "/undeclared").startswith("it is larger than 200,000 bytes")
     assert len(fetch(site, "/fits").body) == 200_000
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from trimtab import Job, Run, RunFailed, RunNotFound, SpecError, StagingError
+from support.site_server import Reply, SiteServer
+from trimtab import DataError, Job, Run, RunFailed, RunNotFound, SpecError, StagingError
 from trimtab.backends.base import RunHandle
 from trimtab.backends.process import ProcessBackend
 from trimtab.events import Phase
@@ -101,6 +102,23 @@ def test_data_is_named_by_content_and_prepared_once(small_job, staged, tmp_path)
     assert not other.reused
     assert other.train.data_digest != staged.train.data_digest
     assert other.channels["train"] != staged.channels["train"]
+
+
+def test_a_page_that_is_too_much_names_the_option_that_lets_it_pass(small_job):
+    too_small = small_job.model_copy(update={"max_page_mb": 0.0001})
+    with pytest.raises(DataError, match=r"larger than 100 bytes; raise max_page_mb \(--max-page-mb\)"):
+        stage(too_small, say=quiet)
+    with SiteServer({"/": Reply("late", wait_s=2)}) as site:
+        values = {"data": (site.url("/"),), "allow_private_hosts": True, "max_page_seconds": 0.3}
+        with pytest.raises(DataError, match=r"longer than 0\.3 s; raise max_page_seconds \(--max-page-seconds\)"):
+            stage(small_job.model_copy(update=values), say=quiet)
+
+
+@pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["max_page_mb", "max_page_seconds"])
+def test_limits_of_a_page_are_real_ones(name, value):
+    with pytest.raises(SpecError, match=name):
+        Job(model=ALIAS, data=PAGES, **{name: value})
 
 
 def test_only_the_models_own_files_are_staged(small_job, tiny_model, tmp_path):

@@ -42,7 +42,7 @@ def read(raw: Any, headers: Any, max_bytes: int) -> bytes:
     while chunk := raw.read(_CHUNK, decode_content=False):
         body += inflate.feed(chunk, max_bytes + 1 - len(body)) if inflate else chunk
         if len(body) > max_bytes:
-            raise DataError(f"it is larger than {max_bytes:,} bytes; raise limits.max_bytes if it is worth it")
+            raise DataError(f"it is larger than {max_bytes:,} bytes; raise max_page_mb (--max-page-mb) if it is worth it")
     if inflate and not inflate.complete:
         raise requests.ConnectionError("the compressed body ends early")
     return bytes(body)

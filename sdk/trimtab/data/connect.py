@@ -41,7 +41,9 @@ class Deadline:
         return self._end - time.monotonic()
 
     def reason(self) -> str | None:
-        return f"it took longer than {self._seconds:g} s; raise limits.total_s if the page is worth it" if self.left() <= 0 else None
+        if self.left() > 0:
+            return None
+        return f"it took longer than {self._seconds:g} s; raise max_page_seconds (--max-page-seconds) if the page is worth it"
 
     def check(self) -> None:
         if reason := self.reason():

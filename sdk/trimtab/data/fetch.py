@@ -154,7 +154,10 @@ class _Adapter(HTTPAdapter):
                     raise
                 wait = pause
             if wait >= self.deadline.left():
-                raise DataError(f"it took longer than {self.limits.total_s:g} s with its pauses; raise limits.total_s, or try later")
+                raise DataError(
+                    f"it took longer than {self.limits.total_s:g} s with its pauses; "
+                    "raise max_page_seconds (--max-page-seconds), or try later"
+                )
             time.sleep(wait)
             pause *= 2
         raise AssertionError("unreachable: the last attempt returns or raises")

@@ -121,7 +121,7 @@ def _file(source: Source, limits: FetchLimits) -> Reading:
     except OSError as exc:
         raise DataError(f"it cannot be read ({exc.strerror}); check its permissions") from exc
     if len(body) > limits.max_bytes:
-        raise DataError(f"it is larger than {limits.max_bytes:,} bytes; raise limits.max_bytes if it is worth it")
+        raise DataError(f"it is larger than {limits.max_bytes:,} bytes; raise max_page_mb (--max-page-mb) if it is worth it")
     kind = _kind(source)
     return _reading(source, body, decode(body, markup=kind == "text/html").text, kind, None)
 
