@@ -59,7 +59,12 @@ class TrainSpec(_Spec):
     views: tuple[Literal["document", "paragraph", "sentence"], ...] = Field(
         ("document", "paragraph", "sentence"), min_length=1, description="how a page becomes samples: whole, by paragraph, by sentence"
     )
-    questions: int = Field(2, ge=0, le=16, description="questions the base model writes to each sentence (chat models; 0: none)")
+    questions: int = Field(
+        2,
+        ge=0,
+        le=16,
+        description="questions asked about each sentence, written by rule, answered by the sentence (chat models; 0: none)",
+    )
     replay: float = Field(0.25, ge=0, le=4, description="the base model's own chat and prose, as a share of the other tokens (0: none)")
 
     epochs: int = Field(8, ge=1, le=10_000, description="passes over the rows")
