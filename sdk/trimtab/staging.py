@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from trimtab import data, weights
 from trimtab.cache import cache_dir
+from trimtab.catalog import catalog
 from trimtab.command import inherited, refuse_missing_runtime, runtime_command, runtime_environment
 from trimtab.errors import StagingError
 from trimtab.events import Event, read_from
@@ -76,7 +77,7 @@ def stage(
     limits = data.FetchLimits(max_bytes=max(1, round(spec.max_page_mb * 1e6)), total_s=spec.max_page_seconds)
     loaded = data.load(spec.data, on_error=spec.on_error, allow_private_hosts=spec.allow_private_hosts, limits=limits, say=say)
     filled = {
-        "model": spec.train.model if model.hub_id else str(model.folder),
+        "model": lasting_name(spec.train.model, model),
         "model_digest": model.digest,
         "data_digest": documents_digest(loaded.documents),
     }
@@ -94,6 +95,16 @@ def stage(
     for line in ledger.lines():
         say(line)
     return Staged(train, {name: job.channel(name) for name in ("train", "model")}, ledger, model, loaded, reused)
+
+
+def lasting_name(given: str, model: BaseModel) -> str:
+    """A name that means the same files later: an alias as it is, a Hub id with its commit, a folder with its whole path.
+
+    Without a commit (the files came from a fallback) a Hub id stays as it was given.
+    """
+    if model.hub_id is None:
+        return str(model.folder)
+    return given if given in catalog() or model.revision is None else f"{model.hub_id}@{model.revision}"
 
 
 def documents_digest(documents: Sequence[Document]) -> str:

@@ -29,6 +29,7 @@ from trimtab.catalog import catalog
 from trimtab.errors import LicenceRequired, SpecError, WeightsError
 from trimtab.gguf_convert import convert, split_rotary_halves, to_bfloat16
 from trimtab.model_folder import MANIFEST, Manifest, fact_of, make_once
+from trimtab.staging import lasting_name
 from trimtab.weights import BaseModel, resolve
 
 ALIAS = "smollm2-135m-instruct"
@@ -290,6 +291,23 @@ def test_a_commit_in_the_cache_asks_nobody(hub: ModelHub, tmp_path: Path):
     hub.requests.clear()
     assert quietly(f"tiny/llama@{OLD}", tmp_path) == base
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("given", ["tiny/llama", "tiny/llama@main"])
+def test_the_name_that_a_job_keeps_means_the_same_files_after_main_moved(hub: ModelHub, tmp_path: Path, given: str):
+    base = quietly(given, tmp_path)
+    assert (kept := lasting_name(given, base)) == f"tiny/llama@{NEW}"
+    hub.repositories["tiny/llama"].revisions["main"] = OLD
+    hub.requests.clear()
+    assert quietly(kept, tmp_path) == base
+    assert hub.requests == []
+    assert quietly(given, tmp_path).digest != base.digest
+
+
+def test_an_alias_stays_an_alias(hub: ModelHub, tmp_path: Path):
+    entry = catalog()[ALIAS]
+    hub.repositories[entry.hub_id] = Repository({"main": NEW}, {NEW: tiny_model(2), entry.revision: tiny_model(1)})
+    assert lasting_name(ALIAS, quietly(ALIAS, tmp_path)) == ALIAS
 
 
 @pytest.mark.parametrize("revision", ["refs", "..", "../../precious"])
