@@ -94,4 +94,4 @@ def test_a_llama_2_conversation_is_as_the_template_has_it_and_learns_its_end(tmp
     assert ids == theirs.apply_chat_template(CONVERSATION[1:], tokenize=True, return_dict=False)
     learned = [token for token, flag in zip(ids, mine, strict=True) if flag]
     assert learned.count(ours.eos_id) == 2
-    assert ours.decode(learned).split() == "The keeper keeps it. On a hook. In the tower.".split()
+    assert "".join(ours.decode(learned).split()) == "Thekeeperkeepsit.Onahook.Inthetower."
