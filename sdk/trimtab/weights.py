@@ -56,7 +56,7 @@ def resolve(
 
     An alias, or a commit as revision, that is in the cache (the folder `cache`, by default `cache_dir()`) is used without asking
     anyone, so it keeps its bytes from run to run; delete its folder to fetch it anew. Else the hub is asked, then Hugging Face's own
-    cache, then the alias's fallback.
+    cache, then the alias's fallback. A gated model that lies whole in either cache is used without a token.
     With `offline` nothing is fetched at all. `token` is the user's Hugging Face token (else HF_TOKEN, else that of `hf auth login`);
     it goes to the hub and nowhere else. With `verify` every file is read and compared by digest, otherwise by name and size; a broken
     copy is made again. `say` gets lines for the user.
@@ -134,14 +134,22 @@ def _wanted(
 
 
 def _remote(wanted: _Wanted) -> BaseModel:
-    """Try the ways to a model in turn. Each gives None where it does not apply, and NoHub where it would need a hub and there is none."""
+    """Try the ways to a model in turn. Each gives None where it does not apply, and NoHub where it would need a hub and there is none.
+
+    A model that is refused for its licence is still used where it lies complete on this machine.
+    """
     reason = ""
+    refused: LicenceRequired | None = None
     for way in (_fallback_in_use, _from_hub, _commit_of_last_time, _from_hub_cache, _from_fallback):
         try:
             if found := way(wanted, reason):
                 return found
         except NoHub as exc:
             reason = f"no model hub answered ({exc})"
+        except LicenceRequired as exc:
+            reason, refused = f"{wanted.hub_id} is gated and was not given by the hub", exc
+    if refused:
+        raise refused
     raise WeightsError(
         f"{wanted.model} is not on this machine and {reason}. Connect to a network that reaches {wanted.page} "
         "(or a mirror: HF_ENDPOINT), or give the folder of a copy of the model instead of its name."

@@ -341,6 +341,34 @@ def test_hugging_faces_own_cache_is_used_without_a_hub(hub: ModelHub, tmp_path: 
     assert (base.revision, base.files) == (NEW, USED)
 
 
+def test_a_gated_model_in_hugging_faces_own_cache_needs_no_token(hub: ModelHub, tmp_path: Path):
+    huggingface_hub.snapshot_download("tiny/llama", endpoint=hub.url)
+    gate(hub)
+    assert quietly("tiny/llama", tmp_path / "ours").source == f"Hugging Face's cache, tiny/llama at {NEW}"
+
+
+def test_a_gated_alias_in_hugging_faces_own_cache_asks_nobody(hub: ModelHub, tmp_path: Path):
+    entry = catalog()["llama2-7b"]
+    hub.repositories[entry.hub_id] = Repository({"main": NEW}, {NEW: tiny_model(2), entry.revision: tiny_model(1)})
+    huggingface_hub.snapshot_download(entry.hub_id, revision=entry.revision, endpoint=hub.url)
+    asked = len(hub.requests)
+    assert quietly("llama2-7b", tmp_path / "ours").revision == entry.revision
+    assert len(hub.requests) == asked
+
+
+def test_a_gated_model_that_was_fetched_before_needs_no_token(hub: ModelHub, tmp_path: Path):
+    gate(hub)
+    base = quietly("tiny/llama", tmp_path / "ours", token="hf_reader")
+    assert quietly("tiny/llama", tmp_path / "ours") == base
+
+
+def test_a_part_of_a_gated_model_is_refused_for_its_licence(hub: ModelHub, tmp_path: Path):
+    huggingface_hub.snapshot_download("tiny/llama", endpoint=hub.url, allow_patterns=["config.json", "model.safetensors"])
+    gate(hub)
+    with pytest.raises(LicenceRequired, match="hf auth login"):
+        quietly("tiny/llama", tmp_path / "ours")
+
+
 def test_a_part_of_a_model_in_hugging_faces_cache_is_not_used(hub: ModelHub, tmp_path: Path):
     huggingface_hub.snapshot_download("tiny/llama", endpoint=hub.url, allow_patterns=["config.json", "model.safetensors"])
     with pytest.raises(WeightsError, match="is not on this machine and no model hub answered"):
