@@ -84,6 +84,17 @@ def test_the_request_that_was_printed_is_the_one_that_is_kept_and_run(run_script
     assert list(backend.logs(handle)) == [" ".join(request["command"][1:])]
 
 
+def test_no_secret_of_an_address_is_kept(run_script):
+    backend, first = run_script("exit 0")
+    addresses = ("https://me:s3cret@example.com/a?token=s3cret&page=2", "notes #1?.txt")
+    handle = backend.submit(ANY_JOB.model_copy(update={"data": addresses}), json_channels(backend, first))
+    for run in (first, handle):
+        finish(backend, run)
+    kept = (backend.home / "runs" / handle.id / "run.json").read_text()
+    assert "s3cret" not in kept
+    assert json.loads(kept)["job"]["data"] == ["https://example.com/a?token=***&page=2", "notes #1?.txt"]
+
+
 def test_a_process_that_just_ends_is_a_failure_with_its_last_lines(run_script):
     backend, handle = run_script("echo one; echo two; exit 0")
     status = finish(backend, handle)

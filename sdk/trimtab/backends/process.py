@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 from trimtab.backends.base import RunHandle, RunRecord, RunState, RunStatus
 from trimtab.command import INHERITED, inherited, refuse_missing_runtime, runtime_command, runtime_environment
+from trimtab.data.sources import public_source
 from trimtab.errors import BackendError, BackendUnavailable, RunNotFound, StagingError
 from trimtab.events import Event, Finished, Step, read_from
 from trimtab.layout import JobDir
@@ -82,7 +83,8 @@ class ProcessBackend:
         request = self.render(spec, channels, run_id)
         _refuse_absent(request["channels"])
         folder = Path(request["folder"])
-        record = {"job": spec.model_dump(mode="json"), "created": datetime.now(UTC).isoformat(), "request": request}
+        public = spec.model_copy(update={"data": tuple(map(public_source, spec.data))})
+        record = {"job": public.model_dump(mode="json"), "created": datetime.now(UTC).isoformat(), "request": request}
         try:
             folder.mkdir(parents=True, mode=0o700)
             job = JobDir(folder).make()

@@ -93,6 +93,11 @@ def public_url(url: str) -> str:
     return urlunsplit((parts.scheme.lower(), netloc, parts.path, query, ""))
 
 
+def public_source(given: str) -> str:
+    """A source as it may be stored: an address as `public_url` gives it, a path as it is."""
+    return public_url(given.strip()) if _SCHEME.match(given.strip()) else given
+
+
 def _is_secret(name: str, value: str) -> bool:
     return bool(_SECRET_NAME.search(name) or _SECRET_VALUE.fullmatch(value))
 
