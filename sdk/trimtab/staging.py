@@ -8,6 +8,7 @@ cache/data/<digest>-<version>/  a job tree of its own, made by the runtime's `ge
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -213,5 +214,6 @@ def _why(verb: str, code: int, job: JobDir, log: Path) -> str:
 def _sweep(parent: Path) -> None:
     """Remove what a client that was killed left half-made."""
     for leftover in parent.glob(".*"):
-        if time.time() - leftover.stat().st_mtime > _STALE:
-            shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another client finished or swept it meanwhile
+            if time.time() - leftover.stat().st_mtime > _STALE:
+                shutil.rmtree(leftover, ignore_errors=True)

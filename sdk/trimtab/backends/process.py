@@ -117,7 +117,7 @@ class ProcessBackend:
         folder = self._folder(handle)
         _children[:] = [child for child in _children if child.poll() is None]  # else they stay as zombies as long as this process
         alive = _alive(folder)  # asked first: what a dead process wrote can no longer change
-        process = _read_json(folder / "process.json") if (folder / "process.json").exists() else None
+        process = _process(folder)
         step, last_word, spoke = _last_events(JobDir(folder).events, process["events_from"] if process else 0)
         progress = step.step / step.of if step else 0.0
         eta = step.seconds_left if step else None
@@ -152,7 +152,7 @@ class ProcessBackend:
         if not _alive(folder):
             return
         (folder / "stop").touch()
-        process = _until(lambda: _read_json(folder / "process.json") if (folder / "process.json").exists() else None, 5.0)
+        process = _until(lambda: _process(folder), 5.0)
         if not process:
             raise BackendError(f"{handle} has a process but no record of its id: end the process that works in {folder} by hand")
         # while the lock is held the group has members, so its number cannot belong to anyone else
@@ -302,6 +302,13 @@ def _refuse_absent(channels: Mapping[str, str]) -> None:
     for name, path in channels.items():
         if not Path(path).is_dir():
             raise StagingError(f"the channel {name} is gone ({path} is no folder): prepare the data again by repeating  trimtab fit")
+
+
+def _process(folder: Path) -> Any:
+    """The record of the process that was started last; None while there is none, as in the moment of a resume."""
+    with contextlib.suppress(FileNotFoundError):
+        return _read_json(folder / "process.json")
+    return None
 
 
 def _read_json(path: Path) -> Any:
