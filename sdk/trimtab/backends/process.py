@@ -60,10 +60,10 @@ class ProcessBackend:
         self.python = python
 
     def check(self, spec: JobSpec) -> None:
-        """Raises BackendUnavailable where this machine cannot run the job, before anything is fetched."""
+        """Raises BackendUnavailable for a job that cannot run as a process of this machine, before anything is fetched."""
         refuse_missing_runtime(self.python)
-        if spec.device == "gpu" and not Path("/dev/nvidiactl").exists():
-            raise BackendUnavailable("this machine has no NVIDIA GPU that a process could use: choose device='xeon' (--device xeon)")
+        if spec.device != "xeon":
+            raise BackendUnavailable("the process backend computes on the CPU, not on a GPU: choose device='xeon' (--device xeon)")
 
     def render(self, spec: JobSpec, channels: Mapping[str, Path], run_id: str) -> dict[str, Any]:
         """The command, what it gets to see, and the folder it works in."""
