@@ -1,6 +1,6 @@
 """From what a user asks for to what a run reads: the base model's files and the packed rows, as two folders named by content.
 
-cache/data/<digest>-<version>/  a job tree of its own, made by the runtime's `generate` and `prepare`
+cache/data/<digest>-<version>-<source>/  a job tree of its own, made by the runtime's `generate` and `prepare`
     input/data/documents/       what the sources said
     input/data/model/           links to the base model's files, and to nothing else that lies in its folder
     input/data/train/           the packed rows, their ledger, their manifest
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING
 from trimtab import data, weights
 from trimtab.cache import cache_dir
 from trimtab.catalog import catalog
-from trimtab.command import inherited, refuse_missing_runtime, runtime_command, runtime_environment
+from trimtab.command import REMEDY, inherited, refuse_missing_runtime, runtime_command, runtime_environment
 from trimtab.errors import StagingError
 from trimtab.events import Event, read_from
 from trimtab.layout import JobDir
@@ -114,11 +115,22 @@ def documents_digest(documents: Sequence[Document]) -> str:
 
 
 def _maker() -> str:
-    """The version whose rules make the rows: another version may make others of the same documents."""
+    """The runtime whose rules make the rows, by version and source: another one may make others of the same documents."""
     try:
-        return importlib.metadata.version("trimtab")
+        version = importlib.metadata.version("trimtab")
     except importlib.metadata.PackageNotFoundError:
-        return "checkout"
+        version = "checkout"
+    found = importlib.util.find_spec("trimtab_runtime")  # imports nothing
+    if found is None or found.origin is None:
+        raise StagingError(f"trimtab_runtime, which prepares the data, is not there:  {REMEDY}")
+    return f"{version}-{sources_digest(Path(found.origin).parent)[:8]}"
+
+
+def sources_digest(package: Path) -> str:
+    """sha256 of a package's Python files, names and contents."""
+    files = sorted(package.rglob("*.py"))
+    sums = [[path.relative_to(package).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 def complete(folder: Path) -> bool:

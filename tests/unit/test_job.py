@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from trimtab.events import Phase
 from trimtab.ledger import Account, Ledger
 from trimtab.plan import plan
 from trimtab.spec import TrainSpec
-from trimtab.staging import complete, stage
+from trimtab.staging import complete, sources_digest, stage
 
 PAGES = Path(__file__).parents[1] / "support" / "pages"
 ALIAS = "smollm2-135m-instruct"
@@ -119,6 +120,24 @@ def test_a_page_that_is_too_much_names_the_option_that_lets_it_pass(small_job):
 def test_limits_of_a_page_are_real_ones(name, value):
     with pytest.raises(SpecError, match=name):
         Job(model=ALIAS, data=PAGES, **{name: value})
+
+
+def test_edited_rules_do_not_find_the_rows_of_the_old_ones(tmp_path):
+    (tmp_path / "xeon").mkdir()
+    (tmp_path / "rules.py").write_text("LIMIT = 1")
+    (tmp_path / "xeon" / "loss.py").write_text("")
+    first = sources_digest(tmp_path)
+    (tmp_path / "rules.cpython-311.pyc").write_bytes(b"compiled")
+    assert sources_digest(tmp_path) == first
+    (tmp_path / "xeon" / "loss.py").write_text("LIMIT = 1")
+    edited = sources_digest(tmp_path)
+    (tmp_path / "xeon" / "loss.py").rename(tmp_path / "loss.py")
+    assert len({first, edited, sources_digest(tmp_path)}) == 3
+
+
+def test_rows_are_named_by_the_runtime_that_made_them(staged):
+    runtime = Path(importlib.util.find_spec("trimtab_runtime").origin).parent
+    assert staged.channels["train"].parents[2].name.endswith(f"-{sources_digest(runtime)[:8]}")
 
 
 def test_only_the_models_own_files_are_staged(small_job, tiny_model, tmp_path):
