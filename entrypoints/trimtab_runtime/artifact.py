@@ -37,7 +37,7 @@ def write(job: JobDir, spec: TrainSpec, model: PeftModel, ledger: Ledger, metric
         config.base_model_name_or_path = _hub_name(spec.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.save_pretrained(folder, save_embedding_layers=False, safe_serialization=True)
+        model.save_pretrained(str(folder), save_embedding_layers=False, safe_serialization=True)
     for name in _TOKENIZER_FILES:
         source = job.channel("model") / name
         if source.is_file():

@@ -50,7 +50,7 @@ def evaluate(job: JobDir, say: Callable[[str], None], progress: Callable[[int, i
             ids,
             model=name,
             max_new_tokens=[one["max_new_tokens"] for one in prompts],
-            on_progress=lambda done, of, before=number: progress(before * of + done, len(names) * of),
+            on_progress=_part(progress, number, len(names)),
         )
         answers = {
             one["id"]: {"text": engine.decode(done.ids), "ended": done.ended} for one, done in zip(prompts, completions, strict=True)
@@ -59,6 +59,11 @@ def evaluate(job: JobDir, say: Callable[[str], None], progress: Callable[[int, i
         results[name] = {"answers": answers, "perplexity": perplexities, "seconds": round(time.monotonic() - began, 1)}
         say(f"{name}: {len(answers)} answers in {results[name]['seconds']:.0f} s")
     manifest.write_json(job.events.parent / "answers.json", results)
+
+
+def _part(progress: Callable[[int, int], None], number: int, parts: int) -> Callable[[int, int], None]:
+    """Part `number` (from 0) of `parts` equal ones, as progress of the whole."""
+    return lambda done, of: progress(number * of + done, parts * of)
 
 
 def perplexity(engine: Engine, name: str, text: str) -> float:

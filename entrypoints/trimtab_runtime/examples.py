@@ -84,11 +84,11 @@ def is_statement(text: str) -> bool:
 
 
 def pieces(title: str, text: str, views: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(kind, text) of one document: each view asked for, nothing twice."""
+    """(kind, text) of one document: each view as often as it is asked for, and in each nothing twice."""
     paragraphs = [line for line in text.split("\n") if line.strip()]
     whole = text if title.strip() and paragraphs and paragraphs[0].strip() == title.strip() else f"{title}\n{text}".strip()
-    seen = set()
     for view in views:
+        seen = set()
         if view == "document":
             found = [whole]
         elif view == "paragraph":

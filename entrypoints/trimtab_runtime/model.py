@@ -25,7 +25,7 @@ from trimtab_runtime.xeon.loss import linear_cross_entropy, linear_distillation
 _OWN_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier")
 
 # divergences are small beside the cross-entropy of new text until it is too late; measured, see README.md
-TEACHER_WEIGHT = 6.0
+TEACHER_WEIGHT = 8.0
 
 
 def load_model(folder: Path, spec: TrainSpec, dtype: torch.dtype, *, fused: bool = True) -> PeftModel:

@@ -55,22 +55,24 @@ class TrainSpec(_Spec):
     )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
 
-    max_seq_len: int = Field(2048, ge=16, le=1_048_576, description="tokens in a packed row; longer documents go on in the next")
+    max_seq_len: int = Field(1024, ge=16, le=1_048_576, description="tokens in a packed row; longer documents go on in the next")
     views: tuple[Literal["document", "paragraph", "sentence"], ...] = Field(
-        ("document", "paragraph", "sentence"), min_length=1, description="how a page becomes samples: whole, by paragraph, by sentence"
+        ("document", "sentence", "sentence"),
+        min_length=1,
+        description="how a page becomes samples: whole, by paragraph, by sentence; a view given twice is learned twice",
     )
     questions: int = Field(
-        2,
+        3,
         ge=0,
         le=16,
         description="questions asked about each sentence, written by rule, answered by the sentence (chat models; 0: none)",
     )
-    replay: float = Field(0.25, ge=0, le=4, description="the base model's own chat and prose, as a share of the other tokens (0: none)")
+    replay: float = Field(0.45, ge=0, le=4, description="the base model's own chat and prose, as a share of the other tokens (0: none)")
 
-    epochs: int = Field(8, ge=1, le=10_000, description="passes over the rows")
+    epochs: int = Field(5, ge=1, le=10_000, description="passes over the rows")
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimiser steps, whatever epochs says")
     max_minutes: float | None = Field(None, gt=0, description="stop after so long, with a checkpoint and a usable artifact")
-    learning_rate: float = Field(5e-4, gt=0, le=1, description="peak learning rate of AdamW")
+    learning_rate: float = Field(7e-4, gt=0, le=1, description="peak learning rate of AdamW")
     lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps that warm up")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay")
