@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from trimtab import weights
 from trimtab.artifact import Artifact
-from trimtab.errors import WeightsError
 from trimtab.events import Event
 from trimtab.layout import JobDir
 from trimtab.staging import link_model, run_verb
@@ -35,9 +34,7 @@ def evaluate(
     Returns {"base" | "tuned": {"answers": {id: {"text", "ended"}}, "perplexity": {name: float}, "seconds": float}}.
     Raises WeightsError when the base model is not the one that was trained, StagingError with the runtime's reason.
     """
-    base = weights.resolve(artifact.spec.model, say=lambda line: None)
-    if base.digest != artifact.base_digest:
-        raise WeightsError(f"{artifact.spec.model} is not the model that was tuned: put the old files back, or train it again")
+    base = weights.resolve_trained(artifact)
     with tempfile.TemporaryDirectory(prefix="trimtab-evaluate-") as folder:
         job = JobDir(Path(folder)).make()
         link_model(base, job.channel("model"))

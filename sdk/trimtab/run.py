@@ -10,7 +10,7 @@ from trimtab import weights
 from trimtab.artifact import Artifact
 from trimtab.backends import load_backend
 from trimtab.backends.base import Backend, Reporting, Resumable, RunHandle, RunState, RunStatus
-from trimtab.errors import BackendError, EndpointError, RunFailed, RunNotFound, SpecError, WaitTimeout
+from trimtab.errors import BackendError, RunFailed, RunNotFound, SpecError, WaitTimeout
 from trimtab.events import Event, Step
 from trimtab.ledger import Ledger
 from trimtab.progress import Display, Silent
@@ -107,17 +107,12 @@ class Run:
     def deploy(self, **options: Any) -> Endpoint:
         """Serve base model and adapter; the options are those of `trimtab.endpoint.deploy`.
 
-        Raises WeightsError or EndpointError when the base model is not the one that was trained, or nothing answers.
+        Raises WeightsError when the base model is not the one that was trained, EndpointError when nothing answers.
         """
         from trimtab.endpoint import deploy
 
         artifact = self.artifact()
-        base = weights.resolve(artifact.spec.model, say=lambda line: None)
-        if base.digest != artifact.base_digest:
-            raise EndpointError(
-                f"{artifact.spec.model} has changed since {self.handle} was trained on it: put the old files back, or train it again"
-            )
-        return deploy(artifact, base_model=base.folder, **options)
+        return deploy(artifact, base_model=weights.resolve_trained(artifact).folder, **options)
 
     def _reporting(self) -> Reporting:
         if isinstance(self.backend, Reporting):

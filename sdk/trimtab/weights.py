@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from . import hub
@@ -19,6 +20,9 @@ from .errors import LicenceRequired, WeightsError
 from .gguf_convert import convert
 from .hub import NoHub
 from .model_folder import Manifest, chosen, digest_of, fact_of, lacking, link_or_copy, local_facts, make_once, missing_shards
+
+if TYPE_CHECKING:
+    from .artifact import Artifact
 
 SHORT_PATIENCE = 4.0  # seconds for the hub to answer when there is another way to the model
 LONG_PATIENCE = 15.0  # seconds when there is none
@@ -77,6 +81,14 @@ def resolve(
         ) from exc
     say(f"base model {model}: {found.source}, in {found.folder}")
     return found
+
+
+def resolve_trained(artifact: Artifact) -> BaseModel:
+    """The base model that `artifact` was trained on. Raises what `resolve` does, and WeightsError when the name means other files now."""
+    base = resolve(artifact.spec.model, say=lambda line: None)
+    if base.digest != artifact.base_digest:
+        raise WeightsError(f"{artifact.spec.model} is not the model that was tuned: put the old files back, or train it again")
+    return base
 
 
 def _local(folder: Path, cache: Path, *, verify: bool) -> BaseModel:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from trimtab import Artifact, SpecError, StagingError, TrainSpec
+from trimtab import Artifact, SpecError, StagingError, TrainSpec, WeightsError, weights
 
 TENSORS = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.ones(4, dtype=np.float16)}
 
@@ -81,3 +82,14 @@ def test_a_manifest_that_says_nothing_is_refused(tmp_path, text):
     (tmp_path / "trimtab.json").write_text(text)
     with pytest.raises(StagingError, match=r"trimtab\.json"):
         Artifact(tmp_path).spec  # noqa: B018
+
+
+def test_a_base_model_that_changed_since_is_refused(tmp_path, tiny_model):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    digest = weights.resolve(str(base), say=lambda line: None).digest
+    artifact = make(tmp_path / "1", spec=TrainSpec(model=str(base), model_digest=digest).model_dump(mode="json"))
+    assert weights.resolve_trained(artifact).folder == base
+    (base / "generation_config.json").write_text('{"temperature": 2}')
+    with pytest.raises(WeightsError, match="put the old files back"):
+        weights.resolve_trained(artifact)
