@@ -9,15 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import trimtab
+import trimtab_runtime
 from support.job_tree import PAGES, losses, make_job, run, start
 from trimtab.errors import SpecError
 from trimtab.events import Checkpoint, Finished, Step, read
+from trimtab.layout import JobDir
 from trimtab.ledger import Ledger
 from trimtab_runtime.rows import PackedRows
 
@@ -62,8 +66,9 @@ def test_the_first_twenty_losses_are_those_of_transformers_trainer(tmp_path: Pat
 
     text = {f"Page {number}": "".join(chr(97 + (number * 7 + place) % 26) for place in range(70)) + "." for number in range(30)}
     # rows so short that each document fills its own: nothing is packed
-    options = {"views": ("document",), "lr_schedule": "constant", "warmup_ratio": 0, "max_steps": 20, "max_seq_len": 90, "lora_rank": 4}
-    job = make_job(tmp_path / "job", tiny_model, text, **options)
+    options = {"views": ("document",), "max_seq_len": 90, "max_steps": 20}
+    steady = {"lr_schedule": "constant", "warmup_ratio": 0, "learning_rate": 5e-4}
+    job = make_job(tmp_path / "job", tiny_model, text, **options, **steady)
     run(job, "prepare")
     run(job, "train")
     ours = list(losses(job).values())
@@ -92,57 +97,78 @@ def test_the_first_twenty_losses_are_those_of_transformers_trainer(tmp_path: Pat
     assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-def test_a_killed_run_resumes_with_the_very_same_losses(tmp_path: Path, tiny_model: Path) -> None:
-    options = {"epochs": 8, "save_every_steps": 3, "lora_dropout": 0.1}
-    straight = make_job(tmp_path / "straight", tiny_model, **options)
-    run(straight, "prepare")
-    run(straight, "train")
-    expected = losses(straight)
+LONG = {"max_steps": 60, "epochs": 60, "save_every_steps": 3, "lora_dropout": 0.1}
 
-    killed = make_job(tmp_path / "killed", tiny_model, **options)
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> JobDir:
+    """A job of `LONG` that ran straight to its end; copy it before you change it."""
+    job = make_job(tmp_path_factory.mktemp("finished") / "job", tiny_model, **LONG)
+    run(job, "prepare")
+    run(job, "train")
+    return job
+
+
+def copy(job: JobDir, root: Path) -> JobDir:
+    shutil.copytree(job.root, root, symlinks=True)
+    return JobDir(root)
+
+
+def wait_for_step(job: JobDir, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while max(losses(job), default=0) < step and process.poll() is None:
+        assert time.monotonic() < deadline, "the run takes no steps"
+        time.sleep(0.005)
+
+
+def test_a_killed_run_resumes_with_the_very_same_losses(tmp_path: Path, tiny_model: Path, finished: JobDir) -> None:
+    killed = make_job(tmp_path / "killed", tiny_model, **LONG)
     run(killed, "prepare")
     draw = random.Random(5)
-    for _ in range(3):
+    for _ in range(2):
         process = start(killed, "train")
-        goal = max(losses(killed), default=0) + draw.randint(2, 6)
-        deadline = time.monotonic() + 120
-        while max(losses(killed), default=0) < goal and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        if process.returncode == 0:
-            break
+        wait_for_step(killed, max(losses(killed), default=0) + draw.randint(2, 12), process)
+        process.kill()
+        said, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, said
     run(killed, "train")
-    assert losses(killed) == expected
-    assert artifact_bytes(killed.root) == artifact_bytes(straight.root)
-    repeated = [event.step for event in read(killed.events) if isinstance(event, Step)]
-    assert len(repeated) > len(set(repeated)), "nothing was killed in the middle"
+    assert losses(killed) == losses(finished)
+    assert artifact_bytes(killed.root) == artifact_bytes(finished.root)
+    metrics, expected = (json.loads((job.model / "trimtab.json").read_text())["metrics"] for job in (killed, finished))
+    assert {**metrics, "seconds": 0} == {**expected, "seconds": 0}
 
 
-def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(tmp_path: Path, tiny_model: Path) -> None:
+def test_sigterm_writes_a_checkpoint_and_one_process_alone_goes_on_from_it(tmp_path: Path, tiny_model: Path) -> None:
     job = make_job(tmp_path / "job", tiny_model, epochs=10_000, save_every_steps=10_000)
     run(job, "prepare")
     process = start(job, "train")
-    deadline = time.monotonic() + 120
-    while max(losses(job), default=0) < 4:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    wait_for_step(job, 4, process)
+    process.terminate()
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 143, said
     events = list(read(job.events))
-    last = events[-1]
-    assert isinstance(last, Finished)
-    assert last.state == "stopped"
+    assert isinstance(events[-1], Finished)
+    assert events[-1].state == "stopped"
     saved = next(event.step for event in reversed(events) if isinstance(event, Checkpoint))
     assert saved == max(losses(job))
     assert not (job.model / "trimtab.json").exists()
 
+    process = start(job, "train")
+    try:
+        wait_for_step(job, saved + 1, process)
+        assert "another trimtab process works in" in run(job, "train", expect=1)
+        assert not job.failure.exists()
+        assert process.poll() is None
+    finally:
+        process.kill()
+        said, _ = process.communicate()
+    assert f"going on after step {saved} from step-" in said
+    steps = [event.step for event in read(job.events) if isinstance(event, Step)]
+    assert steps == sorted(set(steps))
+
 
 def test_a_time_limit_leaves_a_checkpoint_and_a_usable_artifact(tmp_path: Path, tiny_model: Path) -> None:
-    job = make_job(tmp_path / "job", tiny_model, epochs=10_000, max_minutes=0.1)
+    job = make_job(tmp_path / "job", tiny_model, epochs=10_000, max_minutes=0.001)
     run(job, "prepare")
     said = run(job, "train")
     assert "time limit" in said
@@ -150,29 +176,25 @@ def test_a_time_limit_leaves_a_checkpoint_and_a_usable_artifact(tmp_path: Path, 
     assert "time limit" in json.loads((job.model / "trimtab.json").read_text())["metrics"]["ended_by"]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path, tiny_model: Path) -> None:
-    job = make_job(tmp_path / "job", tiny_model, max_steps=8, save_every_steps=3)
-    run(job, "prepare")
-    run(job, "train")
-    complete = losses(job)
-    tensors = job.checkpoints / "step-00000006" / "adapter.safetensors"
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path, finished: JobDir) -> None:
+    job = copy(finished, tmp_path / "job")
+    tensors = job.checkpoints / "step-00000057" / "adapter.safetensors"
     content = bytearray(tensors.read_bytes())
     content[-1] ^= 1
     tensors.write_bytes(content)
     said = run(job, "train")
-    assert "step-00000006 is passed over: step-00000006/adapter.safetensors does not match its digest" in said
-    assert "going on after step 3" in said
-    assert losses(job) == complete
+    assert "step-00000057 is passed over: step-00000057/adapter.safetensors does not match its digest" in said
+    assert "going on after step 54" in said
+    assert losses(job) == losses(finished)
+    assert artifact_bytes(job.root) == artifact_bytes(finished.root)
 
 
-def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path, tiny_model: Path) -> None:
-    job = make_job(tmp_path / "job", tiny_model, max_steps=6, save_every_steps=3)
-    run(job, "prepare")
-    run(job, "train")
+def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path, finished: JobDir) -> None:
+    job = copy(finished, tmp_path / "job")
     pairs = json.loads(job.hyperparameters.read_text())
     job.hyperparameters.write_text(json.dumps({**pairs, "learning_rate": "0.5"}))
     assert "another job" in run(job, "train", expect=1)
-    assert job.failure.read_text().startswith("step-")
+    assert job.failure.read_text().startswith("step-00000057 was written by another job (spec differs)")
 
 
 def test_a_loss_that_is_no_number_stops_with_the_step_the_row_and_what_to_try(tmp_path: Path, tiny_model: Path) -> None:
@@ -208,23 +230,6 @@ def test_rows_of_another_job_are_not_trained_on(tmp_path: Path, tiny_model: Path
     assert "belong to other data" in run(job, "train", expect=1)
 
 
-def test_two_processes_in_one_folder_and_the_second_is_refused(tmp_path: Path, tiny_model: Path) -> None:
-    job = make_job(tmp_path / "job", tiny_model, epochs=10_000)
-    run(job, "prepare")
-    first = start(job, "train")
-    try:
-        deadline = time.monotonic() + 120
-        while not losses(job):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        assert "another trimtab process works in" in run(job, "train", expect=1)
-        assert not job.failure.exists()
-        assert first.poll() is None
-    finally:
-        first.kill()
-        first.communicate()
-
-
 def test_preparing_needs_no_torch_and_loses_no_token(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = sys.modules['transformers'] = None\n")
     documents = {**PAGES, "Long": " ".join(f"Sentence number {number} is here." for number in range(400))}
@@ -253,38 +258,19 @@ def test_bad_documents_are_named_by_line(tmp_path: Path, tiny_model: Path, lines
     assert reason in job.failure.read_text().splitlines()[0]
 
 
-def test_the_base_models_own_words_are_rehearsed(tmp_path: Path, tiny_model: Path) -> None:
-    job = make_job(tmp_path / "job", tiny_model, replay=1.0, max_steps=3, max_seq_len=256)
-    run(job, "generate")
-    run(job, "prepare")
-    rows = PackedRows(job.channel("train"))
-    assert rows.ledger.accounts["replay"].trained > 0
-    taught = [row for row in (rows[index] for index in range(len(rows))) if (row.teacher >= 0).any()]
-    assert taught
-    for row in taught:
-        known = row.teacher[row.teacher >= 0]
-        assert (row.teacher_chances[known].astype("f4").sum(1) <= 1.01).all()
-        assert (row.teacher_chances[known].astype("f4").sum(1) > 0.1).all()
-    run(job, "train")
-    assert len(losses(job)) == 3
-
-
-def test_training_needs_nothing_of_the_client(tmp_path: Path, tiny_model: Path) -> None:
-    """A virtual environment that holds all that this one holds, but not what only the client needs."""
-    import sysconfig
-
+@pytest.fixture(scope="module")
+def without_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of a virtual environment that holds all that this one holds, but not what only the client needs."""
+    root = tmp_path_factory.mktemp("without-client")
     absent = ("click", "rich", "requests", "boto3", "langchain", "trafilatura")
-    environment = tmp_path / "venv"
+    environment, packages = root / "venv", root / "packages"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
-    packages = tmp_path / "packages"
     packages.mkdir()
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
         if not entry.name.lower().startswith((*absent, "__editable__", "_editable", "trimtab")) and entry.suffix != ".pth":
             (packages / entry.name).symlink_to(entry)
-    import trimtab
-    import trimtab_runtime
-
     for module in (trimtab, trimtab_runtime):
+        assert module.__file__
         folder = Path(module.__file__).parent
         (packages / folder.name).symlink_to(folder)
     site = next((environment / "lib").glob("python*/site-packages"))
@@ -292,9 +278,24 @@ def test_training_needs_nothing_of_the_client(tmp_path: Path, tiny_model: Path) 
     python = environment / "bin" / "python"
     for name in ("click", "rich", "requests", "boto3"):
         assert subprocess.run([python, "-c", f"import {name}"], capture_output=True, check=False, env={"PATH": ""}).returncode == 1
-    job = make_job(tmp_path / "job", tiny_model, method="qlora", max_steps=2)
-    for verb in ("prepare", "train"):
-        run(job, verb, python=python, PYTHONPATH="")
+    return python
+
+
+def test_without_the_clients_packages_the_base_models_own_words_are_rehearsed(
+    tmp_path: Path, tiny_model: Path, without_client: Path
+) -> None:
+    job = make_job(tmp_path / "job", tiny_model, method="qlora", replay=1.0, max_steps=3, max_seq_len=256)
+    for verb in ("generate", "prepare", "train"):
+        run(job, verb, python=without_client, PYTHONPATH="")
+    rows = PackedRows(job.channel("train"))
+    assert rows.ledger.accounts["replay"].trained > 0
+    taught = [row for row in (rows[index] for index in range(len(rows))) if (row.teacher >= 0).any()]
+    assert taught
+    for row in taught:
+        sums = row.teacher_chances[row.teacher[row.teacher >= 0]].astype("f4").sum(1)
+        assert (sums > 0.1).all()
+        assert (sums <= 1.01).all()
+    assert len(losses(job)) == 3
     assert (job.model / "trimtab.json").exists()
 
 
