@@ -98,8 +98,9 @@ def model_card(spec: TrainSpec, ledger: Ledger, metrics: dict[str, Any]) -> str:
         "The adapter repeats what its pages said, as far as it learned it; it can be wrong, and it knows nothing newer. "
         "The base model's licence applies. Answers about other subjects can have become worse: compare before use."
     )
-    return "\n".join([*front, "", f"# {Path(spec.model).name}, tuned with trimtab", "", *made, "", "## Limits", "", limits, ""])
+    return "\n".join([*front, "", f"# {Path(_hub_name(spec.model)).name}, tuned with trimtab", "", *made, "", "## Limits", "", limits, ""])
 
 
 def _hub_name(model: str) -> str:
-    return Path(model).name if model.startswith(("/", ".", "~")) else model
+    """The model's name for others: a Hub id without its commit, a folder's last part and not where it lay on this machine."""
+    return Path(model).name if model.startswith(("/", ".", "~")) else model.partition("@")[0]

@@ -8,6 +8,7 @@ rows.npy     int64 [rows + 1, 2]   where each row begins: in tokens, in lengths
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,39 +46,48 @@ def write_rows(
     folder: Path, samples: Sequence[Sample], row_tokens: int, facts: dict[str, object], predictions: Predictions = NO_PREDICTIONS
 ) -> Ledger:
     """Split, pack and write samples; the manifest comes last. Returns the account of every token."""
-    kinds: dict[str, list[int]] = {}
-    pieces: list[tuple[list[int], list[bool], list[int]]] = []
+    pieces: list[tuple[str, list[int], list[bool], list[int]]] = []
     for sample in samples:
-        count = kinds.setdefault(sample.kind, [0, 0])
-        count[0] += 1
-        count[1] += len(sample.ids)
         for part in split(len(sample.ids), row_tokens):
             teacher = sample.teacher[part.start : part.stop] if sample.teacher else [-1] * len(part)
-            pieces.append((sample.ids[part.start : part.stop], sample.learned[part.start : part.stop], teacher))
-    rows = pack([len(ids) for ids, _, _ in pieces], row_tokens)
+            pieces.append((sample.kind, sample.ids[part.start : part.stop], sample.learned[part.start : part.stop], teacher))
+    rows = pack([len(ids) for _, ids, _, _ in pieces], row_tokens)
     order = [index for row in rows for index in row]
-    lengths = np.array([len(pieces[index][0]) for index in order], dtype=np.int32)
+    lengths = np.array([len(pieces[index][1]) for index in order], dtype=np.int32)
     begins = np.zeros((len(rows) + 1, 2), dtype=np.int64)
     begins[1:, 1] = np.cumsum([len(row) for row in rows])
     begins[1:, 0] = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))[begins[1:, 1]]
 
     folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "tokens.npy", np.array([token for index in order for token in pieces[index][0]], dtype=np.int32))
-    np.save(folder / "learned.npy", np.array([flag for index in order for flag in pieces[index][1]], dtype=np.bool_))
-    np.save(folder / "teacher.npy", np.array([place for index in order for place in pieces[index][2]], dtype=np.int32))
+    np.save(folder / "tokens.npy", np.array([token for index in order for token in pieces[index][1]], dtype=np.int32))
+    np.save(folder / "learned.npy", np.array([flag for index in order for flag in pieces[index][2]], dtype=np.bool_))
+    np.save(folder / "teacher.npy", np.array([place for index in order for place in pieces[index][3]], dtype=np.int32))
     np.save(folder / "teacher_ids.npy", predictions[0])
     np.save(folder / "teacher_chances.npy", predictions[1])
     np.save(folder / "lengths.npy", lengths)
     np.save(folder / "rows.npy", begins)
-    # counted again from what was written, not from what was meant to be
-    written = int(lengths.sum())
-    accounts = {kind: Account(samples=n, tokens=tokens, trained=tokens, dropped=0) for kind, (n, tokens) in kinds.items()}
+    accounts = _accounts(samples, [(pieces[index][0], len(pieces[index][1])) for index in order])
     ledger = Ledger(accounts=accounts, rows=len(rows), row_tokens=row_tokens)
+    written = len(np.load(folder / "tokens.npy", mmap_mode="r"))
     if written != ledger.total.trained:
-        raise StagingError(f"{ledger.total.trained} tokens went into packing and {written} came out: please report this with your data")
+        raise StagingError(f"{ledger.total.trained} tokens were packed and {written} were written: make room on the disk and try again")
     manifest.write_json(folder / "ledger.json", ledger.model_dump(mode="json"))
     manifest.write(folder, facts)
     return ledger
+
+
+def _accounts(samples: Sequence[Sample], packed: Sequence[tuple[str, int]]) -> dict[str, Account]:
+    """What came in by the samples, what is trained by what stands in the rows; the difference was dropped."""
+    came: dict[str, list[int]] = {}
+    for sample in samples:
+        came.setdefault(sample.kind, []).append(len(sample.ids))
+    trained = Counter[str]()
+    for kind, length in packed:
+        trained[kind] += length
+    return {
+        kind: Account(samples=len(sizes), tokens=sum(sizes), trained=trained[kind], dropped=sum(sizes) - trained[kind])
+        for kind, sizes in came.items()
+    }
 
 
 class PackedRows:
