@@ -39,7 +39,7 @@ class Training:
         return checkpoint.load(path, FACTS, self.parameters, self.optimizer)
 
     def tensors(self) -> list[torch.Tensor]:
-        moments = [value for parameter in self.parameters.values() for value in self.optimizer.state[parameter].values()]
+        moments = [value for parameter in self.parameters.values() for _, value in sorted(self.optimizer.state[parameter].items())]
         return [tensor.detach().clone() for tensor in (*self.parameters.values(), *moments)]
 
 

@@ -42,7 +42,7 @@ def test_divergence_and_gradient_with_the_rest_as_one_event(tokens: int) -> None
     p = torch.cat([known, 1 - known.sum(-1, keepdim=True)], -1)
     q = torch.cat([chances, 1 - chances.sum(-1, keepdim=True)], -1)
     expected = (q * (q.log() - p.log())).sum() * 0.5
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], torch.autograd.grad(expected, hidden)[0], rtol=1e-3, atol=1e-5)
 
 

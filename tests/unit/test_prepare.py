@@ -105,8 +105,8 @@ def test_documents_become_the_same_samples_each_time_and_another_order_of_questi
     other = samples(tokenizer, seed=7)
     assert first != other
     assert [sample for sample in first if sample.kind != "question"] == [sample for sample in other if sample.kind != "question"]
-    assert {sample.kind for sample in first} == {"document", "paragraph", "sentence", "question"}
-    assert {sample.kind for sample in samples(tokenizer, questions=0)} == {"document", "paragraph", "sentence"}
+    assert {sample.kind for sample in first} == {"document", "sentence", "question"}
+    assert {sample.kind for sample in samples(tokenizer, questions=0)} == {"document", "sentence"}
 
 
 def test_a_conversation_holds_a_few_questions_and_learns_the_answers_only(tokenizer: Tokenizer) -> None:

@@ -61,10 +61,11 @@ def linear_distillation(hidden: Tensor, head: Tensor, ids: Tensor, chances: Tens
         known = ids[start : start + len(logits)]
         q = chances[start : start + len(logits)].float()
         q_rest = (1 - q.sum(-1, keepdim=True)).clamp_min(0)
-        p = logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True)).exp_()
-        p_known = p.gather(1, known)
+        logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True))
+        log_known = logits.gather(1, known)
+        p, p_known = logits.exp_(), log_known.exp()
         p_rest = (1 - p_known.sum(-1, keepdim=True)).clamp_min(1e-6)
-        loss = torch.xlogy(q, q).sum() - torch.xlogy(q, p_known.clamp_min(1e-12)).sum()
+        loss = torch.xlogy(q, q).sum() - (q * log_known).sum()
         loss += torch.xlogy(q_rest, q_rest).sum() - torch.xlogy(q_rest, p_rest).sum()
         p.mul_(1 - q_rest / p_rest).scatter_(1, known, p_known - q)
         return loss
