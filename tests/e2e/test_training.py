@@ -18,11 +18,12 @@ import torch
 
 import trimtab
 import trimtab_runtime
-from support.job_tree import PAGES, losses, make_job, run, start
-from trimtab.errors import SpecError
+from support.job_tree import PAGES, losses, make_job, run, start, train_here
+from trimtab.errors import SpecError, StagingError
 from trimtab.events import Checkpoint, Finished, Step, read
 from trimtab.layout import JobDir
 from trimtab.ledger import Ledger
+from trimtab_runtime.recipe import Diverged, rows_of_step
 from trimtab_runtime.rows import PackedRows
 
 # PEFT still asks transformers by an old name
@@ -62,7 +63,6 @@ def test_the_first_twenty_losses_are_those_of_transformers_trainer(tmp_path: Pat
 
     from trimtab.spec import TrainSpec
     from trimtab_runtime.methods.lora import add_adapters
-    from trimtab_runtime.recipe import rows_of_step
 
     text = {f"Page {number}": "".join(chr(97 + (number * 7 + place) % 26) for place in range(70)) + "." for number in range(30)}
     # rows so short that each document fills its own: nothing is packed
@@ -70,7 +70,7 @@ def test_the_first_twenty_losses_are_those_of_transformers_trainer(tmp_path: Pat
     steady = {"lr_schedule": "constant", "warmup_ratio": 0, "learning_rate": 5e-4}
     job = make_job(tmp_path / "job", tiny_model, text, **options, **steady)
     run(job, "prepare")
-    run(job, "train")
+    train_here(job)
     ours = list(losses(job).values())
     rows = PackedRows(job.channel("train"))
     assert all(len(rows[index].lengths) == 1 for index in range(len(rows)))
@@ -170,7 +170,7 @@ def test_sigterm_writes_a_checkpoint_and_one_process_alone_goes_on_from_it(tmp_p
 def test_a_time_limit_leaves_a_checkpoint_and_a_usable_artifact(tmp_path: Path, tiny_model: Path) -> None:
     job = make_job(tmp_path / "job", tiny_model, epochs=10_000, max_minutes=0.001)
     run(job, "prepare")
-    said = run(job, "train")
+    said = train_here(job)
     assert "time limit" in said
     assert list(job.checkpoints.glob("step-*/manifest.json"))
     assert "time limit" in json.loads((job.model / "trimtab.json").read_text())["metrics"]["ended_by"]
@@ -193,8 +193,8 @@ def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path, finished: JobDir
     job = copy(finished, tmp_path / "job")
     pairs = json.loads(job.hyperparameters.read_text())
     job.hyperparameters.write_text(json.dumps({**pairs, "learning_rate": "0.5"}))
-    assert "another job" in run(job, "train", expect=1)
-    assert job.failure.read_text().startswith("step-00000057 was written by another job (spec differs)")
+    with pytest.raises(SpecError, match=r"step-00000057 was written by another job \(spec differs\): start a new run"):
+        train_here(job)
 
 
 def test_a_loss_that_is_no_number_stops_with_the_step_the_row_and_what_to_try(tmp_path: Path, tiny_model: Path) -> None:
@@ -207,10 +207,9 @@ def test_a_loss_that_is_no_number_stops_with_the_step_the_row_and_what_to_try(tm
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     job = make_job(tmp_path / "job", broken)
     run(job, "prepare")
-    run(job, "train", expect=1)
-    reason = job.failure.read_text()
-    assert reason.startswith("the loss is nan at step 1, row ")
-    assert "smaller learning_rate" in reason.splitlines()[0]
+    with pytest.raises(Diverged, match=r"^the loss is nan at step 1, row \d+: try a smaller learning_rate \(it is 0\.002\)"):
+        train_here(job)
+    assert not list(job.checkpoints.iterdir())
 
 
 def test_another_spec_version_ends_before_any_work(tmp_path: Path, tiny_model: Path) -> None:
@@ -227,7 +226,8 @@ def test_rows_of_another_job_are_not_trained_on(tmp_path: Path, tiny_model: Path
     run(job, "prepare")
     pairs = json.loads(job.hyperparameters.read_text())
     job.hyperparameters.write_text(json.dumps({**pairs, "max_seq_len": "32"}))
-    assert "belong to other data" in run(job, "train", expect=1)
+    with pytest.raises(StagingError, match=r"belong to other data.*prepare them again"):
+        train_here(job)
 
 
 def test_preparing_needs_no_torch_and_loses_no_token(tmp_path: Path, tiny_model: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trimtab.events import Step, read
+from trimtab.events import EventLog, Step, read
 from trimtab.layout import JobDir
 from trimtab.spec import TrainSpec
 
@@ -48,6 +48,19 @@ def run(job: JobDir, verb: str, *, expect: int = 0, **how: Any) -> str:
     said, _ = process.communicate(timeout=300)
     assert process.returncode == expect, said
     return said
+
+
+def train_here(job: JobDir) -> str:
+    """Train in this process, for what needs none of its own: starting one takes seconds. What it said, and its errors as they are."""
+    from trimtab_runtime.recipe import train
+
+    said: list[str] = []
+    events = EventLog(job.events)
+    try:
+        train(job, TrainSpec.from_hyperparameters(json.loads(job.hyperparameters.read_text())), events, said.append, lambda: False)
+    finally:
+        events.close()
+    return "\n".join(said)
 
 
 def losses(job: JobDir) -> dict[int, float]:
