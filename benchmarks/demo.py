@@ -82,11 +82,10 @@ def demo(pages: Path, probe_file: Path, out: Path) -> None:
     (out / "answers.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     show(result)
-    question = next((probe["prompt"] for probe in result["questions"] if probe["tuned_right"]), result["questions"][0]["prompt"])
     with run.deploy() as endpoint:
-        print(
-            f"\nasked at {endpoint.url}: {question}\n  base:  {endpoint.chat(question, model='base')}\n  tuned: {endpoint.chat(question)}"
-        )
+        for entry in [*result["questions"], *result["general"]][:1]:  # the first, right or wrong
+            base, tuned = endpoint.chat(entry["prompt"], model="base"), endpoint.chat(entry["prompt"])
+            print(f"\nasked at {endpoint.url}: {entry['prompt']}\n  base:  {base}\n  tuned: {tuned}")
     (out / "state.json").unlink(missing_ok=True)
     print(f"\nanswers: {out / 'answers.json'}   artifact: {run.artifact().path}")
     print(last_line(result), flush=True)

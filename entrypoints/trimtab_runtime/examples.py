@@ -1,7 +1,6 @@
 """Documents and generated text to samples: token ids, and which of them are learned.
 
-A page is given whole, by paragraph and by sentence: a model that saw a fact only in the middle of one long page can
-hardly say it from another beginning (measured; see README.md beside this file).
+A page can be given whole, by paragraph and by sentence, so that a fact is also seen without the page that stands before it.
 """
 
 from __future__ import annotations
@@ -13,36 +12,7 @@ from dataclasses import dataclass
 from trimtab_runtime.tokenizer import Tokenizer
 
 # a full stop after these does not end a sentence
-_ABBREVIATIONS = frozenset(
-    [
-        "mr",
-        "mrs",
-        "ms",
-        "dr",
-        "prof",
-        "st",
-        "no",
-        "vs",
-        "etc",
-        "e.g",
-        "i.e",
-        "a.m",
-        "p.m",
-        "approx",
-        "inc",
-        "ltd",
-        "co",
-        "dept",
-        "fig",
-        "vol",
-        "ca",
-        "jr",
-        "sr",
-        "est",
-        "tel",
-        "ext",
-    ]
-)
+_ABBREVIATIONS = frozenset("mr mrs ms dr prof st no vs etc e.g i.e a.m p.m approx inc ltd co dept fig vol ca jr sr est tel ext".split())
 _BOUNDARY = re.compile(r"([.!?])([\"'”’)\]]*)\s+(?=[\"'“‘(\[]?[A-Z0-9À-Þ])")
 
 

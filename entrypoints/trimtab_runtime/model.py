@@ -24,7 +24,7 @@ from trimtab_runtime.xeon.loss import linear_cross_entropy, linear_distillation
 # heads that do something to their logits, which the chunked loss does not know
 _OWN_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier")
 
-# divergences are small beside the cross-entropy of new text until it is too late; measured, see README.md
+# a divergence is small beside the cross-entropy of new text; the runs with other weights are in README.md
 TEACHER_WEIGHT = 8.0
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from trimtab.errors import TrimtabError
+from trimtab.estimate import optimiser_steps
 from trimtab.events import Checkpoint, Choice, EventLog, Phase, Step
 from trimtab.layout import JobDir
 from trimtab.spec import TrainSpec
@@ -55,8 +56,7 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
     # the optimiser: adapters only
     optimizer = torch.optim.AdamW(adapters.values(), lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
     rows_per_step = spec.batch_rows * spec.accumulation
-    steps_per_epoch = math.ceil(len(rows) / rows_per_step)
-    steps = min(steps_per_epoch * spec.epochs, spec.max_steps or steps_per_epoch * spec.epochs)
+    steps, steps_per_epoch = optimiser_steps(spec, len(rows))
     say(
         f"steps {steps}: {len(rows)} rows, {rows_per_step} a step, {spec.epochs} epochs"
         + (f", max_steps {spec.max_steps}" if spec.max_steps else "")

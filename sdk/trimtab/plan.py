@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from trimtab.estimate import optimiser_steps
 from trimtab.ledger import Ledger
 from trimtab.spec import TrainSpec
 
@@ -21,10 +21,8 @@ class Plan:
 
 def plan(spec: TrainSpec, ledger: Ledger) -> Plan:
     """The rows of one step are `batch_rows * accumulation`; the last step of an epoch takes what is left."""
-    in_step = spec.batch_rows * spec.accumulation
-    in_epoch = math.ceil(ledger.rows / in_step)
-    whole = in_epoch * spec.epochs
-    steps = whole if spec.max_steps is None else min(whole, spec.max_steps)
+    steps, in_epoch = optimiser_steps(spec, ledger.rows)
+    in_step, whole = spec.batch_rows * spec.accumulation, in_epoch * spec.epochs
     tokens = round(ledger.total.trained * steps / in_epoch) if in_epoch else 0
     reasons = [
         f"steps {steps:,}: "
