@@ -12,10 +12,11 @@ import argparse
 import hashlib
 import json
 import os
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +31,7 @@ from trimtab import Job, Run, RunFailed, TrimtabError, probes
 from trimtab.backends.base import RunState
 from trimtab.errors import RunNotFound, SpecError
 from trimtab.evaluation import Prompt, evaluate
+from trimtab.events import Event, Phase, Step, read
 from trimtab.layout import JobDir
 from trimtab.probes import KINDS, WORDS, Probes, is_right, plain_words
 from trimtab.progress import display
@@ -79,6 +81,7 @@ def demo(pages: Path, probe_file: Path, out: Path) -> None:
     result = judged(asked, told, training_text(run))
     result["seconds"] = round(time.monotonic() - began)
     result["handle"] = str(run.handle)
+    result["training"] = pace(read(JobDir(run.artifact().path.parent).events))
     (out / "answers.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     show(result)
@@ -87,7 +90,11 @@ def demo(pages: Path, probe_file: Path, out: Path) -> None:
             base, tuned = endpoint.chat(entry["prompt"], model="base"), endpoint.chat(entry["prompt"])
             print(f"\nasked at {endpoint.url}: {entry['prompt']}\n  base:  {base}\n  tuned: {tuned}")
     (out / "state.json").unlink(missing_ok=True)
-    print(f"\nanswers: {out / 'answers.json'}   artifact: {run.artifact().path}")
+    print(
+        f"\ntraining: first step {result['training']['first_step_after']:.1f} s after its process began, "
+        f"then {result['training']['tokens_per_second']:.0f} tokens/s (median)"
+    )
+    print(f"answers: {out / 'answers.json'}   artifact: {run.artifact().path}")
     print(last_line(result), flush=True)
 
 
@@ -155,6 +162,17 @@ def training_text(run: Run) -> str:
     job = JobDir(run.artifact().path.parent)
     tokens = np.load(job.channel("train") / "tokens.npy").tolist()
     return " " + " ".join(plain_words(Tokenizer(job.channel("model")).decode(tokens))) + " "
+
+
+def pace(events: Iterable[Event]) -> dict[str, float]:
+    """Seconds from the start of the training process (the last one, of a resumed run) to its first step; median tokens/s of all steps."""
+    at, speeds = {}, []
+    for event in events:
+        if isinstance(event, Phase):
+            at[event.name] = event.at
+        elif isinstance(event, Step):
+            speeds.append(event.tokens_per_second)
+    return {"first_step_after": at["train"] - at["start"], "tokens_per_second": statistics.median(speeds)}
 
 
 def last_line(result: dict[str, Any]) -> str:

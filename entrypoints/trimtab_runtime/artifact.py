@@ -92,7 +92,7 @@ def model_card(spec: TrainSpec, ledger: Ledger, metrics: dict[str, Any]) -> str:
     if spec.method == "qlora":
         made.append(
             "- the adapter belongs on the base in NF4 (blocks of 64, double quantisation), as it was trained"
-            + (": it also restores part of what quantisation took away" if spec.lora_init == "loftq" else "")
+            + (": it also restores part of what quantisation took away" if spec.lora_init == "qera" else "")
         )
     limits = (
         "The adapter repeats what its pages said, as far as it learned it; it can be wrong, and it knows nothing newer. "

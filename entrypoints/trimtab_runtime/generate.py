@@ -1,15 +1,17 @@
-"""What the base model says by itself, to be rehearsed beside the new text so that it is not forgotten.
+"""What is rehearsed beside the new text, so that the model does not forget it: chat and prose, and how the base model goes on there.
 
-Three kinds: its answers to everyday prompts (rehearsal.py); conversations of which it writes both sides (Xu et al. 2024,
-"Magpie", arXiv:2406.08464); short texts on everyday subjects, learned as plain text. No outside data is needed (compare Huang et al. 2024,
-"self-synthesized rehearsal", arXiv:2403.01244). With each token goes the base model's own prediction there, its
-likeliest tokens and their probabilities: training matches these instead of the drawn token (Hinton et al. 2015,
-arXiv:1503.02531), which says more by each token and also heals what 4-bit quantisation takes away.
+The chat is the base model's own: its answers to everyday prompts (rehearsal.py), and conversations of which it writes both
+sides (Xu et al. 2024, "Magpie", arXiv:2406.08464; compare Huang et al. 2024, "self-synthesized rehearsal", arXiv:2403.01244). The
+prose is written for this project (prose/*.txt). With each token goes the base model's own prediction there, its likeliest tokens
+and their probabilities: training matches these instead of the token itself (Hinton et al. 2015, arXiv:1503.02531), which
+says more by each token, teaches nothing new, and also heals what 4-bit quantisation takes away.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -20,14 +22,17 @@ from trimtab.layout import JobDir
 from trimtab.spec import TrainSpec
 from trimtab_runtime import manifest, rehearsal
 from trimtab_runtime.engine import Engine
-from trimtab_runtime.prepare import document_samples, generated_sample, read_records
-from trimtab_runtime.rows import Predictions
+from trimtab_runtime.examples import Sample
+from trimtab_runtime.prepare import count_tokens, document_samples, generated_sample, read_records, replay_wanted
+from trimtab_runtime.rows import NO_PREDICTIONS, Predictions
 from trimtab_runtime.tokenizer import Tokenizer
 
 LIKELIEST = 64  # tokens of a prediction that are kept
-_SHARES = {"everyday": 0.45, "chat": 0.1, "prose": 0.45}  # of the tokens wanted
-_TOKENS = {"everyday": 70, "chat": 115, "prose": 150}  # what a sample brings into the rows, for planning how many
-_LIMIT = {"everyday": 48, "chat": 72, "prose": 160, "asking": 36}  # new tokens
+_CHATS = {"everyday": 0.8, "chat": 0.2}  # of the chat tokens wanted
+_TOKENS = {"everyday": 60, "chat": 115}  # what a sample brings into the rows, for planning how many
+_LIMIT = {"everyday": 48, "chat": 72, "asking": 36}  # new tokens
+_MOST_CHATS = 400  # generated for minutes at most, however long the documents are
+_BATCH = 8  # prose texts predicted at once
 
 # how users begin; without them a model's own users ask mostly for essays and code
 _OPENINGS = (
@@ -37,17 +42,16 @@ _OPENINGS = (
 
 
 def generate(job: JobDir, spec: TrainSpec, say: Callable[[str], None], progress: Callable[[int, int], None]) -> int:
-    """Write channel `generated`: about `replay` times the documents' tokens. Returns the number of samples."""
+    """Write channel `generated`: what all epochs rehearse, as far as there is so much. Returns the number of samples."""
     tokenizer = Tokenizer(job.channel("model"))
     documents = list(read_records(job.channel("documents") / "documents.jsonl", ("title", "text")))
-    wanted = spec.replay * sum(len(sample.ids) for sample in document_samples(documents, spec, tokenizer, lambda _: None))
+    samples = list(document_samples(documents, spec, tokenizer, lambda _: None))
+    chat_tokens, prose_tokens = replay_wanted(samples, spec, chat=tokenizer.chat_template is not None)
+    texts = rehearsed_prose(prose_tokens * spec.epochs, tokenizer, spec.seed)
+    everyday = rehearsal.prompts(round(chat_tokens * spec.epochs * _CHATS["everyday"] / _TOKENS["everyday"]), spec.seed)
+    chats = min(_MOST_CHATS, round(chat_tokens * _CHATS["chat"] / _TOKENS["chat"]))
     engine = Engine.load(job.channel("model"), dtype=spec.dtype)
-    if tokenizer.chat_template is None:
-        counts = {"everyday": 0, "chat": 0, "prose": round(wanted / _TOKENS["prose"])}
-    else:
-        counts = {kind: round(wanted * share / _TOKENS[kind]) for kind, share in _SHARES.items()}
-    everyday = rehearsal.prompts(counts["everyday"], spec.seed)
-    total = len(everyday) + 2 * counts["chat"] + counts["prose"]
+    total = 2 * (len(everyday) + 2 * chats + len(texts))  # all is said, then all is predicted
     done = 0
 
     def complete(prompts: list[list[int]], kind: str, **how: Any) -> list[Any]:
@@ -66,48 +70,59 @@ def generate(job: JobDir, spec: TrainSpec, say: Callable[[str], None], progress:
         ]
 
     records = answer(everyday, "everyday")
-    if counts["chat"]:
+    if chats:
         before, drawn = user_prefix(tokenizer), {"temperature": 0.9, "top_p": 0.9}
-        openings = [_OPENINGS[index % len(_OPENINGS)] for index in range(counts["chat"])]
+        openings = [_OPENINGS[index % len(_OPENINGS)] for index in range(chats)]
         asked = complete([before + tokenizer.text(words) for words in openings], "asking", seed=spec.seed + 1, **drawn)
         users = [(words + engine.decode(one.ids)).strip().split("\n")[0] for words, one in zip(openings, asked, strict=True) if one.ended]
         records += answer([text for text in dict.fromkeys(users) if len(text) > 8], "chat")
-    # prose is what a chat model writes when asked for a text: from nothing it writes little that makes sense
-    if tokenizer.chat_template is None:
-        beginnings = [[tokenizer.document_start]] * counts["prose"]
-    else:
-        beginnings = [engine.chat_ids([{"role": "user", "content": user}]) for user in rehearsal.essays(counts["prose"], spec.seed)]
-    prose = complete(beginnings, "prose", seed=spec.seed, temperature=0.8, top_p=0.95)
-    records += [{"kind": "replay", "text": text, "ended": one.ended} for one in prose if (text := engine.decode(one.ids).strip())]
-    progress(total, total)
+    random.Random(spec.seed).shuffle(records)  # each epoch rehearses some of each
+    records += [{"kind": "replay", "text": text, "ended": False} for text in texts]
 
     folder = job.channel("generated")
     folder.mkdir(parents=True, exist_ok=True)
-    ids, chances = predictions(engine, records, tokenizer)
+    replayed = [generated_sample(record, tokenizer) for record in records]
+    ids, chances = predictions(engine, replayed, lambda part: progress(total // 2 + part * total // (2 * len(records)), total))
+    progress(total, total)
     np.save(folder / "teacher_ids.npy", ids)
     np.save(folder / "teacher_chances.npy", chances)
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     manifest.write(folder, {"preparation_digest": spec.preparation_digest()})
-    say(f"replay: {len(records)} samples of the base model's own chat and prose")
+    say(f"replay: {len(records) - len(texts)} chats of the base model's own and {len(texts)} texts, {count_tokens(replayed):,} tokens")
     return len(records)
 
 
-def predictions(engine: Engine, records: list[dict[str, Any]], tokenizer: Tokenizer) -> Predictions:
-    """The base model's prediction of each learned token of each record, in order: likeliest tokens and probabilities."""
-    all_ids, all_chances = [], []
+def rehearsed_prose(tokens: float, tokenizer: Tokenizer, seed: int) -> list[str]:
+    """General texts of at least so many tokens, or all there are, in an order that depends on the seed."""
+    texts = rehearsal.prose()
+    random.Random(seed).shuffle(texts)
+    sizes = itertools.accumulate((len(tokenizer.text(text)) for text in texts), initial=0)
+    return [text for text, before in zip(texts, sizes, strict=False) if before < tokens]
+
+
+def predictions(engine: Engine, samples: list[Sample], progress: Callable[[int], None] = lambda done: None) -> Predictions:
+    """The base model's prediction of each learned token of each sample, in order: ids int32 and probabilities float16 [tokens, k]."""
     model = engine.model("base")
+    found: dict[int, Predictions] = {}
+    by_length = sorted(range(len(samples)), key=lambda index: len(samples[index].ids))  # little padding in a batch
     with torch.inference_mode():
-        for record in records:
-            sample = generated_sample(record, tokenizer)
-            places = [place - 1 for place in range(1, len(sample.ids)) if sample.learned[place]]
-            logits = model(input_ids=torch.tensor([sample.ids]), use_cache=False).logits[0, places].float()
-            chances, ids = torch.softmax(logits, -1).topk(min(LIKELIEST, logits.shape[-1]))
-            all_ids.append(ids.numpy().astype(np.int32))
-            all_chances.append(chances.numpy().astype(np.float16))
-    if not all_ids:
-        return np.zeros((0, 1), dtype=np.int32), np.zeros((0, 1), dtype=np.float16)
-    return np.concatenate(all_ids), np.concatenate(all_chances)
+        for begin in range(0, len(samples), _BATCH):
+            batch = by_length[begin : begin + _BATCH]
+            longest = len(samples[batch[-1]].ids)
+            padded = [samples[index].ids + [0] * (longest - len(samples[index].ids)) for index in batch]  # behind, where none looks
+            hidden = model.get_decoder()(input_ids=torch.tensor(padded), use_cache=False).last_hidden_state
+            for row, index in zip(hidden, batch, strict=True):
+                learned = samples[index].learned
+                logits = model.get_output_embeddings()(row[[place - 1 for place in range(1, len(learned)) if learned[place]]]).float()
+                highest, ids = logits.topk(min(LIKELIEST, logits.shape[-1]))
+                chances = (highest - logits.logsumexp(-1, keepdim=True)).exp()
+                found[index] = ids.numpy().astype(np.int32), chances.numpy().astype(np.float16)
+            progress(begin + len(batch))
+    if not found:
+        return NO_PREDICTIONS
+    in_order = [found[index] for index in range(len(samples))]
+    return np.concatenate([ids for ids, _ in in_order]), np.concatenate([chances for _, chances in in_order])
 
 
 def user_prefix(tokenizer: Tokenizer) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +29,10 @@ _OWN_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "outp
 TEACHER_WEIGHT = 8.0
 
 
-def load_model(folder: Path, spec: TrainSpec, dtype: torch.dtype, *, fused: bool = True) -> PeftModel:
+def load_model(folder: Path, spec: TrainSpec, dtype: torch.dtype, *, typical: Batch | None = None, fused: bool = True) -> PeftModel:
     """The base from a local folder, frozen (in NF4 for qlora), with fresh adapters. Raises SpecError where it does not load.
 
+    From `typical` rows qlora learns which inputs matter, to restore with its adapters what quantisation took from them.
     With `fused`, adapted layers without dropout compute in one step (xeon/lora.py); the others need autocast for bf16.
     """
     attention.register()
@@ -49,9 +51,11 @@ def load_model(folder: Path, spec: TrainSpec, dtype: torch.dtype, *, fused: bool
         raise SpecError(f"max_seq_len {spec.max_seq_len} is beyond this model's {limit} positions: choose {limit} or less")
     base.config.use_cache = False
     if spec.method == "qlora":
-        from trimtab_runtime.methods.qlora import begin_with, quantise
+        from trimtab_runtime.methods.qlora import begin_with, input_scales, quantise
 
-        lost = quantise(base, dtype, rank=spec.lora_rank if spec.lora_init == "loftq" else 0)
+        restoring = spec.lora_init == "qera"
+        scales = input_scales(base, typical.inputs()) if typical and restoring else None
+        lost = quantise(base, dtype, rank=spec.lora_rank if restoring else 0, scales=scales)
         model = add_adapters(base, spec)
         begin_with(model, lost)
     else:
@@ -82,6 +86,9 @@ class Batch:
     def learned(self) -> int:
         return len(self.places) + len(self.taught)
 
+    def inputs(self) -> dict[str, Any]:
+        return {"input_ids": self.tokens, "position_ids": self.positions, "packed_groups": self.groups}
+
 
 def as_batch(rows: Sequence[Row]) -> Batch:
     """Positions restart with each sample; a sample's last token predicts nothing, nor does another sample's first."""
@@ -104,9 +111,8 @@ def as_batch(rows: Sequence[Row]) -> Batch:
 def batch_loss(model: PeftModel, batch: Batch, *, scale: float) -> Tensor:
     """`scale` times what is summed over the batch: cross-entropy of targets, divergence from the base model's predictions."""
     base = model.get_base_model()
-    given = {"input_ids": batch.tokens, "position_ids": batch.positions, "packed_groups": batch.groups}
     head = base.get_output_embeddings().weight
-    hidden = base.get_decoder()(**given).last_hidden_state[0]
+    hidden = base.get_decoder()(**batch.inputs()).last_hidden_state[0]
     loss = linear_cross_entropy(hidden.index_select(0, batch.places).to(head.dtype), head, batch.targets, scale=scale)
     if len(batch.taught):
         loss = loss + linear_distillation(

@@ -7,6 +7,7 @@ Channel `documents` (documents.jsonl), tokenizer of channel `model`, and where t
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -28,6 +29,7 @@ from trimtab_runtime.rows import NO_PREDICTIONS, write_rows
 from trimtab_runtime.tokenizer import Tokenizer
 
 WORDINGS = 4  # ways in which the question writer is asked for the same facts
+CHAT_SHARE = 0.6  # of what a chat model rehearses; the rest is prose
 TURNS = 3  # questions in one conversation: a chat template's opening is long, and is learned soon
 
 
@@ -35,20 +37,60 @@ def prepare(job: JobDir, spec: TrainSpec, say: Callable[[str], None]) -> Ledger:
     """Raises StagingError for a broken record, named by file and line, and where no token is left to train on."""
     tokenizer = Tokenizer(job.channel("model"))
     documents = list(read_records(job.channel("documents") / "documents.jsonl", ("title", "text")))
-    samples = list(document_samples(documents, spec, tokenizer, say))
     generated = job.channel("generated") / "samples.jsonl"
+    pools: list[list[Sample]] = []
     predictions = NO_PREDICTIONS
     if generated.is_file():
-        replayed = [generated_sample(record, tokenizer) for record in read_records(generated, ("kind",))]
-        samples += with_teacher(replayed)
+        records = list(read_records(generated, ("kind",)))
+        replayed = with_teacher([generated_sample(record, tokenizer) for record in records])
+        pools = [[one for one, record in zip(replayed, records, strict=True) if ("messages" in record) is chat] for chat in (True, False)]
         predictions = np.load(generated.parent / "teacher_ids.npy"), np.load(generated.parent / "teacher_chances.npy")
-    if not any(any(sample.learned[1:]) for sample in samples):
+    rounds = list(in_rounds(documents, pools, spec, tokenizer, say))
+    if not any(any(sample.learned[1:]) for sample in rounds[0]):
         raise StagingError("there is no token to train on: the documents are empty. Give pages with text")
     facts = {"preparation_digest": spec.preparation_digest(), "spec_version": spec.spec_version, "documents": len(documents)}
-    ledger = write_rows(job.channel("train"), samples, spec.max_seq_len, facts, predictions)
+    ledger = write_rows(job.channel("train"), rounds, spec.max_seq_len, facts, predictions)
     for line in ledger.lines():
         say(line)
     return ledger
+
+
+def in_rounds(
+    documents: list[dict[str, Any]], pools: list[list[Sample]], spec: TrainSpec, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> Iterator[list[Sample]]:
+    """The samples of each round: every document, and what comes next in the pools of replay, chat and prose.
+
+    One round where there is no replay; else as many as it takes to see all of it, at most one to an epoch.
+    """
+    first = list(document_samples(documents, spec, tokenizer, say))
+    wanted = replay_wanted(first, spec, chat=bool(pools and pools[0]))
+    turns = [in_turns(pool, tokens) for pool, tokens in zip(pools, wanted, strict=False)]
+    needed = [math.ceil(count_tokens(pool) / tokens) for pool, tokens in zip(pools, wanted, strict=False) if pool and tokens]
+    for turn in range(min(spec.epochs, max(needed, default=1))):
+        again = spec.model_copy(update={"seed": spec.seed + turn})
+        samples = list(document_samples(documents, again, tokenizer, lambda _: None)) if turn else first
+        yield samples + [sample for pool in turns for sample in next(pool)]
+
+
+def replay_wanted(samples: list[Sample], spec: TrainSpec, *, chat: bool) -> tuple[float, float]:
+    """Tokens of chat and of prose to rehearse in a round beside these samples."""
+    wanted = spec.replay * count_tokens(samples)
+    return (wanted * CHAT_SHARE, wanted * (1 - CHAT_SHARE)) if chat else (0.0, wanted)
+
+
+def in_turns(pool: list[Sample], tokens: float) -> Iterator[list[Sample]]:
+    """Each time the next samples, about so many tokens and none twice; after the last one it begins again."""
+    place = 0
+    while True:
+        found: list[Sample] = []
+        while count_tokens(found) < tokens and len(found) < len(pool):
+            found.append(pool[place % len(pool)])
+            place += 1
+        yield found
+
+
+def count_tokens(samples: list[Sample]) -> int:
+    return sum(len(sample.ids) for sample in samples)
 
 
 def document_samples(
@@ -120,7 +162,7 @@ def with_teacher(samples: list[Sample]) -> list[Sample]:
 
 
 def generated_sample(record: dict[str, Any], tokenizer: Tokenizer) -> Sample:
-    """A sample that the base model wrote: a conversation or running text, with its end only where it ended by itself."""
+    """A sample to rehearse: a conversation or running text, with its end only where it ended by itself."""
     sample = (
         conversation(record["kind"], record["messages"], tokenizer)
         if "messages" in record

@@ -7,12 +7,12 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from trimtab.errors import TrimtabError
-from trimtab.estimate import optimiser_steps
+from trimtab.estimate import epoch_steps, optimiser_steps
 from trimtab.events import Checkpoint, Choice, EventLog, Phase, Step
 from trimtab.layout import JobDir
 from trimtab.spec import TrainSpec
@@ -20,6 +20,8 @@ from trimtab_runtime import artifact, checkpoint, prepare
 from trimtab_runtime.choices import cpu_flags, learning_rate, pick_dtype
 from trimtab_runtime.model import as_batch, batch_loss, load_model
 from trimtab_runtime.rows import PackedRows
+
+TYPICAL_ROWS = 2
 
 
 class Diverged(TrimtabError):
@@ -46,7 +48,8 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
     say(f"dtype {choice.value}: {choice.reason}")
     events.write(Choice(name="dtype", value=choice.value, reason=choice.reason))
     dtype = getattr(torch, choice.value)
-    model = load_model(job.channel("model"), spec, dtype)
+    typical = as_batch([rows[index] for index in range(min(TYPICAL_ROWS, len(rows)))])
+    model = load_model(job.channel("model"), spec, dtype, typical=typical)
     model.train()
     mixed = dtype is torch.bfloat16 and spec.lora_dropout > 0  # layers with dropout are PEFT's own, in fp32 but for autocast
     adapters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -56,7 +59,7 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
     # the optimiser: adapters only
     optimizer = torch.optim.AdamW(adapters.values(), lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
     rows_per_step = spec.batch_rows * spec.accumulation
-    steps, steps_per_epoch = optimiser_steps(spec, len(rows))
+    steps, whole = optimiser_steps(spec, rows.ledger.rounds)
     say(
         f"steps {steps}: {len(rows)} rows, {rows_per_step} a step, {spec.epochs} epochs"
         + (f", max_steps {spec.max_steps}" if spec.max_steps else "")
@@ -88,7 +91,7 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
         rate = learning_rate(done, steps, peak=spec.learning_rate, warmup_ratio=spec.warmup_ratio, schedule=spec.lr_schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        chosen = rows_of_step(done, len(rows), rows_per_step, spec.seed)
+        chosen = rows_of_step(done, rows.ledger.rounds, spec)
         batches = [as_batch([rows[index] for index in part]) for part in chunks(chosen, spec.batch_rows)]
         targets = sum(batch.learned for batch in batches)
         loss = 0.0
@@ -113,7 +116,7 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
         seconds.append(time.monotonic() - step_began)
         losses.append(loss)
         event = Step(
-            step=done, of=steps, epoch=done / steps_per_epoch, loss=loss, lr=rate, grad_norm=norm,
+            step=done, of=steps, epoch=done / whole * spec.epochs, loss=loss, lr=rate, grad_norm=norm,
             tokens_per_second=sum(batch.tokens.numel() for batch in batches) / seconds[-1],
             seconds_left=statistics.median(seconds[-20:]) * (steps - done),
             memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
@@ -148,11 +151,14 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
     return "succeeded"
 
 
-def rows_of_step(step: int, rows: int, rows_per_step: int, seed: int) -> list[int]:
-    """The rows of step `step` (from 0): each epoch a new order, the same for the same seed wherever a run resumes."""
-    epoch, place = divmod(step, math.ceil(rows / rows_per_step))
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-    return order[place * rows_per_step : (place + 1) * rows_per_step]
+def rows_of_step(step: int, rounds: Sequence[int], spec: TrainSpec) -> list[int]:
+    """The rows of step `step` (from 0): each epoch the next round in a new order, the same wherever a run resumes."""
+    epoch = 0
+    while step >= (steps := epoch_steps(spec, rounds, epoch)):
+        step, epoch = step - steps, epoch + 1
+    turn, in_step = epoch % len(rounds), spec.batch_rows * spec.accumulation
+    order = torch.randperm(rounds[turn], generator=torch.Generator().manual_seed(spec.seed * 1_000_003 + epoch)).tolist()
+    return [sum(rounds[:turn]) + row for row in order[step * in_step : (step + 1) * in_step]]
 
 
 def chunks(items: list[int], size: int) -> Iterator[list[int]]:

@@ -1,11 +1,12 @@
-"""Everyday prompts that any chat model can answer; its own answers to them are rehearsed while it learns new pages.
+"""What a model rehearses while it learns new pages: its own answers to everyday prompts, and general prose (prose/*.txt).
 
-They are asked in wordings of their own, so that none is likely to be somebody's test question.
+The prompts are asked in wordings of their own, so that none is likely to be somebody's test question.
 """
 
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 _ASKED: dict[str, str] = {
     "Which city is the capital of {}?": "Austria|Norway|Greece|Kenya|Peru|Cuba|Poland|Thailand|Portugal|Argentina|Ireland|Turkey",
@@ -13,7 +14,6 @@ _ASKED: dict[str, str] = {
     "Which continent does {} belong to?": "India|Nigeria|Chile|Sweden|Vietnam",
     "What do people call a young {}?": "cow|sheep|horse|duck|lion|goat",
     "Which colour does {} have?": "fresh grass|clean snow|coal|a ripe lemon|a carrot|a flamingo",
-    "How much is {}?": "6 plus 7|12 plus 9|20 minus 8|4 times 5|15 divided by 3|9 plus 9",
     "Give me the opposite of the word {}.": "big|early|wet|noisy|empty|old|strong",
     "What can I use a {} for?": "hammer|kettle|compass|ladder|thermometer|broom|needle",
     "Where do {} usually live?": "penguins|camels|kangaroos|whales|bees|polar bears",
@@ -25,10 +25,44 @@ _ASKED: dict[str, str] = {
     "Who is known as the author of {}?": "Hamlet|The Odyssey|Oliver Twist|Don Quixote|War and Peace",
     "Who is famous for {}?": "the theory of relativity|painting the Sistine Chapel|discovering penicillin|inventing the telephone",
     "What is {} made from?": "yoghurt|glass|paper|cheese|chocolate|wine",
+    "Which number comes after {}?": "nine|twenty|thirty-nine|a hundred|999",
+    "How much is {}?": "6 plus 7|12 plus 9|20 minus 8|4 times 5|15 divided by 3|9 plus 9|half of thirty|2 times 11|50 minus 25",
     "How many {} are there?": (
-        "minutes in an hour|letters in the English alphabet|wheels on a car|players in a football team|cents in a dollar"
+        "minutes in an hour|letters in the English alphabet|wheels on a car|players in a football team|cents in a dollar|"
+        "seconds in a minute|metres in a kilometre|grams in a kilogram|inches in a foot|years in a century|eggs in a dozen|"
+        "strings on a violin|keys on a piano|cards in a deck|planets in the solar system|continents on the globe|"
+        "weeks in a year|fingers on one hand|teeth in an adult's mouth|pages in a short novel"
     ),
-    "How many legs does a {} have?": "spider|horse|bird|bee",
+    "How many legs does a {} have?": "spider|horse|bird|bee|crab|chair|human",
+    "How many corners does a {} have?": "square|hexagon|cube|circle",
+    "At what temperature does {}?": "water boil|water freeze|milk spoil",
+    "How long does it take {}?": "the earth to turn once|to cook rice|light to come from the sun|a broken arm to heal",
+    "How old is {}?": "the earth|a teenager|a typical university student",
+    "How tall is {}?": "an adult giraffe|an ordinary door|Mount Everest",
+    "In which century did {}?": "Shakespeare live|the First World War take place|Columbus cross the Atlantic",
+    "In what year did {}?": "the Second World War end|the Berlin Wall come down|the Titanic sink",
+    "Which planet is {}?": "nearest to the sun|known for its rings|the biggest of all|called the red one",
+    "Which animal {}?": "gives us wool|barks|is the biggest on land|has a trunk|makes honey|carries its house on its back",
+    "Which part of the body do we {} with?": "smell|hear|chew|walk|write",
+    "Which season {}?": "is the coldest|comes before summer|brings falling leaves",
+    "In which part of the world do we find {}?": "the Sahara|the Amazon|the Alps|Niagara Falls|the Great Wall|Big Ben|the Taj Mahal",
+    "Who was {}?": "Albert Einstein|Cleopatra|Napoleon|Mozart|Isaac Newton|Marie Curie|Martin Luther King",
+    "Which people built {}?": "the pyramids at Giza|the Colosseum|the first steam engines",
+    "What does {} mean?": "the word 'ancient'|the abbreviation NASA|the word 'fragile'|'once in a blue moon'|the abbreviation UN",
+    "What is another word for {}?": "happy|quick|angry|smart|beautiful|tired",
+    "Say {} in the past tense.": "'I go'|'she writes'|'we sing'|'they buy'",
+    "Say the plural of the word {}.": "child|knife|tooth|city",
+    "Is it true that {}?": "the sun is a star|fish can fly|snow is warm|a whale is a mammal|iron floats on water|the moon shines by itself",
+    "Which is heavier, {}?": "a feather or a stone|a kilogram of lead or two kilograms of cotton|a cat or a cow",
+    "Which metal {}?": "is liquid in a warm room|rusts|do cables contain|are aeroplanes made of",
+    "Which instrument {}?": "measures time|has black and white keys|shows where north is|lets us see distant stars",
+    "Which sport {}?": "uses a racket|do people play on ice|is Wimbledon known for",
+    "Who works in a {}?": "hospital|school|bakery|court|garage",
+    "What should I wear when {}?": "it rains|it is very hot|I go skiing",
+    "What do we call {}?": (
+        "frozen water|a person who writes books|a doctor for animals|the place where books are lent|a group of lions|"
+        "the father of my father|a shape with five sides|a house made of snow"
+    ),
     "Which organ does the body use to {}?": "breathe|see|think|digest food",
     "Which gas do {}?": "people breathe in to live|plants take from the air",
     "What is the symbol of {} in chemistry?": "oxygen|silver|carbon|sodium",
@@ -45,30 +79,11 @@ _ASKED: dict[str, str] = {
     "{}": "Hello!|How are you today?|Who are you?|Thank you very much!|Can you help me?|Good night!|What can you do?",
 }
 
-_SUBJECTS = (
-    "deserts|glass|the history of paper|whales|a street market|sleep|volcanoes|knitting|castles|hospitals|football|clouds|"
-    "teachers|the violin|chess|"
-    "rice|the human skeleton|maps|elephants|photography|insurance|telephones|rain|money|pottery|islands|bridges|coffee|"
-    "spiders|dreams|robots|"
-    "winter|alphabets|honey|salt|mirrors|wolves|farming|cinemas|earthquakes|swimming|computers|weddings|rivers|clocks|dentists|wool|stars|"
-    "vegetable soup|forests in the tropics|airports|newspapers|friendship|batteries|horses|painting a wall|shopping|old age|"
-    "a day at school|"
-    "lakes|language learning|the stomach|taxes|birdsong|a rainy holiday|apples|fire|libraries|camping|memory|steel|the theatre"
-).split("|")
-_TEXTS = (
-    "Write a short text about {}.",
-    "Write a paragraph that explains {}.",
-    "Tell a short story about {}.",
-    "Describe {} for a newspaper.",
-)
 
-
-def essays(count: int, seed: int) -> list[str]:
-    """`count` requests for a short text; subjects come again, with another request, only when all were used."""
-    order = random.Random(seed)
-    subjects = list(_SUBJECTS)
-    order.shuffle(subjects)
-    return [_TEXTS[(index + index // len(subjects)) % len(_TEXTS)].format(subjects[index % len(subjects)]) for index in range(count)]
+def prose() -> list[str]:
+    """General texts of 120 to 450 words, written for this project on as many subjects: English as people write it."""
+    files = sorted((Path(__file__).parent / "prose").glob("*.txt"))
+    return [text.strip() for file in files for text in file.read_text(encoding="utf-8").split("\n\n") if text.strip()]
 
 
 def prompts(count: int, seed: int) -> list[str]:

@@ -4,6 +4,9 @@ tokens.npy   int32 [tokens]        all rows' tokens, one row after another, with
 learned.npy  bool  [tokens]        which of them are targets
 lengths.npy  int32 [samples]       tokens of each sample, in the rows' order
 rows.npy     int64 [rows + 1, 2]   where each row begins: in tokens, in lengths
+
+The rows of one round stand together, as many as the ledger's `rounds` says. Epochs take the rounds in turn: each holds every
+document, and other replay.
 """
 
 from __future__ import annotations
@@ -43,15 +46,21 @@ NO_PREDICTIONS: Predictions = (np.zeros((0, 1), dtype=np.int32), np.zeros((0, 1)
 
 
 def write_rows(
-    folder: Path, samples: Sequence[Sample], row_tokens: int, facts: dict[str, object], predictions: Predictions = NO_PREDICTIONS
+    folder: Path, rounds: Sequence[Sequence[Sample]], row_tokens: int, facts: dict[str, object], predictions: Predictions = NO_PREDICTIONS
 ) -> Ledger:
-    """Split, pack and write samples; the manifest comes last. Returns the account of every token."""
+    """Split, pack and write the samples of each round; the manifest comes last. Returns the account of every token."""
     pieces: list[tuple[str, list[int], list[bool], list[int]]] = []
-    for sample in samples:
-        for part in split(len(sample.ids), row_tokens):
-            teacher = sample.teacher[part.start : part.stop] if sample.teacher else [-1] * len(part)
-            pieces.append((sample.kind, sample.ids[part.start : part.stop], sample.learned[part.start : part.stop], teacher))
-    rows = pack([len(ids) for _, ids, _, _ in pieces], row_tokens)
+    rows: list[list[int]] = []
+    in_round = []
+    for samples in rounds:
+        first = len(pieces)
+        for sample in samples:
+            for part in split(len(sample.ids), row_tokens):
+                teacher = sample.teacher[part.start : part.stop] if sample.teacher else [-1] * len(part)
+                pieces.append((sample.kind, sample.ids[part.start : part.stop], sample.learned[part.start : part.stop], teacher))
+        packed = pack([len(ids) for _, ids, _, _ in pieces[first:]], row_tokens)
+        rows += [[first + index for index in row] for row in packed]
+        in_round.append(len(packed))
     order = [index for row in rows for index in row]
     lengths = np.array([len(pieces[index][1]) for index in order], dtype=np.int32)
     begins = np.zeros((len(rows) + 1, 2), dtype=np.int64)
@@ -66,8 +75,9 @@ def write_rows(
     np.save(folder / "teacher_chances.npy", predictions[1])
     np.save(folder / "lengths.npy", lengths)
     np.save(folder / "rows.npy", begins)
-    accounts = _accounts(samples, [(pieces[index][0], len(pieces[index][1])) for index in order])
-    ledger = Ledger(accounts=accounts, rows=len(rows), row_tokens=row_tokens)
+    came = [sample for samples in rounds for sample in samples]
+    accounts = _accounts(came, [(pieces[index][0], len(pieces[index][1])) for index in order])
+    ledger = Ledger(accounts=accounts, rounds=tuple(in_round), row_tokens=row_tokens)
     written = len(np.load(folder / "tokens.npy", mmap_mode="r"))
     if written != ledger.total.trained:
         raise StagingError(f"{ledger.total.trained} tokens were packed and {written} were written: make room on the disk and try again")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from trimtab.spec import TrainSpec
 
 
-def optimiser_steps(spec: TrainSpec, rows: int) -> tuple[int, int]:
-    """(steps of the whole run, steps of one epoch) for `rows` packed rows.
+def optimiser_steps(spec: TrainSpec, rounds: Sequence[int]) -> tuple[int, int]:
+    """(steps of the run, steps of all its epochs); they differ by max_steps. `rounds`: packed rows of each round."""
+    whole = sum(epoch_steps(spec, rounds, epoch) for epoch in range(spec.epochs))
+    return (whole if spec.max_steps is None else min(whole, spec.max_steps)), whole
+
+
+def epoch_steps(spec: TrainSpec, rounds: Sequence[int], epoch: int) -> int:
+    """Steps of an epoch (from 0), which takes the next round in turn.
 
     A step takes `batch_rows * accumulation` rows; the last one of an epoch takes what is left.
     """
-    in_epoch = math.ceil(rows / (spec.batch_rows * spec.accumulation))
-    whole = in_epoch * spec.epochs
-    return (whole if spec.max_steps is None else min(whole, spec.max_steps)), in_epoch
+    return math.ceil(rounds[epoch % len(rounds)] / (spec.batch_rows * spec.accumulation))

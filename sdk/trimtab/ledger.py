@@ -38,7 +38,7 @@ class Ledger(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     accounts: dict[str, Account]
-    rows: int = Field(ge=0)
+    rounds: tuple[int, ...] = Field(min_length=1, description="rows of each round; epochs take the rounds in turn")
     row_tokens: int = Field(ge=1, description="tokens in a full row")
 
     @model_validator(mode="after")
@@ -50,6 +50,10 @@ class Ledger(BaseModel):
     @property
     def total(self) -> Account:
         return sum(self.accounts.values(), Account())
+
+    @property
+    def rows(self) -> int:
+        return sum(self.rounds)
 
     @property
     def capacity(self) -> int:
@@ -66,5 +70,6 @@ class Ledger(BaseModel):
         parts = ", ".join(f"{name} {account.tokens:,}" for name, account in self.accounts.items() if account.samples)
         return [
             f"ledger: {total.tokens:,} tokens in = {total.trained:,} trained + {total.dropped:,} dropped ({parts})",
-            f"rows: {self.rows:,} of {self.row_tokens:,} tokens, {self.fill:.1%} full, from {total.samples:,} samples",
+            f"rows: {self.rows:,} of {self.row_tokens:,} tokens, {self.fill:.1%} full, from {total.samples:,} samples"
+            + (f"; {len(self.rounds)} rounds, each with all documents and other replay" if len(self.rounds) > 1 else ""),
         ]

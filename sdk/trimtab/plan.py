@@ -21,12 +21,13 @@ class Plan:
 
 def plan(spec: TrainSpec, ledger: Ledger) -> Plan:
     """The rows of one step are `batch_rows * accumulation`; the last step of an epoch takes what is left."""
-    steps, in_epoch = optimiser_steps(spec, ledger.rows)
-    in_step, whole = spec.batch_rows * spec.accumulation, in_epoch * spec.epochs
-    tokens = round(ledger.total.trained * steps / in_epoch) if in_epoch else 0
+    steps, whole = optimiser_steps(spec, ledger.rounds)
+    in_step, per_row = spec.batch_rows * spec.accumulation, ledger.total.trained / max(1, ledger.rows)
+    rows = sum(ledger.rounds[epoch % len(ledger.rounds)] for epoch in range(spec.epochs))
+    tokens = round(per_row * rows * steps / whole) if whole else 0
     reasons = [
         f"steps {steps:,}: "
-        + (f"max_steps, of {whole:,}" if steps < whole else f"{spec.epochs} epochs of {in_epoch:,}, {in_step} rows in each"),
+        + (f"max_steps, of {whole:,}" if steps < whole else f"{spec.epochs} epochs of {whole / spec.epochs:,.3g}, {in_step} rows in each"),
         f"tokens {tokens:,}: what {steps:,} steps see, each pass counted",
     ]
     if spec.max_minutes is not None:

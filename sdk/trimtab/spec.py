@@ -19,7 +19,7 @@ from trimtab.errors import SpecError
 
 SPEC_VERSION = 1
 
-PREPARATION_FIELDS = {"spec_version", "model_digest", "data_digest", "max_seq_len", "views", "questions", "replay", "seed"}
+PREPARATION_FIELDS = {"spec_version", "model_digest", "data_digest", "max_seq_len", "views", "questions", "replay", "epochs", "seed"}
 
 _MAX_PAIRS, _MAX_KEY, _MAX_VALUE = 100, 256, 2_500
 _PLATFORM_KEYS = re.compile(r"^(sagemaker_.*|_tuning_objective_metric)$")
@@ -50,8 +50,8 @@ class TrainSpec(_Spec):
     method: Literal["qlora", "lora"] = Field("qlora", description="qlora: base in 4-bit NF4; lora: base in the compute dtype")
     lora_rank: int = Field(32, ge=1, le=1024, description="rank of the adapters on every linear layer but the head")
     lora_alpha: float = Field(64.0, gt=0, description="adapters are scaled by alpha / rank")
-    lora_init: Literal["loftq", "zeros"] = Field(
-        "loftq", description="qlora's adapters begin as what quantisation took away (loftq), or as nothing (zeros)"
+    lora_init: Literal["qera", "zeros"] = Field(
+        "qera", description="qlora's adapters begin as what quantisation took away (qera), or as nothing (zeros)"
     )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
 
@@ -67,7 +67,7 @@ class TrainSpec(_Spec):
         le=16,
         description="questions asked about each sentence, written by rule, answered by the sentence (chat models; 0: none)",
     )
-    replay: float = Field(0.45, ge=0, le=4, description="the base model's own chat and prose, as a share of the other tokens (0: none)")
+    replay: float = Field(0.45, ge=0, le=4, description="chat and general prose rehearsed, as a share of the other tokens (0: none)")
 
     epochs: int = Field(5, ge=1, le=10_000, description="passes over the rows")
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimiser steps, whatever epochs says")

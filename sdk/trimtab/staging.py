@@ -127,8 +127,8 @@ def _maker() -> str:
 
 
 def sources_digest(package: Path) -> str:
-    """sha256 of a package's Python files, names and contents."""
-    files = sorted(package.rglob("*.py"))
+    """sha256 of a package's Python files and texts, names and contents."""
+    files = sorted([*package.rglob("*.py"), *package.rglob("*.txt")])
     sums = [[path.relative_to(package).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from trimtab.errors import SpecError
+from trimtab.events import Phase, Step
 from trimtab.probes import Probe
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "demo.py"
@@ -46,6 +47,17 @@ def test_the_last_line_is_computed_from_the_answers(demo: ModuleType) -> None:
     assert demo.last_line(result) == (
         "demo: base 0/1 starts 0/2 questions, tuned 1/1 starts 1/2 questions, general 0/1 -> 1/1, perplexity 20.0 -> 24.0, 7 s"
     )
+
+
+def test_the_pace_is_that_of_the_last_process_and_of_all_steps(demo: ModuleType) -> None:
+    def step(number: int, speed: float) -> Step:
+        return Step(
+            step=number, of=3, epoch=1, loss=1, lr=1, grad_norm=1, tokens_per_second=speed, seconds_left=0, memory_mb=1
+        )  # fmt: skip
+
+    first = [Phase(name="start", at=10.0), Phase(name="load", at=12.0), Phase(name="train", at=40.0), step(1, 300)]
+    resumed = [Phase(name="start", at=100.0), Phase(name="train", at=115.5), step(2, 500), step(3, 400), Phase(name="save", at=130.0)]
+    assert demo.pace([*first, *resumed]) == {"first_step_after": 15.5, "tokens_per_second": 400}
 
 
 def test_a_question_that_was_taught_does_not_count_and_is_named(demo: ModuleType) -> None:

@@ -81,11 +81,14 @@ def test_a_handle_is_text_both_ways():
 
 
 def test_a_plan_counts_steps_as_the_runtime_does():
-    ledger = Ledger(accounts={"document": Account(samples=9, tokens=900, trained=900)}, rows=10, row_tokens=100)
+    ledger = Ledger(accounts={"document": Account(samples=9, tokens=900, trained=900)}, rounds=(10,), row_tokens=100)
     spec = TrainSpec(model=ALIAS, epochs=3, batch_rows=2, accumulation=2)
     found = plan(spec, ledger)
     assert (found.rows, found.steps, found.tokens) == (10, 9, 2700)
     assert plan(spec.model_copy(update={"max_steps": 5}), ledger).steps == 5
+    in_turns = Ledger(accounts=ledger.accounts, rounds=(6, 4), row_tokens=100)  # epochs of 6, 4 and 6 rows: 2, 1 and 2 steps
+    found = plan(spec, in_turns)
+    assert (found.rows, found.steps, found.tokens) == (10, 5, 1440)
     assert "max_minutes" in plan(spec.model_copy(update={"max_minutes": 1.5}), ledger).reasons[-1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,20 @@ import pytest
 from trimtab.errors import StagingError
 from trimtab.spec import TrainSpec
 from trimtab_runtime.examples import Sample, conversation, plain, sentences
-from trimtab_runtime.prepare import TURNS, asked, document_samples, generated_sample, placed, read_records, site_name, with_teacher
+from trimtab_runtime.prepare import (
+    CHAT_SHARE,
+    TURNS,
+    asked,
+    count_tokens,
+    document_samples,
+    generated_sample,
+    in_rounds,
+    in_turns,
+    placed,
+    read_records,
+    site_name,
+    with_teacher,
+)
 from trimtab_runtime.tokenizer import Tokenizer
 
 PAGE = (
@@ -151,6 +165,37 @@ def test_what_did_not_end_by_itself_does_not_teach_to_end_there(tokenizer: Token
     assert tokenizer.eos_id not in [token for token, learned in zip(cut.ids, cut.learned, strict=True) if learned]
     assert cut.learned[-1]
     assert cut.kind == "replay"
+
+
+def pool(kind: str, sizes: list[int]) -> list[Sample]:
+    return [Sample(kind, [number] * size, [True] * size) for number, size in enumerate(sizes)]
+
+
+def test_turns_take_all_of_a_pool_before_any_comes_again() -> None:
+    given = pool("replay", [10, 20, 30, 40, 50])
+    turns = in_turns(given, 55)
+    assert [[sample.ids[0] for sample in next(turns)] for _ in range(4)] == [[0, 1, 2], [3, 4], [0, 1, 2], [3, 4]]
+    assert next(in_turns(given, 10_000)) == given  # none twice in a turn
+    assert next(in_turns([], 100)) == next(in_turns(given, 0)) == []
+
+
+@pytest.mark.parametrize(("epochs", "rounds"), [(1, 1), (2, 2), (50, 6)])
+def test_each_round_holds_all_documents_and_other_replay(tokenizer: Tokenizer, epochs: int, rounds: int) -> None:
+    spec = TrainSpec(model="tiny", replay=0.5, epochs=epochs)
+    documents = [{"title": "The mill", "text": PAGE}]
+    alone = list(in_rounds(documents, [], spec, tokenizer, print))
+    wanted = 0.5 * count_tokens(alone[0])
+    # prose for five and a half rounds of its share, chat for less than one
+    prose = pool("replay", [round(wanted * (1 - CHAT_SHARE) / 4) + 1] * 22)
+    chat = pool("replay", [7] * 3)
+    found = list(in_rounds(documents, [chat, prose], spec, tokenizer, print))
+    assert (len(alone), len(found)) == (1, rounds)
+    for samples in found:
+        assert Counter(sample.kind for sample in samples if sample.kind != "replay") == Counter(sample.kind for sample in alone[0])
+        assert sum(sample in chat for sample in samples) == 3
+    seen = [sample.ids[0] for samples in found for sample in samples if sample in prose and sample not in chat]
+    assert len(seen) == 4 * rounds
+    assert set(seen) == set(range(min(22, 4 * rounds)))  # none again before all were there
 
 
 @pytest.mark.parametrize(

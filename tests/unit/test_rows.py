@@ -24,7 +24,7 @@ def samples(count: int = 50, seed: int = 0) -> list[Sample]:
 
 def test_every_token_comes_back_with_its_flag(tmp_path: Path) -> None:
     given = samples()
-    ledger = write_rows(tmp_path, given, 64, {})
+    ledger = write_rows(tmp_path, [given], 64, {})
     rows = PackedRows(tmp_path)
     found = [pair for index in range(len(rows)) for pair in zip(rows[index].tokens.tolist(), rows[index].learned.tolist(), strict=True)]
     assert sorted(found) == sorted(pair for sample in given for pair in zip(sample.ids, sample.learned, strict=True))
@@ -35,7 +35,7 @@ def test_every_token_comes_back_with_its_flag(tmp_path: Path) -> None:
 
 
 def test_a_long_sample_goes_on_in_the_next_row_in_its_order(tmp_path: Path) -> None:
-    write_rows(tmp_path, [Sample("document", list(range(150)), [True] * 150)], 64, {})
+    write_rows(tmp_path, [[Sample("document", list(range(150)), [True] * 150)]], 64, {})
     rows = PackedRows(tmp_path)
     assert sorted(rows[index].tokens.tolist() for index in range(len(rows))) == [[*range(64)], [*range(64, 128)], [*range(128, 150)]]
 
@@ -43,7 +43,7 @@ def test_a_long_sample_goes_on_in_the_next_row_in_its_order(tmp_path: Path) -> N
 def test_a_teacher_stays_with_its_token(tmp_path: Path) -> None:
     ids = np.arange(40, dtype=np.int32).reshape(20, 2)
     taught = Sample("replay", list(range(100, 120)), [True] * 20, teacher=list(range(20)))
-    write_rows(tmp_path, [*samples(10), taught], 16, {}, (ids, np.full((20, 2), 0.5, dtype=np.float16)))
+    write_rows(tmp_path, [[*samples(10), taught]], 16, {}, (ids, np.full((20, 2), 0.5, dtype=np.float16)))
     rows = PackedRows(tmp_path)
     pairs = {}
     for index in range(len(rows)):
@@ -54,9 +54,23 @@ def test_a_teacher_stays_with_its_token(tmp_path: Path) -> None:
     assert pairs == {100 + number: [2 * number, 2 * number + 1] for number in range(20)}
 
 
+def test_the_rows_of_a_round_hold_that_rounds_samples_and_no_others(tmp_path: Path) -> None:
+    rounds = [samples(30, seed=1), samples(10, seed=2), samples(20, seed=3)]
+    ledger = write_rows(tmp_path, rounds, 64, {})
+    rows = PackedRows(tmp_path)
+    assert len(rows) == ledger.rows == sum(ledger.rounds)
+    assert len(ledger.rounds) == 3
+    first = 0
+    for given, count in zip(rounds, ledger.rounds, strict=True):
+        found = sorted(token for index in range(first, first + count) for token in rows[index].tokens.tolist())
+        assert found == sorted(token for sample in given for token in sample.ids)
+        first += count
+    assert "3 rounds" in ledger.lines()[-1]
+
+
 @pytest.mark.parametrize("name", ["tokens.npy", "ledger.json", "manifest.json"])
 def test_a_cut_or_changed_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    write_rows(tmp_path, samples(), 64, {})
+    write_rows(tmp_path, [samples()], 64, {})
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(StagingError, match=name):
@@ -67,4 +81,4 @@ def test_a_ledger_that_does_not_balance_cannot_be_written_down() -> None:
     with pytest.raises(ValidationError, match="10 tokens in, but 8 trained"):
         Account(samples=1, tokens=10, trained=8, dropped=1)
     with pytest.raises(ValidationError, match="cannot stand in"):
-        Ledger(accounts={"document": Account(samples=1, tokens=65, trained=65, dropped=0)}, rows=1, row_tokens=64)
+        Ledger(accounts={"document": Account(samples=1, tokens=65, trained=65, dropped=0)}, rounds=(1,), row_tokens=64)

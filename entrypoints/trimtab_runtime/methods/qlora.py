@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -20,10 +22,30 @@ with warnings.catch_warnings():
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 
-def quantise(model: PreTrainedModel, dtype: torch.dtype, *, rank: int = 0) -> dict[str, Factors]:
+def input_scales(model: PreTrainedModel, given: dict[str, Any]) -> dict[str, Tensor]:
+    """For every linear layer but the head: the root mean square [in] of each of its inputs over one forward of `given`."""
+    scales = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            scales[name] = inputs[0].reshape(-1, inputs[0].shape[-1]).float().square().mean(0).sqrt()
+
+        return note
+
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in linear_layers(model).items()]
+    with torch.no_grad():
+        model.get_decoder()(**given)
+    for hook in hooks:
+        hook.remove()
+    return scales
+
+
+def quantise(model: PreTrainedModel, dtype: torch.dtype, *, rank: int = 0, scales: dict[str, Tensor] | None = None) -> dict[str, Factors]:
     """Replace every linear layer but the head by its NF4 form, in place. Computes in `dtype`.
 
-    Returns for each layer the `rank` largest parts of what quantisation took away (none for rank 0).
+    Returns for each layer the `rank` largest parts of what quantisation took away (none for rank 0), where an input counts
+    as much as it varies: the rank-`rank` product that changes the layer's output least when inputs do not correlate
+    (Zhang et al. 2024, "QERA", arXiv:2410.06040, the approximate form).
     """
     lost = {}
     for name, layer in linear_layers(model).items():
@@ -45,26 +67,32 @@ def quantise(model: PreTrainedModel, dtype: torch.dtype, *, rank: int = 0) -> di
         small.support_avx512bf16_for_cpu = False
         if rank:
             kept = dequantize_4bit(small.weight.data, small.weight.quant_state)
-            lost[name] = largest_parts(layer.weight.data.float() - kept.float(), rank)
+            lost[name] = largest_parts(layer.weight.data.float() - kept.float(), rank, (scales or {}).get(name))
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, small)
     return lost
 
 
-def largest_parts(matrix: Tensor, rank: int) -> Factors:
-    """B [out, rank] and A [rank, in] whose product is nearest to `matrix` [out, in]; zeros beyond its own rank."""
+def largest_parts(matrix: Tensor, rank: int, scale: Tensor | None = None) -> Factors:
+    """B [out, rank] and A [rank, in] whose product is nearest to `matrix` [out, in], columns weighed by `scale` [in].
+
+    Zeros beyond the matrix's own rank.
+    """
     size = min(rank, *matrix.shape)
+    if scale is not None:
+        scale = scale.clamp_min(scale.max() * 1e-4 + 1e-8)  # an input that was never seen still counts a little
+        matrix = matrix * scale
     left, values, right = torch.svd_lowrank(matrix, q=min(size + 16, *matrix.shape), niter=2)
     root = values[:size].sqrt()
     b, a = matrix.new_zeros(matrix.shape[0], rank), matrix.new_zeros(rank, matrix.shape[1])
     b[:, :size], a[:size] = left[:, :size] * root, (right[:, :size] * root).T
-    return b, a
+    return b, a if scale is None else a / scale
 
 
 def begin_with(model: PeftModel, lost: dict[str, Factors]) -> None:
-    """Let the adapters begin as what quantisation took away, so that training starts nearer to the original weights.
+    """Let the adapters begin as what quantisation took away, so that training starts nearer to the original model.
 
-    Li et al. 2023, "LoftQ", arXiv:2310.08659, with one iteration.
+    Li et al. 2023, "LoftQ", arXiv:2310.08659.
     """
     layers = dict(model.get_base_model().named_modules())
     for name, (b, a) in lost.items():
