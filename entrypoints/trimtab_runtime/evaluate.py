@@ -15,10 +15,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from trimtab.errors import StagingError
@@ -55,7 +56,7 @@ def evaluate(job: JobDir, say: Callable[[str], None], progress: Callable[[int, i
         answers = {
             one["id"]: {"text": engine.decode(done.ids), "ended": done.ended} for one, done in zip(prompts, completions, strict=True)
         }
-        perplexities = {title: perplexity(engine, name, text) for title, text in texts.items()}
+        perplexities = {title: perplexity(engine.model(name), engine.encode(text)) for title, text in texts.items()}
         results[name] = {"answers": answers, "perplexity": perplexities, "seconds": round(time.monotonic() - began, 1)}
         say(f"{name}: {len(answers)} answers in {results[name]['seconds']:.0f} s")
     manifest.write_json(job.events.parent / "answers.json", results)
@@ -66,14 +67,12 @@ def _part(progress: Callable[[int, int], None], number: int, parts: int) -> Call
     return lambda done, of: progress(number * of + done, parts * of)
 
 
-def perplexity(engine: Engine, name: str, text: str) -> float:
+def perplexity(model: nn.Module, ids: Sequence[int]) -> float:
     """exp of the mean negative log-likelihood of each token given up to `WINDOW` - 1 before it in its window."""
-    ids = engine.encode(text)
-    model = engine.model(name)
     total, count = 0.0, 0
     with torch.inference_mode():
         for start in range(0, len(ids) - 1, WINDOW):
-            window = torch.tensor([ids[start : start + WINDOW]])
+            window = torch.tensor([list(ids[start : start + WINDOW])])
             if window.shape[1] < 2:
                 break
             logits = model(input_ids=window, use_cache=False).logits[0, :-1].float()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -23,14 +24,14 @@ from trimtab.spec import TrainSpec
 from trimtab_runtime import manifest, rehearsal
 from trimtab_runtime.engine import Engine
 from trimtab_runtime.examples import Sample
-from trimtab_runtime.prepare import count_tokens, document_samples, generated_sample, read_records, replay_wanted
+from trimtab_runtime.prepare import TURNS, count_tokens, document_samples, generated_sample, read_records, replay_wanted
 from trimtab_runtime.rows import NO_PREDICTIONS, Predictions
 from trimtab_runtime.tokenizer import Tokenizer
 
 LIKELIEST = 64  # tokens of a prediction that are kept
 _CHATS = {"everyday": 0.8, "chat": 0.2}  # of the chat tokens wanted
-_TOKENS = {"everyday": 60, "chat": 115}  # what a sample brings into the rows, for planning how many
-_LIMIT = {"everyday": 48, "chat": 72, "asking": 36}  # new tokens
+_TOKENS = {"everyday": 55, "chat": 115}  # what a sample brings into the rows, for planning how many
+_LIMIT = {"everyday": 40, "chat": 72, "asking": 36}  # new tokens
 _MOST_CHATS = 400  # generated for minutes at most, however long the documents are
 _BATCH = 8  # prose texts predicted at once
 
@@ -48,7 +49,8 @@ def generate(job: JobDir, spec: TrainSpec, say: Callable[[str], None], progress:
     samples = list(document_samples(documents, spec, tokenizer, lambda _: None))
     chat_tokens, prose_tokens = replay_wanted(samples, spec, chat=tokenizer.chat_template is not None)
     texts = rehearsed_prose(prose_tokens * spec.epochs, tokenizer, spec.seed)
-    everyday = rehearsal.prompts(round(chat_tokens * spec.epochs * _CHATS["everyday"] / _TOKENS["everyday"]), spec.seed)
+    again = 1.5  # how often a chat is seen where prose is seen once: it takes more time to make
+    everyday = rehearsal.prompts(math.ceil(chat_tokens * spec.epochs / again * _CHATS["everyday"] / _TOKENS["everyday"]), spec.seed)
     chats = min(_MOST_CHATS, round(chat_tokens * _CHATS["chat"] / _TOKENS["chat"]))
     engine = Engine.load(job.channel("model"), dtype=spec.dtype)
     total = 2 * (len(everyday) + 2 * chats + len(texts))  # all is said, then all is predicted
@@ -60,22 +62,18 @@ def generate(job: JobDir, spec: TrainSpec, say: Callable[[str], None], progress:
         done += len(prompts)
         return found
 
-    def answer(users: list[str], kind: str) -> list[dict[str, Any]]:
+    def answer(users: list[str], kind: str, turns: int) -> list[dict[str, Any]]:
         answers = complete([engine.chat_ids([{"role": "user", "content": user}]) for user in users], kind)
-        said = [(user, engine.decode(one.ids).strip(), one.ended) for user, one in zip(users, answers, strict=True)]
-        return [
-            {"kind": "replay", "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": text}], "ended": ended}
-            for user, text, ended in said
-            if text
-        ]
+        said = [(user, text, one.ended) for user, one in zip(users, answers, strict=True) if (text := engine.decode(one.ids).strip())]
+        return [talk(said[start : start + turns]) for start in range(0, len(said), turns)]
 
-    records = answer(everyday, "everyday")
+    records = answer(everyday, "everyday", TURNS)
     if chats:
         before, drawn = user_prefix(tokenizer), {"temperature": 0.9, "top_p": 0.9}
         openings = [_OPENINGS[index % len(_OPENINGS)] for index in range(chats)]
         asked = complete([before + tokenizer.text(words) for words in openings], "asking", seed=spec.seed + 1, **drawn)
         users = [(words + engine.decode(one.ids)).strip().split("\n")[0] for words, one in zip(openings, asked, strict=True) if one.ended]
-        records += answer([text for text in dict.fromkeys(users) if len(text) > 8], "chat")
+        records += answer([text for text in dict.fromkeys(users) if len(text) > 8], "chat", 1)
     random.Random(spec.seed).shuffle(records)  # each epoch rehearses some of each
     records += [{"kind": "replay", "text": text, "ended": False} for text in texts]
 
@@ -91,6 +89,17 @@ def generate(job: JobDir, spec: TrainSpec, say: Callable[[str], None], progress:
     manifest.write(folder, {"preparation_digest": spec.preparation_digest()})
     say(f"replay: {len(records) - len(texts)} chats of the base model's own and {len(texts)} texts, {count_tokens(replayed):,} tokens")
     return len(records)
+
+
+def talk(said: list[tuple[str, str, bool]]) -> dict[str, Any]:
+    """A conversation of turns (user, assistant, whether it ended by itself).
+
+    An earlier turn that was cut off teaches no end either: what is learned there is what the base model predicts there.
+    """
+    messages = [
+        message for user, text, _ in said for message in ({"role": "user", "content": user}, {"role": "assistant", "content": text})
+    ]
+    return {"kind": "replay", "messages": messages, "ended": said[-1][2]}
 
 
 def rehearsed_prose(tokens: float, tokenizer: Tokenizer, seed: int) -> list[str]:

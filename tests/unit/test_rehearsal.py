@@ -29,9 +29,9 @@ def test_the_seed_decides_the_order_and_nothing_else() -> None:
 
 
 def test_every_wording_comes_before_any_comes_again() -> None:
-    wordings = rehearsal._ASKED
+    wordings = rehearsal.wordings()
     first = rehearsal.prompts(len(wordings), 5)
-    used = Counter(wording for prompt in first for wording, words in wordings.items() if prompt in map(wording.format, words.split("|")))
+    used = Counter(wording for prompt in first for wording, words in wordings.items() if prompt in map(wording.format, words))
     assert used == Counter(dict.fromkeys(wordings, 1))
 
 
