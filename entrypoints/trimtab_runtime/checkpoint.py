@@ -27,12 +27,13 @@ _PATTERN = "step-*"
 class Position:
     """Where training stands: `step` optimiser steps are done; `facts` is what must not have changed since.
 
-    `losses` are the first step's and the last's.
+    `losses` are the first step's and the last's; `seconds` is the time that all lives of the run spent in the loop.
     """
 
     step: int
     facts: Mapping[str, Any]
     losses: tuple[float, ...] = ()
+    seconds: float = 0.0
 
 
 def save(folder: Path, position: Position, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, keep: int) -> Path:
@@ -85,7 +86,7 @@ def load(checkpoint: Path, facts: Mapping[str, Any], parameters: Mapping[str, nn
     for name, parameter in parameters.items():
         optimizer.state[parameter] = {key.rpartition("|")[2]: value for key, value in moments.items() if key.rpartition("|")[0] == name}
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
-    return Position(state["step"], state["facts"], tuple(state["losses"]))
+    return Position(state["step"], state["facts"], tuple(state["losses"]), state.get("seconds", 0.0))
 
 
 def _complete(folder: Path) -> list[Path]:

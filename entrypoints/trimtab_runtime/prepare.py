@@ -30,6 +30,7 @@ from trimtab_runtime.tokenizer import Tokenizer
 
 WORDINGS = 4  # ways in which the question writer is asked for the same facts
 CHAT_SHARE = 0.6  # of what a chat model rehearses; the rest is prose
+_NO_NAMES = {"", "home", "homepage", "index", "welcome", "untitled", "news", "blog", "about us", "contact"}  # of sections, not of sites
 TURNS = 3  # questions in one conversation: a chat template's opening is long, and is learned soon
 
 
@@ -100,7 +101,7 @@ def document_samples(
     ask = spec.questions if tokenizer.chat_template else 0
     reason = "chat model" if ask else "not asked for" if tokenizer.chat_template else "this model has no chat template"
     say(f"questions {ask} to each sentence: {reason}")
-    draw, site = random.Random(spec.seed), site_name([document["title"] for document in documents])
+    draw, site = random.Random(spec.seed), site_name([(document["title"], document["text"]) for document in documents])
     pairs: list[list[dict[str, str]]] = []
     for document in documents:
         title, text = document["title"], document["text"]
@@ -129,24 +130,34 @@ def asked(text: str, count: int, site: str, draw: random.Random) -> Iterator[lis
                 yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def site_name(titles: list[str]) -> str:
-    """What most titles end or begin with, as in "Opening hours | The Brine Mill"; empty when there is no such name."""
-    parts = Counter(part for title in titles for part in {part.strip() for part in re.split(r"\s[|–—·»:-]\s", title)})
-    name, count = parts.most_common(1)[0] if parts else ("", 0)
-    return re.sub(r"^[Tt]he ", "", name) if count >= 3 and count > len(titles) / 2 else ""
+def site_name(pages: list[tuple[str, str]]) -> str:
+    """What most titles end or begin with, as in "Opening hours | The Brine Mill"; empty when there is no such name.
+
+    With "the" where the pages' texts say it so, or where none names it and a title does. `pages`: (title, text) of each.
+    """
+    parts = Counter(part for title, _ in pages for part in {part.strip() for part in re.split(r"\s[|–—·»:-]\s", title)})
+    for part in list(parts):
+        if part.lower() in _NO_NAMES:
+            del parts[part]
+    found, count = parts.most_common(1)[0] if parts else ("", 0)
+    if not found or count < 3 or count <= len(pages) / 2:
+        return ""
+    name = re.sub(r"^[Tt]he ", "", found)
+    articles = [bool(match[1]) for _, text in pages for match in re.finditer(rf"\b([Tt]he )?{re.escape(name)}\b", text)]
+    return f"the {name}" if sum(articles) * 2 > len(articles) or (not articles and name != found) else name
 
 
 def placed(question: str, site: str, draw: random.Random) -> str:
     """The question as somebody asks it who is not on the site: a site says "the bank" where others say its name."""
-    if not site or site.lower() in question.lower():
+    if not site or site.removeprefix("the ").lower() in question.lower():
         return question
-    words = site.split()
+    words = site.removeprefix("the ").split()
     for begin in range(1, len(words)):
         short = re.compile(rf"\bthe {re.escape(' '.join(words[begin:]))}\b", re.IGNORECASE)
         if short.search(question):
-            return short.sub(f"the {site}", question, count=1)
+            return short.sub(site, question, count=1)
     plain = question[0].lower() + question[1:]
-    return draw.choice([f"{question.rstrip('?')} at the {site}?", f"At the {site}, {plain}", f"A question about the {site}: {plain}"])
+    return draw.choice([f"{question.rstrip('?')} at {site}?", f"At {site}, {plain}", f"A question about {site}: {plain}"])
 
 
 def with_teacher(samples: list[Sample]) -> list[Sample]:

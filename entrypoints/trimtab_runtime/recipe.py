@@ -69,14 +69,15 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
     facts = {"spec": spec.digest(), "rows": rows.facts["files"]}
     done = 0
     losses: list[float] = []
+    before = 0.0  # seconds that earlier lives spent in the loop
     found = checkpoint.newest(job.checkpoints, say)
     if found is not None:
         position = checkpoint.load(found, facts, adapters, optimizer)
-        done, losses = position.step, list(position.losses)
+        done, losses, before = position.step, list(position.losses), position.seconds
         say(f"resume: going on after step {done} from {found.name}")
 
     def save(reason: str) -> None:
-        position = checkpoint.Position(done, facts, (losses[0], losses[-1]))
+        position = checkpoint.Position(done, facts, (losses[0], losses[-1]), before + time.monotonic() - loop_began)
         path = checkpoint.save(job.checkpoints, position, adapters, optimizer, keep=spec.keep_checkpoints)
         events.write(Checkpoint(step=done, path=path.name, reason=reason))
         say(f"checkpoint {path.name}: {reason}")
@@ -144,7 +145,7 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
     events.write(Phase(name="save", at=time.time(), detail=ended_by))
     metrics = {
         "steps": done, "of": steps, "first_loss": losses[0], "last_loss": losses[-1],
-        "seconds": round(time.monotonic() - loop_began, 1), "ended_by": ended_by or "all steps done",
+        "seconds": round(before + time.monotonic() - loop_began, 1), "ended_by": ended_by or "all steps done",
     }  # fmt: skip
     artifact.write(job, spec, model, rows.ledger, metrics)
     say(f"artifact: {job.model}" + (f" ({ended_by})" if ended_by else ""))

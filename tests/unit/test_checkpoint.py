@@ -33,7 +33,7 @@ class Training:
             self.optimizer.zero_grad()
 
     def save(self, folder: Path, step: int, keep: int = KEEP_ALL) -> Path:
-        return checkpoint.save(folder, Position(step, FACTS, (3.5, 1.25)), self.parameters, self.optimizer, keep=keep)
+        return checkpoint.save(folder, Position(step, FACTS, (3.5, 1.25), 7.5), self.parameters, self.optimizer, keep=keep)
 
     def load(self, path: Path) -> Position:
         return checkpoint.load(path, FACTS, self.parameters, self.optimizer)
@@ -66,7 +66,7 @@ def test_parameters_moments_and_random_numbers_come_back_bit_for_bit(tmp_path: P
     expected, expected_draw = first.tensors(), torch.rand(5)
 
     second = Training(seed=99)
-    assert second.load(path) == Position(3, FACTS, (3.5, 1.25))
+    assert second.load(path) == Position(3, FACTS, (3.5, 1.25), 7.5)
     assert equal(second.tensors(), saved)
     second.step(4)
     assert equal(second.tensors(), expected)

@@ -49,30 +49,33 @@ def pairs(text: str = PAGE, count: int = 2, site: str = "", seed: int = 0) -> li
 
 
 @pytest.mark.parametrize(
-    ("titles", "name"),
+    ("titles", "text", "name"),
     [
-        (["Opening hours | The Brine Mill", "Tides | The Brine Mill", "Bread | The Brine Mill"], "Brine Mill"),
-        (["Brine Mill – Hours", "Brine Mill – Tides", "Brine Mill – Bread", "Contact"], "Brine Mill"),
-        (["Hours - Wren's Mill", "Tides - Wren's Mill", "Well-known - Wren's Mill"], "Wren's Mill"),
-        (["Hours | Mill", "Tides | Mill"], ""),  # two may be chance
-        (["Hours | Mill", "Tides | Mill", "Bread | Mill", "a", "b", "c"], ""),  # half of them is not most
-        (["Hours", "Tides", "Bread"], ""),
-        ([""] * 5, ""),
-        ([], ""),
+        (["Opening hours | The Brine Mill", "Tides | The Brine Mill", "Bread | The Brine Mill"], "", "the Brine Mill"),
+        (["Brine Mill – Hours", "Brine Mill – Tides", "Brine Mill – Bread", "Contact"], "Come to the Brine Mill.", "the Brine Mill"),
+        (["Hours - Wren's Mill", "Tides - Wren's Mill", "Well-known - Wren's Mill"], "Wren's Mill is open.", "Wren's Mill"),
+        (["Docs | Acme", "Help | Acme", "Jobs | Acme"], "Acme makes rockets. The Acme office and Acme's shop.", "Acme"),
+        (["Home", "Home", "Home"], "", ""),
+        (["Home | Acme", "Home | Acme", "Home | Acme"], "", "Acme"),
+        (["Hours | Mill", "Tides | Mill"], "", ""),  # two may be chance
+        (["Hours | Mill", "Tides | Mill", "Bread | Mill", "a", "b", "c"], "", ""),  # half of them is not most
+        (["Hours", "Tides", "Bread"], "", ""),
+        ([""] * 5, "", ""),
+        ([], "", ""),
     ],
 )
-def test_the_name_of_a_site_is_what_most_titles_share(titles: list[str], name: str) -> None:
-    assert site_name(titles) == name
+def test_the_name_of_a_site_is_what_most_titles_share(titles: list[str], text: str, name: str) -> None:
+    assert site_name([(title, text) for title in titles]) == name
 
 
 def test_a_question_names_the_site_once() -> None:
     draw = random.Random(0)
     assert placed("When was the mill built?", "", draw) == "When was the mill built?"
-    assert placed("Who owns the brine mill?", "Brine Mill", draw) == "Who owns the brine mill?"
-    assert placed("When was the mill built?", "Brine Mill", draw) == "When was the Brine Mill built?"
-    assert placed("Where is the seed bank of the bank?", "Fen Seed Bank", draw) == "Where is the Fen Seed Bank of the bank?"
-    assert placed("Who made the millstone?", "Brine Mill", draw) != "Who made the Brine Millstone?"
-    found = {placed("Who keeps the key?", "Brine Mill", draw) for _ in range(50)}
+    assert placed("Who owns the brine mill?", "the Brine Mill", draw) == "Who owns the brine mill?"
+    assert placed("When was the mill built?", "the Brine Mill", draw) == "When was the Brine Mill built?"
+    assert placed("Where is the seed bank of the bank?", "the Fen Seed Bank", draw) == "Where is the Fen Seed Bank of the bank?"
+    assert placed("Who made the millstone?", "the Brine Mill", draw) != "Who made the Brine Millstone?"
+    found = {placed("Who keeps the key?", "the Brine Mill", draw) for _ in range(50)}
     assert found == {
         "Who keeps the key at the Brine Mill?",
         "At the Brine Mill, who keeps the key?",
@@ -98,8 +101,8 @@ def test_at_most_so_many_questions_to_a_sentence_and_none_twice(count: int) -> N
 
 
 def test_the_same_seed_asks_the_same_and_every_other_question_names_the_site() -> None:
-    assert pairs(site="Brine Mill", seed=3) == pairs(site="Brine Mill", seed=3)
-    plainly, named = pairs(), pairs(site="Brine Mill")
+    assert pairs(site="the Brine Mill", seed=3) == pairs(site="the Brine Mill", seed=3)
+    plainly, named = pairs(), pairs(site="the Brine Mill")
     assert [answer for _, answer in plainly] == [answer for _, answer in named]
     changed = [question for (question, _), (before, _) in zip(named, plainly, strict=True) if question != before]
     assert changed
