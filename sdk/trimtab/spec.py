@@ -48,8 +48,8 @@ class TrainSpec(_Spec):
     data_digest: str = Field("", description="digest of the documents; filled in when the data is staged")
 
     method: Literal["qlora", "lora"] = Field("qlora", description="qlora: base in 4-bit NF4; lora: base in the compute dtype")
-    lora_rank: int = Field(64, ge=1, le=1024, description="rank of the adapters on every linear layer but the head")
-    lora_alpha: float = Field(128.0, gt=0, description="adapters are scaled by alpha / rank")
+    lora_rank: int = Field(32, ge=1, le=1024, description="rank of the adapters on every linear layer but the head")
+    lora_alpha: float = Field(64.0, gt=0, description="adapters are scaled by alpha / rank")
     lora_init: Literal["qera", "zeros"] = Field(
         "qera", description="qlora's adapters begin as what quantisation took away (qera), or as nothing (zeros)"
     )
@@ -72,7 +72,7 @@ class TrainSpec(_Spec):
     epochs: int = Field(5, ge=1, le=10_000, description="passes over the rows")
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimiser steps, whatever epochs says")
     max_minutes: float | None = Field(None, gt=0, description="stop after so long, with a checkpoint and a usable artifact")
-    learning_rate: float = Field(6e-4, gt=0, le=1, description="peak learning rate of AdamW")
+    learning_rate: float = Field(7e-4, gt=0, le=1, description="peak learning rate of AdamW")
     lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps that warm up")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay")
