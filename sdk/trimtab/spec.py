@@ -136,7 +136,9 @@ class TrainSpec(_Spec):
 
     def preparation_digest(self) -> str:
         """sha256 of the fields that shape the packed rows: jobs that share it share their prepared data."""
-        return _digest(self.model_dump(mode="json", include=PREPARATION_FIELDS))
+        # each epoch rehearses other text; without replay the rows are the same for any number of them
+        fields = PREPARATION_FIELDS if self.replay else PREPARATION_FIELDS - {"epochs"}
+        return _digest(self.model_dump(mode="json", include=fields))
 
 
 class JobSpec(_Spec):

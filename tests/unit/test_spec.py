@@ -65,9 +65,13 @@ def test_a_value_beyond_the_platforms_limit_is_refused() -> None:
 
 
 def test_rows_are_shared_by_jobs_that_only_train_differently() -> None:
-    one, other = TrainSpec(model=MODEL), TrainSpec(model=MODEL, learning_rate=1e-5, lora_rank=4, epochs=1)
+    one, other = TrainSpec(model=MODEL), TrainSpec(model=MODEL, learning_rate=1e-5, lora_rank=4)
     assert one.digest() != other.digest()
     assert one.preparation_digest() == other.preparation_digest()
+    longer = {"epochs": one.epochs + 1}  # which rehearses more text, where any is rehearsed
+    assert one.preparation_digest() != one.model_copy(update=longer).preparation_digest()
+    plain = TrainSpec(model=MODEL, replay=0)
+    assert plain.preparation_digest() == plain.model_copy(update=longer).preparation_digest()
     assert one.preparation_digest() != TrainSpec(model=MODEL, max_seq_len=64).preparation_digest()
 
 
