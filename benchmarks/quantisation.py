@@ -3,7 +3,7 @@
     python benchmarks/quantisation.py [--text FILE] [--rank 32]
 
 Prints the perplexity of a text under the original weights, under NF4, and with adapters that begin by the weights alone or
-also by how much each input varies on the project's own prose. Computes in fp32; about two minutes on two cores.
+also by how much each input varies on the project's own prose. Computes in fp32; about a minute on two cores.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from trimtab import weights
 from trimtab.spec import TrainSpec
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32, help="rank of the adapters")
     options = parser.parse_args()
 
+    disable_progress_bar()
     folder = weights.resolve("smollm2-135m-instruct").folder
     tokenizer = Tokenizer(folder)
     ids = tokenizer.text(options.text.read_text(encoding="utf-8"))
