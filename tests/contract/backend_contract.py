@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -48,14 +49,14 @@ class Seen(Silent):
             self.steps.append(event.step)
 
 
-class BackendContract:
+class BackendContract(ABC):
+    @abstractmethod
     def kill(self, backend: Backend, handle: RunHandle) -> None:
         """End the run's process at once, as a kernel out of memory does."""
-        raise NotImplementedError
 
+    @abstractmethod
     def environment(self, backend: Backend) -> dict[str, str]:
         """The variables with which another process finds this backend's runs."""
-        raise NotImplementedError
 
     @pytest.fixture(scope="class")
     @classmethod
