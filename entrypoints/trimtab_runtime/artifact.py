@@ -84,7 +84,8 @@ def model_card(spec: TrainSpec, ledger: Ledger, metrics: dict[str, Any]) -> str:
         f"- base model: {_hub_name(spec.model)} (files' digest {spec.model_digest[:16] or 'unknown'})",
         f"- method: {spec.method}, rank {spec.lora_rank}, alpha {spec.lora_alpha:g}, all linear layers but the head",
         f"- data: {total.samples:,} samples, {total.tokens:,} tokens = {total.trained:,} trained + {total.dropped:,} dropped "
-        f"(digest {spec.data_digest[:16]})",
+        + (f"in {len(ledger.rounds)} rounds that epochs take in turn " if len(ledger.rounds) > 1 else "")
+        + f"(digest {spec.data_digest[:16]})",
         f"- schedule: {metrics['steps']} of {metrics['of']} steps, {spec.epochs} epochs, peak rate {spec.learning_rate:g}, "
         f"{spec.lr_schedule}; {metrics['ended_by']}",
         f"- loss: {metrics['first_loss']:.4f} at the first step, {metrics['last_loss']:.4f} at the last",

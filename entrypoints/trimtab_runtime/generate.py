@@ -32,8 +32,9 @@ LIKELIEST = 64  # tokens of a prediction that are kept
 _CHATS = {"everyday": 0.8, "chat": 0.2}  # of the chat tokens wanted
 _TOKENS = {"everyday": 55, "chat": 115}  # what a sample brings into the rows, for planning how many
 _LIMIT = {"everyday": 40, "chat": 72, "asking": 36}  # new tokens
-_MOST_CHATS = 400  # generated for minutes at most, however long the documents are
-_BATCH = 8  # prose texts predicted at once
+_MOST_CHATS = 400  # conversations made up, however long the documents are: each takes time
+_BATCH = 8  # samples predicted at once
+_AGAIN = 1.5  # how often an everyday answer is seen where prose is seen once: it takes more time to make
 
 # how users begin; without them a model's own users ask mostly for essays and code
 _OPENINGS = (
@@ -49,8 +50,7 @@ def generate(job: JobDir, spec: TrainSpec, say: Callable[[str], None], progress:
     samples = list(document_samples(documents, spec, tokenizer, lambda _: None))
     chat_tokens, prose_tokens = replay_wanted(samples, spec, chat=tokenizer.chat_template is not None)
     texts = rehearsed_prose(prose_tokens * spec.epochs, tokenizer, spec.seed)
-    again = 1.5  # how often a chat is seen where prose is seen once: it takes more time to make
-    everyday = rehearsal.prompts(math.ceil(chat_tokens * spec.epochs / again * _CHATS["everyday"] / _TOKENS["everyday"]), spec.seed)
+    everyday = rehearsal.prompts(math.ceil(chat_tokens * spec.epochs / _AGAIN * _CHATS["everyday"] / _TOKENS["everyday"]), spec.seed)
     chats = min(_MOST_CHATS, round(chat_tokens * _CHATS["chat"] / _TOKENS["chat"]))
     engine = Engine.load(job.channel("model"), dtype=spec.dtype)
     total = 2 * (len(everyday) + 2 * chats + len(texts))  # all is said, then all is predicted

@@ -155,7 +155,7 @@ def placed(question: str, site: str, draw: random.Random) -> str:
     for begin in range(1, len(words)):
         short = re.compile(rf"\bthe {re.escape(' '.join(words[begin:]))}\b", re.IGNORECASE)
         if short.search(question):
-            return short.sub(site, question, count=1)
+            return short.sub(lambda _: site, question, count=1)
     plain = question[0].lower() + question[1:]
     return draw.choice([f"{question.rstrip('?')} at {site}?", f"At {site}, {plain}", f"A question about {site}: {plain}"])
 

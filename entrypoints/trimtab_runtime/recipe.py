@@ -21,7 +21,7 @@ from trimtab_runtime.choices import cpu_flags, learning_rate, pick_dtype
 from trimtab_runtime.model import as_batch, batch_loss, load_model
 from trimtab_runtime.rows import PackedRows
 
-TYPICAL_ROWS = 2
+TYPICAL_ROWS = 2  # of the first packed, which hold the longest samples; other choices are in README.md
 
 
 class Diverged(TrimtabError):
