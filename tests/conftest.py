@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from trimtab.staging import Staged, stage
 
 settings.register_profile("shared machine", deadline=None)  # a slow moment of the machine is no failure
 settings.load_profile("shared machine")
+
+# a shell's background jobs ignore it, and so would all that the tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest.register_assert_rewrite("contract.backend_contract")
 

@@ -161,12 +161,12 @@ def test_ctrl_c_leaves_the_run_going_and_says_how_to_end_it(tiny_model, staged, 
             break
     else:
         pytest.fail("no run: " + "".join(said))
-    time.sleep(0.5)  # into the waiting
-    client.send_signal(signal.SIGINT)
-    out, rest = client.communicate(timeout=20)
     handle = said[-1].split()[1]
     run = Run(RunHandle.parse(handle), ProcessBackend(tmp_path))
     try:
+        time.sleep(0.5)  # into the waiting
+        client.send_signal(signal.SIGINT)
+        out, rest = client.communicate(timeout=20)
         assert client.returncode == 130
         assert f"trimtab stop {handle}" in rest
         assert "Traceback" not in rest
