@@ -4,7 +4,6 @@ as pure functions (choices.py, packing.py), and nothing is underneath but torch,
 from __future__ import annotations
 
 import math
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from trimtab.layout import JobDir
 from trimtab.spec import TrainSpec
 from trimtab_runtime import artifact, checkpoint, prepare
 from trimtab_runtime.choices import cpu_flags, learning_rate, pick_dtype
+from trimtab_runtime.memory import peak_memory_mb
 from trimtab_runtime.model import as_batch, batch_loss, load_model
 from trimtab_runtime.rows import PackedRows
 
@@ -120,7 +120,7 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
             step=done, of=steps, epoch=done / whole * spec.epochs, loss=loss, lr=rate, grad_norm=norm,
             tokens_per_second=sum(batch.tokens.numel() for batch in batches) / seconds[-1],
             seconds_left=statistics.median(seconds[-20:]) * (steps - done),
-            memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            memory_mb=peak_memory_mb(),
         )  # fmt: skip
         events.write(event)
         say(event.line())
