@@ -1,0 +1,57 @@
+"""A folder of wheels for an image's build: found in pip's own configuration, and served to the build on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from trimtab.errors import BackendError
+
+# The address is part of what the engine's build cache goes by, so it is the same each time, unless another build has it.
+_PORT = 47_113
+
+
+def configured(package: str) -> Path | None:
+    """The folder of pip's find-links (`PIP_FIND_LINKS`, or its configuration file) that holds a wheel of a package, such as torch."""
+    said = [os.environ.get("PIP_FIND_LINKS", "")]
+    for level in ("global", "install"):
+        asked = subprocess.run(
+            [sys.executable, "-m", "pip", "config", "get", f"{level}.find-links"], capture_output=True, text=True, check=False
+        )
+        said.append(asked.stdout if asked.returncode == 0 else "")
+    folders = [Path(word.removeprefix("file://")) for text in said for word in text.split()]
+    return next((folder for folder in folders if folder.is_dir() and any(folder.glob(f"{package}-*.whl"))), None)
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The folder's address on 127.0.0.1 while the context lasts. Raises BackendError where there is no such folder."""
+    if not folder.is_dir():
+        raise BackendError(f"there is no folder {folder}: give --find-links a folder of wheels")
+    handler = functools.partial(_Quiet, directory=str(folder))
+    try:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", _PORT), handler)
+    except OSError:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    """Says nothing of what it serves."""
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
