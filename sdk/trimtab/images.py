@@ -181,7 +181,8 @@ def check(image: Image, client: DockerClient | None = None) -> None:
     suffix = image.tag.rpartition("-")[2]
     if re.fullmatch(r"[0-9a-f]{12}", suffix) and not image.labels["context"].startswith(suffix):
         raise BackendUnavailable(
-            f"{image.tag} was moved: it holds the image of digest {image.labels['context'][:12]}, not the one it is named after; build it:  {again}"
+            f"{image.tag} was moved: it holds the image of digest {image.labels['context'][:12]}, not the one that it is named after; "
+            f"build it:  {again}"
         )
 
 
@@ -293,5 +294,5 @@ def failure(error: str, last: Iterable[str], base: str, again: str) -> str:
     if re.search(rf"returned a non-zero code: {_WRONG_PYTHON}\b", error) or ("non-zero code: 127" in error and "python" in error):
         return f"the base image {base} has no Python 3.11 or 3.12: name one that has:  {again} --base python:3.11-slim-bookworm"
     if "non-zero code" not in error:
-        return f"the build did not begin or go on ({error.strip()}): is the base image {base} there, or reachable? Name another:  {again} --base IMAGE"
+        return f"the build stopped ({error.strip()}): is the base image {base} here, or within reach? Name another:  {again} --base IMAGE"
     return f"the image could not be built ({error.strip()}); its last lines were:\n  {log}\nMend that and build again:  {again}"
