@@ -147,3 +147,12 @@ class Listable(Protocol):
     def runs(self) -> list[RunRecord]:
         """Newest first."""
         ...
+
+
+@runtime_checkable
+class Removable(Protocol):
+    """A backend that can delete a run."""
+
+    def remove(self, handle: RunHandle) -> None:
+        """Log, checkpoints, artifact and all. Raises BackendError for a run that is still running."""
+        ...
