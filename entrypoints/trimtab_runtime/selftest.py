@@ -104,7 +104,7 @@ def training(device: str) -> Outcome:
     base = LlamaForCausalLM(config).to(device, torch.bfloat16)
     quantise(base, torch.bfloat16)
     frozen = {name: value.detach().clone() for name, value in base.named_parameters()}
-    model: Any = add_adapters(base, TrainSpec(model="selftest", lora_rank=8))
+    model: Any = add_adapters(base, TrainSpec(model="selftest", lora_rank=8, lora_alpha=8))
     model.train()
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-2)

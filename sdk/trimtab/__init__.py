@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trimtab.artifact import Artifact
+    from trimtab.dry_run import DryRun
     from trimtab.endpoint import Endpoint
     from trimtab.errors import (
         BackendError,
@@ -34,6 +35,7 @@ __all__ = [
     "BackendError",
     "BackendUnavailable",
     "DataError",
+    "DryRun",
     "Endpoint",
     "EndpointError",
     "Job",
@@ -52,6 +54,7 @@ __all__ = [
 
 _HOME = dict.fromkeys(__all__, "trimtab.errors") | {
     "Artifact": "trimtab.artifact",
+    "DryRun": "trimtab.dry_run",
     "Endpoint": "trimtab.endpoint",
     "Job": "trimtab.job",
     "JobSpec": "trimtab.spec",

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
@@ -20,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from trimtab.backends import BACKENDS, load_backend
 from trimtab.backends.base import Listable, RunStatus
+from trimtab.doctor.command import doctor
 from trimtab.errors import EndpointError, TrimtabError
 from trimtab.job import OPTIONS, Job
 from trimtab.progress import clock, display
@@ -39,8 +41,9 @@ def _backend(meaning: str) -> Callable[[_Command], _Command]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (by default this process' own) and return its exit code."""
+    code = None
     try:
-        trimtab.main(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="trimtab", standalone_mode=False)
+        code = trimtab.main(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="trimtab", standalone_mode=False)
         sys.stdout.flush()
     except TrimtabError as exc:
         print(f"trimtab: {exc}", file=sys.stderr)
@@ -56,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except (BrokenPipeError, SystemExit):  # the reader has seen enough; SystemExit is click's word for that
         sys.stdout = None  # so that nothing is flushed to it at the end
-    return 0
+    return code if isinstance(code, int) else 0  # a command's own word, else what it returned, which is nothing
 
 
 @click.group()
@@ -68,6 +71,9 @@ def trimtab() -> None:
       trimtab fit https://example.com/handbook.html --model smollm2-135m-instruct
       trimtab chat process://trim-7f3a9c21
     """
+
+
+trimtab.add_command(doctor)
 
 
 def _options(command: _Command) -> _Command:
@@ -106,25 +112,44 @@ def _job(data: tuple[str, ...], backend: str, options: dict[str, Any]) -> Job:
     return Job(data=data, backend=backend, **given)
 
 
-@trimtab.command()
+class _DryRunAlone(click.Command):
+    """A command whose `--dry-run` may stand alone before DATA: only what follows an equals sign is its value."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        named = ["--dry-run=run" if place < end and word == "--dry-run" else word for place, word in enumerate(args)]
+        return super().parse_args(ctx, named)
+
+
+@trimtab.command(cls=_DryRunAlone)
 @_options
 @click.option("--detach", is_flag=True, help="start the run, print its handle and return")
-@click.option("--dry-run", is_flag=True, help="prepare the data, print the exact request and start nothing")
+@click.option(
+    "--dry-run",
+    type=click.Choice(["run", "render"]),
+    metavar="[=render]",
+    help="run two steps, say what the whole job would take, and leave nothing; =render: run nothing, print the exact request",
+)
 @_as_json
-def fit(data: tuple[str, ...], backend: str, detach: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
+def fit(data: tuple[str, ...], backend: str, detach: bool, dry_run: str | None, as_json: bool, **options: Any) -> None:
     """Tune a model on DATA: URLs, files and folders.
 
-    Prints the run's handle at the end. Ctrl-C ends the waiting; the run goes on.
+    Prints the run's handle at the end. Ctrl-C ends the waiting; the run goes on. A dry run is ended by it.
 
     \b
     Example:
       trimtab fit https://example.com/a.html notes/ --model smollm2-135m-instruct --epochs 4
       trimtab fit notes/ --model smollm2-135m-instruct --dry-run
+      trimtab fit notes/ --model smollm2-135m-instruct --dry-run=render
     """
     job = _job(data, backend, options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a half-made folder is removed then, too
+    if dry_run == "render":
+        print(json.dumps(job.fit(dry_run="render"), indent=2, ensure_ascii=False))
+        return
     if dry_run:
-        print(json.dumps(job.fit(dry_run=True), indent=2, ensure_ascii=False))
+        trial = job.fit(dry_run=True)
+        print(json.dumps(asdict(trial)) if as_json else "\n".join(trial.lines()))
         return
     run = job.fit(wait=not detach)
     if as_json:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from trimtab.backends import check_name, load_backend
 from trimtab.backends.base import Backend, Preflight
 from trimtab.catalog import lookup
+from trimtab.errors import SpecError
 from trimtab.plan import Plan, plan
 from trimtab.progress import Display, display
 from trimtab.spec import JobSpec, TrainSpec, refuse_unknown
 
 if TYPE_CHECKING:
+    from trimtab.dry_run import DryRun
     from trimtab.run import Run
     from trimtab.staging import Staged
 
@@ -51,27 +53,38 @@ class Job:
     @overload
     def fit(self, *, wait: bool = True, dry_run: Literal[False] = False, progress: bool = True) -> Run: ...
     @overload
-    def fit(self, *, wait: bool = True, dry_run: Literal[True], progress: bool = True) -> dict[str, Any]: ...
-    def fit(self, *, wait: bool = True, dry_run: bool = False, progress: bool = True) -> Run | dict[str, Any]:
+    def fit(self, *, wait: bool = True, dry_run: Literal[True], progress: bool = True) -> DryRun: ...
+    @overload
+    def fit(self, *, wait: bool = True, dry_run: Literal["render"], progress: bool = True) -> dict[str, Any]: ...
+    def fit(self, *, wait: bool = True, dry_run: bool | Literal["render"] = False, progress: bool = True) -> Run | DryRun | dict[str, Any]:
         """Prepare the data, start the run, and wait for its end unless told not to; the run.
 
-        With `dry_run` the data is prepared, because the request names it by its contents, and then the exact request is returned
-        instead of sent. `progress` shows what goes on, on the error stream. Ctrl-C ends the waiting and not the run.
+        With `dry_run=True` two steps of the very same job are run in its place, waited for and removed, and what the whole job
+        would take by them is returned; with "render" nothing is run, and the exact request is returned. The data is prepared for
+        both, and found prepared by the fit that follows. `progress` shows what goes on, on the error stream. Ctrl-C ends the
+        waiting and not the run, but a dry run altogether.
 
         Raises any TrimtabError; RunFailed when the run fails while it is waited for.
         """
         from trimtab.run import Run
 
+        if dry_run not in (True, False, "render"):
+            raise SpecError(f"there is no dry_run={dry_run!r}: True runs two steps, 'render' returns the request")
         run: Run | None = None
         try:
             with display(enabled=progress) as screen:
                 backend, staged = self._stage(screen)
                 spec = self.spec.model_copy(update={"train": staged.train})
                 run_id = f"trim-{uuid.uuid4().hex[:8]}"
-                if dry_run:
+                if dry_run == "render":
                     return backend.render(spec, staged.channels, run_id)
-                for line in plan(staged.train, staged.ledger).reasons:
+                found = self._plan(staged)
+                for line in found.reasons:
                     screen.say(line)
+                if dry_run:
+                    from trimtab.dry_run import try_out
+
+                    return try_out(backend, spec, staged.channels, run_id, found, screen)
                 run = Run(backend.submit(spec, staged.channels, run_id), backend)
                 screen.say(f"run {run.handle}")
                 if wait:
@@ -86,7 +99,10 @@ class Job:
         """What `fit` would do: rows, tokens, steps, and why. Prepares the data, starts nothing."""
         with display(enabled=progress) as screen:
             _, staged = self._stage(screen)
-            return plan(staged.train, staged.ledger)
+            return self._plan(staged)
+
+    def _plan(self, staged: Staged) -> Plan:
+        return plan(staged.train, staged.ledger)
 
     def _stage(self, screen: Display) -> tuple[Backend, Staged]:
         from trimtab.staging import stage

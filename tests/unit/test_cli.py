@@ -136,10 +136,10 @@ def test_a_reader_that_leaves_early_is_no_error(run_script):
     assert reader.wait(20) == 0
 
 
-def test_fit_dry_run_prints_the_request_and_a_plan_its_steps(tiny_model, staged, capsys):
+def test_a_rendered_dry_run_prints_the_request_and_a_plan_its_steps(tiny_model, staged, capsys):
     options = ["--model", str(tiny_model), "--method", "lora", "--lora-rank", "4", "--dtype", "float32", "--max-seq-len", "128"]
     options += ["--questions", "0", "--replay", "0", "--learning-rate", "1e-3", "--max-steps", "6"]
-    assert main(["fit", str(PAGES), *options, "--dry-run"]) == 0
+    assert main(["fit", str(PAGES), *options, "--dry-run=render"]) == 0
     captured = capsys.readouterr()
     request = json.loads(captured.out)
     assert request["hyperparameters"] == staged.train.to_hyperparameters()

@@ -217,7 +217,7 @@ def job_with(tmp_path, small_job, staged):
 
 def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(job_with, tmp_path, staged):
     job = job_with("exit 1")
-    request = job.fit(dry_run=True, progress=False)
+    request = job.fit(dry_run="render", progress=False)
     assert request["hyperparameters"] == staged.train.to_hyperparameters()
     assert request["command"] == [str(tmp_path / "python"), "-P", "-m", "trimtab_runtime", "train"]
     assert not (tmp_path / "home").exists()
