@@ -18,8 +18,8 @@ from trimtab.errors import BackendError
 _PORT = 47_113
 
 
-def configured(package: str) -> Path | None:
-    """The folder of pip's find-links (`PIP_FIND_LINKS`, or its configuration file) that holds a wheel of a package, such as torch."""
+def configured(pattern: str) -> Path | None:
+    """The folder of pip's find-links (`PIP_FIND_LINKS`, or its configuration file) in which a file fits a pattern, such as torch-*.whl."""
     said = [os.environ.get("PIP_FIND_LINKS", "")]
     for level in ("global", "install"):
         asked = subprocess.run(
@@ -27,7 +27,7 @@ def configured(package: str) -> Path | None:
         )
         said.append(asked.stdout if asked.returncode == 0 else "")
     folders = [Path(word.removeprefix("file://")) for text in said for word in text.split()]
-    return next((folder for folder in folders if folder.is_dir() and any(folder.glob(f"{package}-*.whl"))), None)
+    return next((folder for folder in folders if folder.is_dir() and any(folder.glob(pattern))), None)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ import importlib.metadata
 import importlib.util
 import io
 import json
-import re
 import tarfile
 import tomllib
 import zipfile
@@ -55,13 +54,6 @@ def digest(files: Mapping[str, bytes], arguments: Mapping[str, str] | None = Non
     """sha256 of the files' names and contents and of the build arguments: what two equal images have in common."""
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     return hashlib.sha256(json.dumps([sums, dict(arguments or {})], sort_keys=True).encode()).hexdigest()
-
-
-def default_base(files: Mapping[str, bytes]) -> str:
-    """The base image that the Dockerfile names."""
-    found = re.search(r"^ARG BASE=(\S+)$", files["Dockerfile"].decode(), re.MULTILINE)
-    assert found is not None  # a test holds it
-    return found[1]
 
 
 def archive(files: Mapping[str, bytes]) -> io.BytesIO:

@@ -1,0 +1,30 @@
+"""Names, builds, finds, checks and pushes the images in which jobs run. Nothing of the docker SDK is imported before it is used.
+
+An image is called after what is in it, `trimtab-<device>-<target>:<version>-<digest>`: the digest is that of its build context and of the
+arguments of its build. So it is built again when something of it changed, and only then.
+"""
+
+from __future__ import annotations
+
+from trimtab.images.building import Progress, build
+from trimtab.images.plan import LABEL, TARGETS, Plan, tag_of
+from trimtab.images.present import ENGINE_REMEDY, Image, check, engine, find, inspect, installed
+from trimtab.images.pushing import Pushed, push
+
+__all__ = [
+    "ENGINE_REMEDY",
+    "LABEL",
+    "TARGETS",
+    "Image",
+    "Plan",
+    "Progress",
+    "Pushed",
+    "build",
+    "check",
+    "engine",
+    "find",
+    "inspect",
+    "installed",
+    "push",
+    "tag_of",
+]

@@ -1,0 +1,119 @@
+"""The engine, and our images in it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from trimtab.errors import BackendUnavailable
+from trimtab.images import context
+from trimtab.images.plan import LABEL, missing, refusal
+
+if TYPE_CHECKING:
+    from docker import DockerClient
+
+ENGINE_REMEDY = "start it (Linux: systemctl start docker; else Docker Desktop), or name another with DOCKER_HOST, and try again"
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image of ours in an engine. `size` is in bytes; `labels` are those that begin with `LABEL`, without it."""
+
+    tag: str
+    id: str
+    labels: dict[str, str]
+    size: int
+    created: datetime
+    architecture: str
+
+    @property
+    def current(self) -> bool:
+        """Whether it holds what this trimtab would build now, on whatever base."""
+        device = self.labels.get("device")
+        return device in context.DEVICES and self.labels.get("source") == context.digest(context.context(device))
+
+
+def engine(*, timeout: float = 120.0) -> DockerClient:
+    """The Docker engine that `DOCKER_HOST` names, else this machine's; `timeout` in seconds bounds each of its answers.
+
+    Raises BackendUnavailable without the docker SDK, or when no engine answers.
+    """
+    try:
+        docker = importlib.import_module("docker")
+    except ImportError as exc:
+        raise BackendUnavailable("images and the docker backend need the docker SDK:  pip install 'trimtab[docker]'") from exc
+    try:
+        client: DockerClient = docker.from_env(timeout=timeout)
+        client.ping()
+    except (docker.errors.DockerException, OSError) as exc:  # requests' errors are OSErrors
+        where = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+        if "Permission denied" in str(exc):
+            remedy = "you may not use it; run  sudo usermod -aG docker $USER  , log in again, and try again"
+        else:
+            remedy = ENGINE_REMEDY
+        raise BackendUnavailable(f"no Docker engine answers at {where}: {remedy}") from exc
+    return client
+
+
+def find(device: str, target: str = "train", client: DockerClient | None = None) -> Image:
+    """The image that holds what this trimtab would build now, on whatever base; of several the newest. It is checked.
+
+    Raises BackendUnavailable, which ends with the command that builds it.
+    """
+    client = client or engine()
+    source = context.digest(context.context(device))
+    ours = [image for image in installed(client) if (image.labels.get("device"), image.labels.get("target")) == (device, target)]
+    current = next((image for image in ours if image.labels.get("source") == source), None)
+    if current is None:
+        raise missing(device, target, others=bool(ours))
+    check(current, client)
+    return current
+
+
+def check(image: Image, client: DockerClient | None = None) -> None:
+    """Refuse an image in which a job would not run as asked, before anything is started.
+
+    Raises BackendUnavailable with the next command: for another architecture than the engine's, another spec_version, or a tag that was
+    moved to other contents.
+    """
+    client = client or engine()
+    if why := refusal(image.tag, image.labels, image.architecture, client.version()["Arch"]):
+        raise BackendUnavailable(why)
+
+
+def installed(client: DockerClient | None = None) -> list[Image]:
+    """Our images in the engine, the newest first, once for each tag."""
+    client = client or engine()
+    listed = client.api.images(filters={"label": f"{LABEL}context"})
+    tags = sorted({tag for entry in listed for tag in entry.get("RepoTags") or [] if tag != "<none>:<none>"})
+    found = [image for tag in tags if (image := look_up(client, tag)) is not None]
+    return sorted(found, key=lambda image: image.created, reverse=True)
+
+
+def inspect(name: str, client: DockerClient | None = None) -> Image:
+    """An image by its tag. Raises BackendUnavailable where there is none."""
+    if (image := look_up(client or engine(), name)) is None:
+        raise BackendUnavailable(f"there is no image {name!r} here; see those that are:  trimtab image list")
+    return image
+
+
+def look_up(client: DockerClient, name: str) -> Image | None:
+    """An image by its tag, or None."""
+    errors = importlib.import_module("docker.errors")
+    try:
+        facts = client.api.inspect_image(name)
+    except errors.NotFound:  # ImageNotFound is one
+        return None
+    labels = (facts["Config"] or {}).get("Labels") or {}
+    return Image(
+        tag=name,
+        id=facts["Id"],
+        labels={key.removeprefix(LABEL): value for key, value in labels.items() if key.startswith(LABEL)},
+        size=facts["Size"],
+        created=datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", facts["Created"])),
+        architecture=facts["Architecture"],
+    )

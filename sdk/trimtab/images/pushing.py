@@ -1,0 +1,114 @@
+"""Pushes an image to a registry: with the logins of docker's own configuration, and to Amazon ECR with AWS credentials."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import BackendError, BackendUnavailable
+from trimtab.images.building import read
+from trimtab.images.present import engine, find
+
+if TYPE_CHECKING:
+    from docker import DockerClient
+
+# "Private registry authentication", Amazon ECR user guide
+_ECR = re.compile(r"^\d{12}\.dkr[.-]ecr(-fips)?\.(?P<region>[a-z0-9-]+)\.(amazonaws\.com(\.cn)?|on\.aws)/")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where an image lies now: `name` is repository and tag; `digest` (sha256:...) names its contents for ever."""
+
+    name: str
+    digest: str
+
+
+def push(
+    device: str,
+    repository: str,
+    target: str = "train",
+    *,
+    client: DockerClient | None = None,
+    say: Callable[[str], None] = print,
+    show: Callable[[int, int], None] = lambda done, of: None,
+) -> Pushed:
+    """Push the current image of a device under its own tag to `repository`, such as `registry.example.com/team/trimtab`.
+
+    `show` gets the bytes sent and the bytes to send, as far as the engine knows them.
+
+    Raises BackendUnavailable without an engine or the image, BackendError where the registry refuses or does not answer.
+    """
+    client = client or engine()
+    image = find(device, target, client)
+    repository = repository.rstrip("/")
+    if re.search(r":[^/]*$", repository) or "@" in repository:
+        raise BackendError(f"{repository} names a tag: give the repository alone, the tag is the image's own")
+    name = f"{repository}:{image.tag.rpartition(':')[2]}"
+    login = ecr_login(repository)
+    errors = importlib.import_module("docker.errors")
+    try:
+        client.api.tag(image.id, repository, name.rpartition(":")[2])
+        stream = client.api.push(repository, tag=name.rpartition(":")[2], stream=True, decode=True, auth_config=login)
+    except errors.APIError as exc:
+        raise BackendError(refused(str(exc.explanation or exc), repository)) from exc
+    sizes: dict[str, tuple[int, int]] = {}
+    pushed: list[str] = []
+
+    def notice() -> Any:
+        for answer in stream:
+            if (detail := answer.get("progressDetail")) and "current" in detail:
+                sizes[answer["id"]] = detail["current"], max(detail.get("total", 0), detail["current"])
+                show(sum(done for done, _ in sizes.values()), sum(of for _, of in sizes.values()))
+                continue
+            if digest := answer.get("aux", {}).get("Digest"):
+                pushed.append(digest)
+            if "error" in answer or "id" not in answer:
+                yield answer
+            elif answer.get("status") in {"Pushed", "Layer already exists"}:
+                yield {"status": f"{answer['id']}: {answer['status']}"}
+
+    for line in read(notice(), "the push", lambda error: refused(error, repository)):
+        say(line)
+    if not pushed:
+        raise BackendError(f"the registry named no digest for {name}: see whether it is there, and push again")
+    return Pushed(name, pushed[0])
+
+
+def refused(error: str, repository: str) -> str:
+    """What a failed push is told as, ending with what to do."""
+    host = repository.partition("/")[0]
+    ecr = _ECR.match(f"{repository}/")
+    low = error.lower()
+    if ecr and ("does not exist" in low or "name unknown" in low):
+        make = f"aws ecr create-repository --region {ecr['region']} --repository-name {repository.partition('/')[2]}"
+        return f"{host} has no repository of that name: make it with  {make}  and push again"
+    if any(word in low for word in ("unauthorized", "denied", "no basic auth", "authentication required")):
+        return f"{host} refused the push ({error.strip()}): log in with  docker login {host}  and push again"
+    return f"the image could not be pushed to {host} ({error.strip()}): see that the registry is up and reachable, and push again"
+
+
+def ecr_login(repository: str) -> dict[str, str] | None:
+    """A login of twelve hours to Amazon ECR from the AWS credentials here; None for other registries, whose logins docker keeps.
+
+    Source: GetAuthorizationToken, Amazon ECR API reference. Raises BackendUnavailable without boto3, BackendError when AWS refuses.
+    """
+    found = _ECR.match(f"{repository}/")
+    if found is None:
+        return None
+    try:
+        boto3 = importlib.import_module("boto3")
+        exceptions = importlib.import_module("botocore.exceptions")
+    except ImportError as exc:
+        raise BackendUnavailable("a push to Amazon ECR needs boto3:  pip install 'trimtab[aws]'") from exc
+    try:
+        answer = boto3.client("ecr", region_name=found["region"]).get_authorization_token()
+    except (exceptions.BotoCoreError, exceptions.ClientError) as exc:
+        remedy = "see that  aws sts get-caller-identity  works and that you may call ecr:GetAuthorizationToken, and push again"
+        raise BackendError(f"AWS gave no login to ECR ({exc}): {remedy}") from exc
+    user, _, password = base64.b64decode(answer["authorizationData"][0]["authorizationToken"]).decode().partition(":")
+    return {"username": user, "password": password}
