@@ -14,10 +14,13 @@ from trimtab.layout import ROOT_VARIABLE
 REMEDY = "pip install 'trimtab[train]'"
 
 # What a run gets of the caller's environment. A list of what is let through, not of what is held back, so that no secret passes.
+# In a container too: threads, kernels, memory allocation.
+TUNING = ("OMP_*", "GOMP_*", "KMP_*", "MKL_*", "ONEDNN_*", "DNNL_*", "MALLOC_*", "GLIBC_TUNABLES")
 INHERITED = (
+    *TUNING,
     *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_*", "TZ", "TMPDIR", "XDG_CACHE_HOME"),
     *("PYTHONPATH", "PYTHONHASHSEED", "PYTHONWARNINGS", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "LD_PRELOAD"),
-    *("OMP_*", "GOMP_*", "KMP_*", "MKL_*", "ONEDNN_*", "DNNL_*", "MALLOC_*", "GLIBC_TUNABLES", "TORCH_*", "CUDA_*", "NVIDIA_*"),
+    *("TORCH_*", "CUDA_*", "NVIDIA_*"),
 )
 
 _NEEDED = ("trimtab_runtime", "torch", "transformers", "peft", "tokenizers")
@@ -34,9 +37,9 @@ def runtime_environment(root: Path, *, device: str = "xeon") -> dict[str, str]:
     return own | ({"CUDA_VISIBLE_DEVICES": ""} if device == "xeon" else {})
 
 
-def inherited(environ: Mapping[str, str]) -> dict[str, str]:
-    """The part of the caller's environment that `INHERITED` lets through."""
-    return {name: value for name, value in environ.items() if any(fnmatchcase(name, pattern) for pattern in INHERITED)}
+def inherited(environ: Mapping[str, str], patterns: tuple[str, ...] = INHERITED) -> dict[str, str]:
+    """The part of the caller's environment that `patterns` let through."""
+    return {name: value for name, value in environ.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
 def refuse_missing_runtime(python: str) -> None:

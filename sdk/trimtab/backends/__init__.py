@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
 
 from trimtab.backends.base import Backend
 from trimtab.errors import BackendUnavailable, SpecError
+from trimtab.spec import refuse_unknown
 
 BACKENDS = {
     "process": ("trimtab.backends.process:ProcessBackend", "pip install 'trimtab[train]'"),
+    "docker": ("trimtab.backends.docker:DockerBackend", "pip install 'trimtab[docker]'"),
 }
 
 
@@ -22,14 +27,20 @@ def check_name(name: str) -> str:
     raise SpecError(f"there is no backend {name!r}; {hint}")
 
 
-def load_backend(name: str) -> Backend:
-    """A backend with its default settings. Raises SpecError for an unknown name, BackendUnavailable with the remedy."""
+def load_backend(name: str, options: Mapping[str, Any] | None = None) -> Backend:
+    """A backend; `options` are its constructor's settings by name, such as memory="8g".
+
+    Raises SpecError for an unknown name of either kind or a wrong value, BackendUnavailable with the remedy.
+    """
     target, remedy = BACKENDS[check_name(name)]
     module, _, attribute = target.partition(":")
     try:
-        backend: Backend = getattr(importlib.import_module(module), attribute)()
+        kind = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as exc:
         if (exc.name or "").startswith("trimtab"):
             raise  # our own mistake, not a missing dependency
         raise BackendUnavailable(f"the {name} backend needs {exc.name}:  {remedy}") from exc
+    given = dict(options or {})
+    refuse_unknown(given, inspect.signature(kind).parameters)
+    backend: Backend = kind(**given)
     return backend

@@ -80,7 +80,7 @@ class ProcessBackend(LocalRuns):
             job = run_folder.make_folder(folder, request)
             for name, path in request["channels"].items():
                 job.channel(name).symlink_to(path, target_is_directory=True)
-            with self._held(folder) as lock:
+            with self._idle(folder) as lock:
                 run_folder.write_record(folder, spec, request)
                 _start(folder, request, lock)
         except OSError as exc:
@@ -95,7 +95,7 @@ class ProcessBackend(LocalRuns):
         if status.state is RunState.SUCCEEDED:
             raise BackendError(f"{handle} has succeeded, there is nothing to go on with. Ask it something:  trimtab chat {handle}")
         try:
-            with self._held(folder) as lock:
+            with self._idle(folder) as lock:
                 _start(folder, request, lock)
         except BlockingIOError as exc:
             raise BackendError(f"{handle} is still running. Watch it:  trimtab logs -f {handle}") from exc
@@ -138,7 +138,7 @@ class ProcessBackend(LocalRuns):
             f"{handle} does not end, not even when killed (process {process['pid']}): look at it with:  ps -fp {process['pid']}"
         )
 
-    def _held(self, folder: Path) -> contextlib.AbstractContextManager[int]:
+    def _idle(self, folder: Path) -> contextlib.AbstractContextManager[int]:
         return run_folder.lock(folder / "alive.lock", _MOMENT)
 
 

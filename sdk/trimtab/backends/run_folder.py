@@ -53,8 +53,8 @@ class LocalRuns(ABC):
     def status(self, handle: RunHandle) -> RunStatus: ...
 
     @abstractmethod
-    def _held(self, folder: Path) -> contextlib.AbstractContextManager[object]:
-        """Holds the folder while it is removed. Raises BlockingIOError when a process works in it."""
+    def _idle(self, folder: Path) -> contextlib.AbstractContextManager[object]:
+        """Holds the folder of a run, so that nobody starts it. Raises BlockingIOError when it is running."""
 
     def artifact(self, handle: RunHandle) -> Path:
         model = JobDir(self._folder(handle)).model
@@ -88,7 +88,7 @@ class LocalRuns(ABC):
         if not self.status(handle).done:
             raise BackendError(running)
         try:
-            with self._held(folder):
+            with self._idle(folder):
                 for entry in folder.iterdir():
                     if entry.name == "run.json":
                         continue  # last, so that what an interruption leaves is still listed and can be removed again

@@ -1,0 +1,204 @@
+"""What one container is asked to be, as the Docker Engine takes it (Docker Engine API 1.41, POST /containers/create).
+
+Nothing here asks the engine; folders are read, to mount what they hold.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from trimtab.backends.base import RunHandle
+from trimtab.backends.run_folder import Said, again
+from trimtab.command import TUNING, inherited, runtime_environment
+from trimtab.errors import SpecError, StagingError
+from trimtab.events import Choice
+from trimtab.layout import JobDir
+
+ROOT = Path("/opt/ml")
+RUN_LABEL, FOLDER_LABEL, USER_LABEL, VERSION_LABEL = "trimtab.run", "trimtab.folder", "trimtab.user", "trimtab.client"
+GPU_REMEDY = (
+    "install the NVIDIA Container Toolkit, run  sudo nvidia-ctk runtime configure --runtime=docker  and restart the engine, "
+    "or compute on the CPU with  --device xeon"
+)
+
+_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_LEAST_MEMORY = 6 << 20  # the engine's own lower bound
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a container gets of the machine. Sizes are in bytes; None is no limit of its own."""
+
+    cpus: str | None = None
+    memory: int | None = None
+    shm_size: int = 1 << 30
+    network: str = "none"
+
+    @classmethod
+    def parse(cls, *, cpus: str | None, memory: str | int | None, shm_size: str | int, network: str) -> Limits:
+        """From what a user wrote. Raises SpecError for what is no size, no list of CPUs, no network's name."""
+        if cpus is not None:
+            parse_cpus(cpus)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", network):
+            raise SpecError(f"network {network!r} is no network's name: leave it out (none), or name one of  docker network ls")
+        return cls(cpus, None if memory is None else parse_size("memory", memory, _LEAST_MEMORY), parse_size("shm_size", shm_size), network)
+
+
+def parse_size(name: str, given: str | int, least: int = 1) -> int:
+    """Bytes of a size such as "8g", "512m" or 1073741824; units are powers of 1,024, as docker's. Raises SpecError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([bkmgt]?)(?:i?b)?", str(given).strip().lower())
+    if match is None:
+        raise SpecError(f"{name} {given!r} is no size: write a number and a unit, such as {name}=8g or {name}=512m")
+    size = int(float(match[1]) * _UNITS[match[2]])
+    if size < least:
+        raise SpecError(f"{name} {given!r} is too small, the least is {show_size(least)}: write such as {name}=8g or {name}=512m")
+    return size
+
+
+def show_size(size: int) -> str:
+    """A size as `parse_size` reads it: in the largest unit that leaves a whole number."""
+    unit = next(unit for unit, factor in reversed(_UNITS.items()) if size % factor == 0)
+    return f"{size // _UNITS[unit]}{unit.strip('b')}"
+
+
+def parse_cpus(given: str) -> set[int]:
+    """The CPUs of a list such as "0-3,8". Raises SpecError for what is none."""
+    found: set[int] = set()
+    for part in given.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise SpecError(f"cpus {given!r} is no list of CPUs: write their numbers, such as cpus=0-3 or cpus=0,2")
+        found |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return found
+
+
+def caller(info: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """User and further groups in the container, so that what it writes is the caller's and what the caller may read it may read.
+
+    `info` is the engine's. In a rootless engine the caller is root within.
+    """
+    if any("name=rootless" in option for option in info.get("SecurityOptions") or []):
+        return "0:0", []
+    return f"{os.getuid()}:{os.getgid()}", [str(group) for group in os.getgroups() if group != os.getgid()]
+
+
+def has_gpu_runtime(info: Mapping[str, Any], hook: str | None) -> bool:
+    """Whether the engine can hand on a GPU: a runtime of its own, devices it found, or the `hook` program that dockerd looks for."""
+    devices = [device.get("ID", "") for device in info.get("DiscoveredDevices") or []]
+    return "nvidia" in (info.get("Runtimes") or {}) or any("nvidia" in device for device in devices) or hook is not None
+
+
+def on_another_machine(address: str) -> bool:
+    """Whether an engine's address is another machine's, which could not mount folders of this one."""
+    place = urlsplit(address)
+    return place.scheme in ("http", "https", "ssh", "tcp") and place.hostname not in ("localhost", "127.0.0.1", "::1")
+
+
+def mounts(folder: Path, channels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What of a run's folder is seen under /opt/ml, which itself is a small memory file system: its configuration and the channels
+    read-only, what it writes writable. The client's own files, beside these, are not seen.
+
+    A channel that holds links is mounted file by file, each the file that the link means, so that nothing lying beside that is seen.
+    Raises StagingError for a link to nowhere.
+    """
+    here, inside = JobDir(folder), JobDir(ROOT)
+    found = [_mount(here.hyperparameters.parent, inside.hyperparameters.parent, read_only=True)]
+    for source, place in zip(_written(here), _written(inside), strict=True):
+        found.append(_mount(source, place, read_only=False))
+    for name, path in channels.items():
+        found += [_mount(source, place, read_only=True) for source, place in _parts(Path(path), inside.channel(name))]
+    return found
+
+
+def container_body(
+    handle: RunHandle, image_id: str, device: str, folder: Path, channels: Mapping[str, str], limits: Limits, info: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The body of the request. No powers, no network but the one asked for, nothing writable but what a job writes, and /tmp."""
+    user, groups = caller(info)
+    environment = {**inherited(os.environ, TUNING), **runtime_environment(ROOT, device=device)}
+    host: dict[str, Any] = {
+        "Mounts": mounts(folder, channels),
+        "NetworkMode": limits.network,
+        "ReadonlyRootfs": True,
+        "Tmpfs": {"/tmp": "rw,exec,nosuid,nodev,mode=1777,size=1g", str(ROOT): "rw,noexec,nosuid,nodev,mode=1777,size=1m"},
+        "CapDrop": ["ALL"],
+        "SecurityOpt": ["no-new-privileges"],
+        "GroupAdd": groups,
+        "Init": False,  # our own first process reaps and passes signals on
+        "LogConfig": {"Type": "json-file", "Config": {}},  # whatever the engine's default is, the log can be read back
+        "ShmSize": limits.shm_size,
+    }
+    host |= limited(limits.cpus, limits.memory)
+    if device == "gpu":
+        host["DeviceRequests"] = [{"Driver": "", "Count": -1, "Capabilities": [["gpu"]]}]
+    return {
+        "Image": image_id,
+        "Cmd": ["train"],
+        "User": user,
+        "Env": sorted(f"{name}={value}" for name, value in environment.items()),
+        "Labels": {RUN_LABEL: handle.id, FOLDER_LABEL: str(folder), USER_LABEL: str(os.getuid()), VERSION_LABEL: "1"},
+        "HostConfig": host,
+    }
+
+
+def limited(cpus: str | None, memory: int | None) -> dict[str, Any]:
+    """The part of a HostConfig that bounds CPUs and memory; swap would only hide that memory is short."""
+    found: dict[str, Any] = {} if cpus is None else {"CpusetCpus": cpus}
+    return found if memory is None else found | {"Memory": memory, "MemorySwap": memory}
+
+
+def choices(image: str, container: Mapping[str, Any]) -> list[Choice]:
+    """What is said aloud when a run starts."""
+    host = container["HostConfig"]
+    network = host["NetworkMode"]
+    why = "weights and rows are staged channels" if network == "none" else "asked for; the job itself needs none"
+    found = [Choice(name="image", value=image, reason=container["Image"]), Choice(name="network", value=network, reason=why)]
+    if "Memory" in host:
+        found.append(Choice(name="memory", value=show_size(host["Memory"]), reason="asked for, swap included"))
+    if "CpusetCpus" in host:
+        found.append(Choice(name="cpus", value=host["CpusetCpus"], reason="asked for"))
+    return found
+
+
+def out_of_memory(handle: RunHandle, cause: str, told: Said, limit: int, least: int = 1 << 30) -> str:
+    """The reason of a run that the kernel killed for memory; `cause` is what its first process saw of that, `limit` 0 for none."""
+    step = told.step
+    when = f"after step {step.step} of {step.of}, with a peak of {step.memory_mb} MB" if step else "before its first step"
+    seen = [] if told.phase == "" else [f"in the phase {told.phase}"]
+    bound = f"at its container's limit of {show_size(limit)}" if limit else "at the limit of the machine"
+    needed = max(limit, (step.memory_mb << 20) if step else 0) * 1.5
+    more = f"give it more:  trimtab resume {handle} --backend-option memory={show_size(math.ceil(max(needed, least) / (1 << 30)) << 30)}"
+    remedy = more if limit else f"end other work on the machine, then {again(handle)}"
+    facts = ", ".join([bound, *seen, when])
+    return f"out of memory, killed {facts}" + (f" ({cause.splitlines()[0].rstrip('.')})" if cause else "") + f"; {remedy}"
+
+
+def _written(job: JobDir) -> tuple[Path, Path, Path]:
+    return job.model, job.checkpoints, job.failure.parent
+
+
+def _parts(source: Path, place: Path) -> Iterator[tuple[Path, Path]]:
+    """What to mount where, so that a channel is seen as it is here."""
+    try:
+        real = source.resolve(strict=True)
+    except OSError as exc:
+        raise StagingError(f"{source} is a link to what is gone ({exc}): prepare the data again by repeating  trimtab fit") from exc
+    if not real.is_dir() or not any(entry.is_symlink() for entry in real.rglob("*")):
+        yield real, place
+        return
+    for entry in sorted(real.iterdir()):
+        if entry.is_symlink() and entry.is_dir():
+            yield entry.resolve(), place / entry.name  # as it is: links within could lead round in circles
+        else:
+            yield from _parts(entry, place / entry.name)
+
+
+def _mount(source: Path, place: Path, *, read_only: bool) -> dict[str, Any]:
+    return {"Type": "bind", "Source": str(source), "Target": str(place), "ReadOnly": read_only}
