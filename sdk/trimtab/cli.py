@@ -39,6 +39,15 @@ def _backend(meaning: str) -> Callable[[_Command], _Command]:
     return click.option("--backend", type=click.Choice(list(BACKENDS)), default="process", show_default=True, help=meaning)
 
 
+_settings = click.option(
+    "--backend-option",
+    "settings",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="a setting of the backend, such as memory=8g for docker; may be repeated",
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (by default this process' own) and return its exit code."""
     code = None
@@ -81,9 +90,7 @@ def _options(command: _Command) -> _Command:
     for name, field in reversed(OPTIONS.items()):
         if name != "data":
             command = click.option(f"--{name.replace('_', '-')}", name, **_kind(field))(command)
-    command = click.option("--backend", type=click.Choice(list(BACKENDS)), default="process", show_default=True, help="where to run")(
-        command
-    )
+    command = _backend("where to run")(_settings(command))
     return click.argument("data", nargs=-1, required=True)(command)
 
 
@@ -108,8 +115,18 @@ def _kind(field: FieldInfo) -> dict[str, Any]:
 
 
 def _job(data: tuple[str, ...], backend: str, options: dict[str, Any]) -> Job:
+    settings = _pairs(options.pop("settings"))
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    return Job(data=data, backend=backend, **given)
+    return Job(data=data, backend=load_backend(backend, settings) if settings else backend, **given)
+
+
+def _pairs(settings: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE, each once."""
+    pairs = [setting.partition("=") for setting in settings]
+    for name, equals, _ in pairs:
+        if not (name and equals):
+            raise click.UsageError(f"--backend-option takes NAME=VALUE, such as memory=8g, not {name + equals!r}")
+    return {name: value for name, _, value in pairs}
 
 
 class _DryRunAlone(click.Command):
@@ -246,15 +263,17 @@ def list_runs(backend: str, as_json: bool) -> None:
 
 @trimtab.command()
 @click.argument("handle")
+@_settings
 @click.option("--detach", is_flag=True, help="start the run and return")
-def resume(handle: str, detach: bool) -> None:
+def resume(handle: str, settings: tuple[str, ...], detach: bool) -> None:
     """Go on with a run that was stopped, or died, from its newest checkpoint.
 
     \b
     Example:
       trimtab resume process://trim-7f3a9c21
+      trimtab resume docker://trim-7f3a9c21 --backend-option memory=16g
     """
-    run = Run.attach(handle).resume()
+    run = Run.attach(handle, **_pairs(settings)).resume()
     if not detach:
         try:
             with display() as screen:
@@ -263,6 +282,18 @@ def resume(handle: str, detach: bool) -> None:
             print(f"\nThe run goes on:  trimtab logs -f {handle}   or end it:  trimtab stop {handle}", file=sys.stderr)
             raise
     print(run.handle)
+
+
+@trimtab.command()
+@click.argument("handle")
+def remove(handle: str) -> None:
+    """Delete a run that is done: its log, its checkpoints and its artifact.
+
+    \b
+    Example:
+      trimtab remove process://trim-7f3a9c21
+    """
+    Run.attach(handle).remove()
 
 
 @trimtab.command()

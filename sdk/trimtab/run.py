@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab import weights
 from trimtab.artifact import Artifact
-from trimtab.backends import load_backend
-from trimtab.backends.base import Backend, Reporting, Resumable, RunHandle, RunState, RunStatus
+from trimtab.backends import check_name, load_backend
+from trimtab.backends.base import Backend, Removable, Reporting, Resumable, RunHandle, RunState, RunStatus
 from trimtab.errors import BackendError, RunFailed, RunNotFound, SpecError, WaitTimeout
 from trimtab.events import Event, Step
 from trimtab.ledger import Ledger
@@ -30,13 +30,17 @@ class Run:
         self._shown = 0
 
     @classmethod
-    def attach(cls, handle: str | RunHandle) -> Run:
-        """The run of a handle such as `process://trim-7f3a9c21`. Raises RunNotFound for a handle without a run."""
+    def attach(cls, handle: str | RunHandle, **settings: Any) -> Run:
+        """The run of a handle such as `process://trim-7f3a9c21`; `settings` are its backend's, such as a `memory` to resume with.
+
+        Raises RunNotFound for a handle without a run, SpecError for a setting that its backend does not have.
+        """
         handle = RunHandle.parse(handle)
         try:
-            backend = load_backend(handle.backend)
+            check_name(handle.backend)
         except SpecError as exc:
             raise RunNotFound(f"no run is called {handle}: {exc}") from exc
+        backend = load_backend(handle.backend, settings)
         backend.status(handle)
         return cls(handle, backend)
 
@@ -84,6 +88,12 @@ class Run:
             self._shown = self.backend.events(self.handle, self._shown)[1]
         self.backend.resume(self.handle)
         return self
+
+    def remove(self) -> None:
+        """Delete the run: log, checkpoints, artifact. Raises BackendError for one that is still running."""
+        if not isinstance(self.backend, Removable):
+            raise BackendError(f"the {self.backend.name} backend cannot remove {self.handle}: delete it where it ran")
+        self.backend.remove(self.handle)
 
     def events(self) -> list[Event]:
         """What the run has said of itself so far, in order; of every life of a resumed run."""
