@@ -89,9 +89,11 @@ def _train(job: JobDir, events: EventLog) -> int:
     spec = _spec(job)
     events.write(Phase(name="start", at=time.time()))
     _before_torch()
+    from trimtab_runtime.distributed import join, read_place
     from trimtab_runtime.recipe import train
 
-    return STOPPED if train(job, spec, events, _say, lambda: bool(asked_to_stop)) == "stopped" else 0
+    with join(read_place(job.resources), _say) as team:
+        return STOPPED if train(job, spec, events, _say, lambda: bool(asked_to_stop), team) == "stopped" else 0
 
 
 def _evaluate(job: JobDir, events: EventLog) -> int:
@@ -108,6 +110,7 @@ def _before_torch() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch prints pages about a host that is lost; our own error names it
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it asks for a kernel from a hub, and does without
     from trimtab_runtime.xeon.allocator import keep_large_blocks
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trimtab.errors import SpecError
@@ -36,20 +37,25 @@ class Position:
     seconds: float = 0.0
 
 
+def name(step: int) -> str:
+    """The folder of a checkpoint."""
+    return f"step-{step:08d}"
+
+
 def save(folder: Path, position: Position, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, keep: int) -> Path:
     """Write a checkpoint for `position`, then remove all but the newest `keep` complete ones up to it.
 
     Later ones go too: they were passed over as damaged, and must not push out what is whole.
     """
-    target = folder / f"step-{position.step:08d}"
+    target = folder / name(position.step)
     if target.exists():  # a half-written one of an earlier life, or this very step again
         _remove(target)
     target.mkdir(parents=True)
-    save_file({name: parameter.detach().contiguous() for name, parameter in parameters.items()}, target / "adapter.safetensors")
+    save_file({key: parameter.detach().contiguous() for key, parameter in parameters.items()}, target / "adapter.safetensors")
     moments = {}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{name}|{key}"] = (value if isinstance(value, Tensor) else torch.tensor(value)).contiguous()
+    for key, parameter in parameters.items():
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            moments[f"{key}|{moment}"] = (value if isinstance(value, Tensor) else torch.tensor(value)).contiguous()
     save_file(moments, target / "optimizer.safetensors")
     random = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
     manifest.write_json(target / "state.json", asdict(position) | {"random": random})
@@ -71,20 +77,28 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def load(checkpoint: Path, facts: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Position:
+def read(checkpoint: Path) -> dict[str, bytes]:
+    """The contents of a checkpoint's files by name, for `load`: here, or on a machine that has no such folder."""
+    return {file: (checkpoint / file).read_bytes() for file in ("state.json", "adapter.safetensors", "optimizer.safetensors")}
+
+
+def load(
+    files: Mapping[str, bytes], facts: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> Position:
     """Put a checkpoint back and return where it stood. Raises SpecError when it belongs to another job."""
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    changed = [name for name, value in facts.items() if state["facts"].get(name) != value]
+    state = json.loads(files["state.json"])
+    changed = [fact for fact in {**state["facts"], **facts} if state["facts"].get(fact) != facts.get(fact)]
     if changed:
         raise SpecError(
-            f"{checkpoint.name} was written by another job ({', '.join(changed)} differs): start a new run, or repeat the old options"
+            f"{name(state['step'])} was written by another job ({', '.join(changed)} differs): start a new run, or repeat the old options"
         )
-    saved, moments = load_file(checkpoint / "adapter.safetensors"), load_file(checkpoint / "optimizer.safetensors")
+    saved, moments = (load_tensors(files[file]) for file in ("adapter.safetensors", "optimizer.safetensors"))
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
-    for name, parameter in parameters.items():
-        optimizer.state[parameter] = {key.rpartition("|")[2]: value for key, value in moments.items() if key.rpartition("|")[0] == name}
+        for key, parameter in parameters.items():
+            parameter.copy_(saved[key])
+    for key, parameter in parameters.items():
+        of_it = {moment: value for moment, value in moments.items() if moment.startswith(f"{key}|")}
+        optimizer.state[parameter] = {moment.removeprefix(f"{key}|"): value for moment, value in of_it.items()}
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
     return Position(state["step"], state["facts"], tuple(state["losses"]), state.get("seconds", 0.0))
 

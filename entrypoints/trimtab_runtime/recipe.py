@@ -17,6 +17,7 @@ from trimtab.layout import JobDir
 from trimtab.spec import TrainSpec
 from trimtab_runtime import artifact, checkpoint, prepare
 from trimtab_runtime.choices import cpu_flags, learning_rate, pick_dtype
+from trimtab_runtime.distributed import ALONE, Team
 from trimtab_runtime.memory import peak_memory_mb
 from trimtab_runtime.model import as_batch, batch_loss, load_model
 from trimtab_runtime.rows import PackedRows
@@ -28,10 +29,13 @@ class Diverged(TrimtabError):
     """The loss is no longer a number."""
 
 
-def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], None], stop_requested: Callable[[], bool]) -> str:
+def train(
+    job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], None], stop_requested: Callable[[], bool], team: Team = ALONE
+) -> str:
     """Train adapters on channel `train` and write the artifact. Returns "succeeded", or "stopped" when asked to stop.
 
-    Raises SpecError and StagingError for inputs that do not fit, Diverged when the loss is not finite.
+    Every machine of a team runs this; each step's rows are shared out, and only the first machine writes what stays.
+    Raises SpecError and StagingError for inputs that do not fit, Diverged when the loss is not finite, HostLost for a machine that is.
     """
     began = time.monotonic()
     torch.manual_seed(spec.seed)
@@ -56,27 +60,32 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
     trained = sum(parameter.numel() for parameter in adapters.values())
     say(f"method {spec.method}: {trained:,} adapter parameters in fp32, base computed in {choice.value}")
 
-    # the optimiser: adapters only
+    # the optimiser: adapters only, on every machine alike
+    team.begin_alike(adapters.values())
     optimizer = torch.optim.AdamW(adapters.values(), lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
-    rows_per_step = spec.batch_rows * spec.accumulation
-    steps, whole = optimiser_steps(spec, rows.ledger.rounds)
+    rows_per_step = spec.batch_rows * spec.accumulation * team.world
+    steps, whole = optimiser_steps(spec, rows.ledger.rounds, team.world)
     say(
         f"steps {steps}: {len(rows)} rows, {rows_per_step} a step, {spec.epochs} epochs"
         + (f", max_steps {spec.max_steps}" if spec.max_steps else "")
     )
 
     # where an earlier life of this run left off
-    facts = {"spec": spec.digest(), "rows": rows.facts["files"]}
+    facts = {"spec": spec.digest(), "rows": rows.facts["files"]} | ({"nodes": team.world} if team.world > 1 else {})
     done = 0
     losses: list[float] = []
     before = 0.0  # seconds that earlier lives spent in the loop
-    found = checkpoint.newest(job.checkpoints, say)
-    if found is not None:
-        position = checkpoint.load(found, facts, adapters, optimizer)
+    found = checkpoint.newest(job.checkpoints, say) if team.is_first else None
+    files = team.files_of_first(checkpoint.read(found) if found else {})
+    if files:
+        position = checkpoint.load(files, facts, adapters, optimizer)
         done, losses, before = position.step, list(position.losses), position.seconds
-        say(f"resume: going on after step {done} from {found.name}")
+        say(f"resume: going on after step {done} from {checkpoint.name(done)}")
+    del files  # as large as the adapters and their moments
 
     def save(reason: str) -> None:
+        if not team.is_first:
+            return
         position = checkpoint.Position(done, facts, (losses[0], losses[-1]), before + time.monotonic() - loop_began)
         path = checkpoint.save(job.checkpoints, position, adapters, optimizer, keep=spec.keep_checkpoints)
         events.write(Checkpoint(step=done, path=path.name, reason=reason))
@@ -92,23 +101,31 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
         rate = learning_rate(done, steps, peak=spec.learning_rate, warmup_ratio=spec.warmup_ratio, schedule=spec.lr_schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        chosen = rows_of_step(done, rows.ledger.rounds, spec)
+        in_step = rows_of_step(done, rows.ledger.rounds, spec, team.world)
+        chosen = in_step[team.rank :: team.world]
         batches = [as_batch([rows[index] for index in part]) for part in chunks(chosen, spec.batch_rows)]
-        targets = sum(batch.learned for batch in batches)
-        loss = 0.0
+        (targets,) = team.add_up(sum(batch.learned for batch in batches))
+        if team.rank:  # the first machine's random numbers go on through its checkpoints; the others' begin anew with each step
+            torch.manual_seed(spec.seed + done * team.world + team.rank)
+        loss, trouble = 0.0, ""
         for part, batch in zip(chunks(chosen, spec.batch_rows), batches, strict=True):
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
                 share = batch_loss(model, batch, scale=1 / max(1, targets))
             if not math.isfinite(share.item()):
-                raise Diverged(
+                trouble = (
                     f"the loss is {share.item()} at step {done + 1}, row {', '.join(map(str, part))}: try a smaller learning_rate "
                     f"(it is {spec.learning_rate:g}), a longer warmup_ratio, or dtype float32"
                 )
+                break
             share.backward()
             loss += share.item()
+        loss, tokens, troubled = team.add_up(loss, sum(batch.tokens.numel() for batch in batches), bool(trouble))
+        if troubled:
+            raise Diverged(team.first_word(trouble))
+        team.add_gradients(adapters.values())
         norm = float(torch.nn.utils.clip_grad_norm_(adapters.values(), spec.max_grad_norm))
         if not math.isfinite(norm):
-            raise Diverged(f"the gradient is {norm} at step {done + 1}, rows {chosen}: try a smaller learning_rate, or dtype float32")
+            raise Diverged(f"the gradient is {norm} at step {done + 1}, rows {in_step}: try a smaller learning_rate, or dtype float32")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done += 1
@@ -118,16 +135,18 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
         losses.append(loss)
         event = Step(
             step=done, of=steps, epoch=done / whole * spec.epochs, loss=loss, lr=rate, grad_norm=norm,
-            tokens_per_second=sum(batch.tokens.numel() for batch in batches) / seconds[-1],
+            tokens_per_second=tokens / seconds[-1],
             seconds_left=statistics.median(seconds[-20:]) * (steps - done),
             memory_mb=peak_memory_mb(),
         )  # fmt: skip
-        events.write(event)
-        say(event.line())
+        if team.is_first:
+            events.write(event)
+            say(event.line())
 
         # checkpoints: every so many steps, every so many minutes, when stopped, when time is up
         late = spec.max_minutes is not None and time.monotonic() - began >= spec.max_minutes * 60
-        if stop_requested():
+        late, stopping = team.any(late, stop_requested())
+        if stopping:
             save("asked to stop")
             return "stopped"
         if late and done < steps:
@@ -142,9 +161,12 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
             saved_at = time.monotonic()
 
     # what stays
+    if not team.is_first:
+        say(f"done: {team.place.hosts[0]} writes the artifact")
+        return "succeeded"
     events.write(Phase(name="save", at=time.time(), detail=ended_by))
     metrics = {
-        "steps": done, "of": steps, "first_loss": losses[0], "last_loss": losses[-1],
+        "steps": done, "of": steps, "nodes": team.world, "first_loss": losses[0], "last_loss": losses[-1],
         "seconds": round(before + time.monotonic() - loop_began, 1), "ended_by": ended_by or "all steps done",
     }  # fmt: skip
     artifact.write(job, spec, model, rows.ledger, metrics)
@@ -152,12 +174,12 @@ def train(job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], N
     return "succeeded"
 
 
-def rows_of_step(step: int, rounds: Sequence[int], spec: TrainSpec) -> list[int]:
-    """The rows of step `step` (from 0): each epoch the next round in a new order, the same wherever a run resumes."""
+def rows_of_step(step: int, rounds: Sequence[int], spec: TrainSpec, nodes: int = 1) -> list[int]:
+    """The rows of step `step` (from 0) on all machines: each epoch the next round in a new order, the same wherever a run resumes."""
     epoch = 0
-    while step >= (steps := epoch_steps(spec, rounds, epoch)):
+    while step >= (steps := epoch_steps(spec, rounds, epoch, nodes)):
         step, epoch = step - steps, epoch + 1
-    turn, in_step = epoch % len(rounds), spec.batch_rows * spec.accumulation
+    turn, in_step = epoch % len(rounds), spec.batch_rows * spec.accumulation * nodes
     order = torch.randperm(rounds[turn], generator=torch.Generator().manual_seed(spec.seed * 1_000_003 + epoch)).tolist()
     return [sum(rounds[:turn]) + row for row in order[step * in_step : (step + 1) * in_step]]
 

@@ -28,6 +28,11 @@ class JobDir:
     def hyperparameters(self) -> Path:
         return self.root / "input" / "config" / "hyperparameters.json"
 
+    @property
+    def resources(self) -> Path:
+        """Which machines take part, and which of them this is; absent where there is one."""
+        return self.root / "input" / "config" / "resourceconfig.json"
+
     def channel(self, name: str) -> Path:
         """A folder of input data: `documents`, `generated`, `train` or `model`."""
         return self.root / "input" / "data" / name

@@ -19,10 +19,10 @@ class Plan:
     reasons: tuple[str, ...]
 
 
-def plan(spec: TrainSpec, ledger: Ledger) -> Plan:
-    """The rows of one step are `batch_rows * accumulation`; the last step of an epoch takes what is left."""
-    steps, whole = optimiser_steps(spec, ledger.rounds)
-    in_step, per_row = spec.batch_rows * spec.accumulation, ledger.total.trained / max(1, ledger.rows)
+def plan(spec: TrainSpec, ledger: Ledger, nodes: int = 1) -> Plan:
+    """The rows of one step are `batch_rows * accumulation` on each machine; the last step of an epoch takes what is left."""
+    steps, whole = optimiser_steps(spec, ledger.rounds, nodes)
+    in_step, per_row = spec.batch_rows * spec.accumulation * nodes, ledger.total.trained / max(1, ledger.rows)
     rows = sum(ledger.rounds[epoch % len(ledger.rounds)] for epoch in range(spec.epochs))
     tokens = round(per_row * rows * steps / whole) if whole else 0
     reasons = [

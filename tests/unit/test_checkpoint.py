@@ -36,7 +36,7 @@ class Training:
         return checkpoint.save(folder, Position(step, FACTS, (3.5, 1.25), 7.5), self.parameters, self.optimizer, keep=keep)
 
     def load(self, path: Path) -> Position:
-        return checkpoint.load(path, FACTS, self.parameters, self.optimizer)
+        return checkpoint.load(checkpoint.read(path), FACTS, self.parameters, self.optimizer)
 
     def tensors(self) -> list[torch.Tensor]:
         moments = [value for parameter in self.parameters.values() for _, value in sorted(self.optimizer.state[parameter].items())]
@@ -143,5 +143,5 @@ def test_one_of_another_job_is_refused_and_changes_nothing(tmp_path: Path) -> No
     training.step()
     before = training.tensors()
     with pytest.raises(SpecError, match=r"another job \(spec differs\): start a new run"):
-        checkpoint.load(path, {**FACTS, "spec": "xyz"}, training.parameters, training.optimizer)
+        checkpoint.load(checkpoint.read(path), {**FACTS, "spec": "xyz"}, training.parameters, training.optimizer)
     assert equal(training.tensors(), before)
