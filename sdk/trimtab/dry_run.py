@@ -25,9 +25,10 @@ class DryRun:
 
     `start_seconds` pass between the request and the first step: the start of the place, the loading of the model, and for qlora its
     quantisation. `first_step_seconds` is a warm-up; `seconds_per_step` and `tokens_per_second` are the second step's (of a job
-    with a single step, that one's). `peak_memory_mb` (2^20 bytes) is the training process' peak resident set. The whole job has
-    `steps` optimiser steps which see `tokens` tokens, each pass counted; `seconds` is start and steps together, cut off at
-    max_minutes; checkpoints and the writing of the artifact come on top.
+    with a single step, that one's). `peak_memory_mb` (2^20 bytes) is the training process' peak resident set in these steps; rows of
+    longer samples need more than others, so `memory_mb` is that or the plan's estimate, whichever is more. The whole job has `steps`
+    optimiser steps which see `tokens` tokens, each pass counted; `seconds` is start and steps together, cut off at max_minutes;
+    checkpoints and the writing of the artifact come on top.
     """
 
     start_seconds: float
@@ -35,6 +36,7 @@ class DryRun:
     seconds_per_step: float
     tokens_per_second: float
     peak_memory_mb: int
+    memory_mb: int
     steps: int
     tokens: int
     seconds: float
@@ -46,9 +48,11 @@ class DryRun:
             f"start      {self.start_seconds:,.1f} s until the first step",
             f"step       {self.seconds_per_step:,.3g} s, after a first one of {self.first_step_seconds:,.3g} s",
             f"speed      {self.tokens_per_second:,.0f} tokens/s",
-            f"memory     {self.peak_memory_mb:,} MB at most: the training process' resident set",
+            f"memory     {self.peak_memory_mb:,} MB at its peak (the training process' resident set)",
             f"whole job  {clock(self.seconds)}: {self.steps:,} steps, {self.tokens:,} tokens",
         ]
+        if self.memory_mb > self.peak_memory_mb:
+            lines[3] += f"; rows of longer samples may take it to {self.memory_mb:,}"
         if self.seconds < whole:
             lines[-1] += f"; all of them would take {clock(whole)}, max_minutes ends it before"
         return lines
@@ -72,6 +76,7 @@ def projection(events: Sequence[Event], plan: Plan, *, submitted: float, max_min
         raise BackendError("the trial run did not say when its steps began and ended: its trimtab is another version; use the same one")
     first = steps[0].seconds_left or ended - began  # of two steps, what is left after the first is estimated to take as long as it did
     per_step = max(0.0, ended - began - first) if len(steps) > 1 else first
+    peak = max(step.memory_mb for step in steps)
     start = max(0.0, began - submitted)
     whole = start + plan.steps * per_step
     return DryRun(
@@ -79,7 +84,8 @@ def projection(events: Sequence[Event], plan: Plan, *, submitted: float, max_min
         first_step_seconds=first,
         seconds_per_step=per_step,
         tokens_per_second=steps[-1].tokens_per_second,
-        peak_memory_mb=max(step.memory_mb for step in steps),
+        peak_memory_mb=peak,
+        memory_mb=max(peak, plan.memory_mb or 0),
         steps=plan.steps,
         tokens=plan.tokens,
         seconds=whole if max_minutes is None else min(whole, max_minutes * 60),

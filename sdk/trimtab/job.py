@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import uuid
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from trimtab.backends import check_name, load_backend
 from trimtab.backends.base import Backend, Preflight
 from trimtab.catalog import lookup
 from trimtab.errors import SpecError
+from trimtab.estimate import ModelFacts, PeakMemory, dtype_of, peak_memory
 from trimtab.plan import Plan, plan
 from trimtab.progress import Display, display
 from trimtab.spec import JobSpec, TrainSpec, refuse_unknown
@@ -102,7 +104,19 @@ class Job:
             return self._plan(staged)
 
     def _plan(self, staged: Staged) -> Plan:
-        return plan(staged.train, staged.ledger)
+        return plan(staged.train, staged.ledger, self.spec.nodes, memory=self._memory(staged))
+
+    def _memory(self, staged: Staged) -> PeakMemory | None:
+        """An estimate for a run on CPUs like this machine's; None for a GPU, and for a model that does not name its sizes."""
+        from trimtab.doctor.look import cpu
+
+        try:
+            model = ModelFacts.from_config(json.loads((staged.model.folder / "config.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return None
+        if model is None or self.spec.device != "xeon":
+            return None
+        return peak_memory(staged.train, model, dtype_of(staged.train.dtype, cpu().flags))
 
     def _stage(self, screen: Display) -> tuple[Backend, Staged]:
         from trimtab.staging import stage

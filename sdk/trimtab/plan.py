@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimtab.estimate import optimiser_steps
+from trimtab.estimate import PeakMemory, optimiser_steps
 from trimtab.ledger import Ledger
 from trimtab.spec import TrainSpec
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`steps` optimiser steps over `rows` rows see `tokens` tokens, each pass counted; `reasons` says where the figures come from."""
+    """`steps` optimiser steps over `rows` rows see `tokens` tokens, each pass counted; `reasons` says where the figures come from.
+
+    `memory_mb` (2^20 bytes) is an estimate of what training takes on each machine; None where the model's sizes are not known.
+    """
 
     rows: int
     tokens: int
     steps: int
     reasons: tuple[str, ...]
+    memory_mb: int | None = None
 
 
-def plan(spec: TrainSpec, ledger: Ledger, nodes: int = 1) -> Plan:
+def plan(spec: TrainSpec, ledger: Ledger, nodes: int = 1, memory: PeakMemory | None = None) -> Plan:
     """The rows of one step are `batch_rows * accumulation` on each machine; the last step of an epoch takes what is left."""
     steps, whole = optimiser_steps(spec, ledger.rounds, nodes)
     in_step, per_row = spec.batch_rows * spec.accumulation * nodes, ledger.total.trained / max(1, ledger.rows)
@@ -32,4 +36,10 @@ def plan(spec: TrainSpec, ledger: Ledger, nodes: int = 1) -> Plan:
     ]
     if spec.max_minutes is not None:
         reasons.append(f"time at most {spec.max_minutes:g} min: max_minutes; the run may stop before its last step")
-    return Plan(ledger.rows, tokens, steps, tuple(reasons))
+    if memory is not None:
+        reasons.append(
+            f"memory about {memory.total:,} MB: model {memory.base:,}, adapters {memory.adapters:,}, activations of {spec.batch_rows} x "
+            f"{spec.max_seq_len:,} tokens up to {memory.activations:,}, logits {memory.logits:,}, libraries {memory.runtime:,}; "
+            "--dry-run measures it"
+        )
+    return Plan(ledger.rows, tokens, steps, tuple(reasons), memory.total if memory is not None else None)

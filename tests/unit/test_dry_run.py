@@ -13,12 +13,14 @@ from trimtab.backends.base import RunHandle
 from trimtab.backends.process import ProcessBackend
 from trimtab.cli import main
 from trimtab.dry_run import projection, trial_of
+from trimtab.estimate import ModelFacts, peak_memory
 from trimtab.events import Event, Finished, Phase, Step
 from trimtab.plan import Plan, plan
 from trimtab.spec import JobSpec
+from trimtab.staging import Staged
 
 PAGES = Path(__file__).parents[1] / "support" / "pages"
-PLAN = Plan(rows=10, tokens=1_000, steps=50, reasons=())
+PLAN = Plan(rows=10, tokens=1_000, steps=50, reasons=(), memory_mb=700)
 
 
 def step(number: int, of: int, *, left: float, memory: int = 500) -> Step:
@@ -36,6 +38,11 @@ def job(small_job: JobSpec, home: Path, **changes: object) -> Job:
     return Job(**{**given, **changes}, data=PAGES, backend=ProcessBackend(home))
 
 
+def estimated(staged: Staged) -> int:
+    facts = ModelFacts.from_config(json.loads((staged.model.folder / "config.json").read_text()))
+    return peak_memory(staged.train, facts, staged.train.dtype).total
+
+
 def test_the_second_step_stands_for_all_that_follow():
     events = trial(step(1, 2, left=3.5, memory=600), step(2, 2, left=0, memory=550))
     found = projection(events, PLAN, submitted=100, max_minutes=None)
@@ -45,16 +52,20 @@ def test_the_second_step_stands_for_all_that_follow():
         seconds_per_step=1.5,
         tokens_per_second=20,
         peak_memory_mb=600,
+        memory_mb=700,
         steps=50,
         tokens=1_000,
         seconds=4 + 50 * 1.5,
     )
+    assert "600 MB at its peak" in found.lines()[3]
+    assert found.lines()[3].endswith("; rows of longer samples may take it to 700")
     assert "1:19: 50 steps, 1,000 tokens" in found.lines()[-1]
 
 
 def test_a_job_of_one_step_is_measured_by_it():
     found = projection(trial(step(1, 1, left=0)), Plan(1, 100, 1, ()), submitted=100, max_minutes=None)
     assert (found.first_step_seconds, found.seconds_per_step, found.seconds) == (5, 5, 9)
+    assert (found.peak_memory_mb, found.memory_mb) == (500, 500)
 
 
 def test_max_minutes_ends_the_projection_too_and_says_so():
@@ -88,7 +99,8 @@ def test_a_dry_run_measures_two_steps_and_leaves_no_run(small_job, staged, tmp_p
     assert 0 < found.seconds_per_step < 30
     assert 0 < found.start_seconds < 120
     assert found.tokens_per_second > 1
-    assert 200 < found.peak_memory_mb < 2_000
+    assert found.peak_memory_mb <= found.memory_mb
+    assert 0.6 < found.peak_memory_mb / estimated(staged) < 1.2  # as peak_memory says
     assert asked.backend.runs() == []
     assert list((tmp_path / "runs").iterdir()) == []
 

@@ -46,9 +46,11 @@ def look(environ: Mapping[str, str] = os.environ) -> Facts:
     """Everything the doctor judges, in a few seconds at most: what has to be waited for is waited for together."""
     hub = environ.get("HF_ENDPOINT") or _HUB
     forbidden = any(environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
-    late = Absent(f"no answer within {PATIENCE:g} s", "try again, or look at the machine that DOCKER_HOST names")
-    silent: tuple[Engine | Absent, dict[str, Built | Absent]] = (late, {})
-    asked_engine = _in_background(_engine, silent, patience=3 * PATIENCE)  # several questions
+    for module in ("docker", "boto3"):  # imported before the clocks start: on a busy disk that alone takes seconds
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    silent: tuple[Engine | Absent, dict[str, Built | Absent]] = (Absent("the engine is too slow to answer", "trimtab doctor   again"), {})
+    asked_engine = _in_background(_engine, silent, patience=5 * PATIENCE)  # five answers, each bounded by itself
     asked_hub = _in_background(lambda: "" if forbidden else _silence(hub), f"no answer within {PATIENCE:g} s")
     asked_aws = _in_background(lambda: _aws(environ), "")
     asked_gpu = _in_background(_gpu, Gpu())
@@ -58,7 +60,7 @@ def look(environ: Mapping[str, str] = os.environ) -> Facts:
         python=platform.python_version(),
         trimtab=_version("trimtab") or "a checkout",
         packages={name: _version(name) for name in names} | {"trimtab_runtime": _runtime()},
-        cpu=_cpu(),
+        cpu=cpu(),
         memory=_memory(),
         disks=_disks(environ, engine),
         engine=engine,
@@ -238,9 +240,10 @@ def _silence(hub: str) -> str:
 
 def _aws(environ: Mapping[str, str]) -> str:
     """Where credentials come from: by boto3 where it is installed, which knows roles, too; else by variables and files."""
-    if importlib.util.find_spec("boto3") is None:
+    try:
+        boto3, errors = importlib.import_module("boto3"), importlib.import_module("botocore.exceptions")
+    except ImportError:
         return aws_source(environ, Path.home())
-    boto3, errors = importlib.import_module("boto3"), importlib.import_module("botocore.exceptions")
     try:
         found = boto3.Session().get_credentials()
     except errors.BotoCoreError:  # a profile that is not there, a program that gives none
@@ -257,7 +260,8 @@ def aws_source(environ: Mapping[str, str], home: Path) -> str:
     return str(file) if _size(file) else ""
 
 
-def _cpu() -> Cpu:
+def cpu() -> Cpu:
+    """This machine's processors, as far as Linux tells."""
     nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quota, _ = cgroup_limits(Path("/sys/fs/cgroup"), _read(Path("/proc/self/cgroup")))
