@@ -1,7 +1,7 @@
 """The process that a container starts: it runs a verb as its child, passes signals on, and ends as the child ends.
 
-As PID 1 it reaps what the child leaves behind. As root it makes the folders that a job writes and gives them and the child to a user
-without powers; as any other user it changes nothing. A child that is killed from outside gets a failure file, with the memory it had.
+As PID 1 it reaps what the child leaves behind. As root it makes the folders that a job writes to, gives them to a user without powers and
+starts the child as that user; as any other user it changes nothing. A child that something killed gets a failure file, with its memory.
 """
 
 from __future__ import annotations
@@ -10,60 +10,63 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from trimtab.layout import JobDir
 
-USER = 10_001  # user and group that root's child becomes; needs no name in /etc/passwd
+USER = 10_001  # user and group that root's child becomes; it needs no name in /etc/passwd
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 _CHOWN, _SETGID, _SETUID = 0, 6, 7  # bits of capabilities(7)
 
 
-def main(verb: Sequence[str]) -> int:
-    """Run `python -m trimtab_runtime <verb>` and return its exit code; 128 and the signal's number when a signal ended it."""
+def main(arguments: Sequence[str]) -> int:
+    """Run `python -m trimtab_runtime <arguments>` and return its exit code; 128 and the signal's number when a signal ended it."""
     job = JobDir.from_environment()
-    asked: list[int] = []  # signals that came, the child's too
-    started: list[int] = []  # the child
+    return run([sys.executable, "-P", "-m", "trimtab_runtime", *arguments], job, _user_for(job))
+
+
+def run(command: Sequence[str], job: JobDir, user: int | None = None) -> int:
+    """Run a command as `user` (None: as we are) and return its exit code, as `main` does. Signals that come are the command's, too."""
+    asked: list[int] = []
+    living: list[int] = []
 
     def pass_on(number: int, _: object) -> None:
         asked.append(number)
-        for pid in started:
+        for pid in living:
             os.kill(pid, number)
 
     for number in PASSED_ON:
         signal.signal(number, pass_on)
-    user = _user_for(job)
-    who = {} if user is None else {"user": user, "group": user, "extra_groups": []}
-    child = subprocess.Popen([sys.executable, "-P", "-m", "trimtab_runtime", *verb], start_new_session=True, **who)
-    for number in list(asked):  # came before there was a child
+    child = subprocess.Popen(
+        command,
+        start_new_session=True,  # a terminal's Ctrl-C reaches it through us, once
+        **({} if user is None else {"user": user, "group": user, "extra_groups": []}),
+    )
+    living.append(child.pid)
+    for number in asked:  # came before there was a child
         os.kill(child.pid, number)
-    started.append(child.pid)
-    status, peak = _wait(child.pid)
-    started.clear()
-    code = os.waitstatus_to_exitcode(status)
-    child.returncode = code
+    status, peak = _reap_until(child.pid)
+    living.clear()
+    child.returncode = code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         return code
     if -code not in asked:
-        _tell(job, killed(verb[0] if verb else "the run", -code, peak))
+        _tell(job, killed(-code, peak), user)
     return 128 - code
 
 
-def killed(verb: str, number: int, peak: int) -> str:
-    """The reason of a run that a signal ended which nobody asked for. `peak` is its largest resident memory in bytes."""
-    name = signal.Signals(number).name
+def killed(number: int, peak: int) -> str:
+    """The reason of a run that a signal ended without anyone asking for it. `peak` is its largest resident memory in bytes."""
+    said = f"the run was killed by {signal.Signals(number).name} with {peak / 1e9:.1f} GB of memory in use"
     if number == signal.SIGKILL:
-        return (
-            f"{verb} was killed by {name} with {peak / 1e9:.1f} GB of memory in use: out of memory. "
-            "Give the container more, or lower max_seq_len or batch_rows"
-        )
-    return f"{verb} was killed by {name} with {peak / 1e9:.1f} GB of memory in use: see the log's last lines"
+        return f"{said}: out of memory. Give it more, or lower max_seq_len or batch_rows"
+    return f"{said}: see the last lines of its log"
 
 
-def _wait(pid: int) -> tuple[int, int]:
-    """Reap until the child ends: its wait status and its peak resident memory in bytes."""
+def _reap_until(pid: int) -> tuple[int, int]:
+    """Reap whatever ends until the child does: its wait status and its peak resident memory in bytes."""
     while True:
         ended, status, usage = os.wait4(-1, 0)
         if ended == pid:
@@ -71,31 +74,35 @@ def _wait(pid: int) -> tuple[int, int]:
 
 
 def _user_for(job: JobDir, say: Callable[[str], None] = lambda line: print(f"entrypoint: {line}", flush=True)) -> int | None:
-    """The user to drop to, its folders made; None to stay who we are."""
+    """The user to become, the folders that it writes to made and given to it; None to stay who we are."""
     if os.geteuid() != 0:
         return None
     if not all(_capabilities() >> bit & 1 for bit in (_CHOWN, _SETGID, _SETUID)):
-        say("runs as root without CAP_CHOWN, CAP_SETGID and CAP_SETUID, so it stays root")
+        say("root without CAP_CHOWN, CAP_SETGID and CAP_SETUID cannot become another user, and stays root")
         return None
-    job.make()
-    written = [job.root, job.hyperparameters.parent, *(job.root / name for name in ("model", "checkpoints", "output"))]
-    refused = [str(path) for path in written if not _give(path, deep=path not in (job.root,))]
+    try:
+        job.make()
+    except OSError as problem:
+        say(f"{problem}: is {job.root} writable?")
+    whole = [job.model, job.checkpoints, job.root / "output", job.hyperparameters.parent]
+    refused = _give([job.root, *(path for path in job.root.glob("*") if path.is_file())], deep=False) + _give(whole, deep=True)
     if refused:
         say(f"could not be given to user {USER}: {', '.join(refused)}")
     return USER
 
 
-def _give(path: Path, *, deep: bool) -> bool:
-    """Give a path, and with `deep` all in it, to `USER`; whether that was allowed. Links are given, never followed."""
-    try:
-        os.chown(path, USER, USER, follow_symlinks=False)
-        if deep:
-            for folder, folders, files in os.walk(path):
+def _give(paths: Iterable[Path], *, deep: bool) -> list[str]:
+    """Give paths, and with `deep` all that is in them, to `USER`; those of which that was refused. Links are given, not followed."""
+    refused = []
+    for path in paths:
+        try:
+            os.chown(path, USER, USER, follow_symlinks=False)
+            for folder, folders, files in os.walk(path) if deep else ():
                 for name in folders + files:
                     os.chown(Path(folder, name), USER, USER, follow_symlinks=False)
-    except OSError:  # a read-only mount, a file system without owners
-        return False
-    return True
+        except OSError as problem:  # not there, a read-only mount, a file system without owners
+            refused.append(f"{path} ({problem.strerror})")
+    return refused
 
 
 def _capabilities() -> int:
@@ -104,12 +111,15 @@ def _capabilities() -> int:
     return next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
 
 
-def _tell(job: JobDir, reason: str) -> None:
+def _tell(job: JobDir, reason: str, user: int | None) -> None:
+    """Say why on the log and, where the run left no reason of its own, in the failure file."""
     print(reason, file=sys.stderr, flush=True)
     try:
         if not job.failure.exists():
             job.failure.parent.mkdir(parents=True, exist_ok=True)
             job.failure.write_text(f"{reason}\n", encoding="utf-8")
+            if user is not None:
+                os.chown(job.failure, user, user)
     except OSError as problem:
         print(f"the failure file cannot be written: {problem}", file=sys.stderr)
 

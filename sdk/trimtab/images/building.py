@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import re
 from collections import deque
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.errors import BackendError, BackendUnavailable
 from trimtab.images import context, wheels
 from trimtab.images.plan import LABEL, Plan, build_command
-from trimtab.images.present import ENGINE_REMEDY, check, engine, look_up
+from trimtab.images.present import ENGINE_REMEDY, check, look_up, using
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -56,20 +57,20 @@ def build(
 
     Raises SpecError for what there is not, BackendUnavailable without an engine, BackendError with the remedy when the build fails.
     """
-    client = client or engine()
     plan = Plan.of(device, target, base, arguments)
-    there = look_up(client, plan.tag)
-    if not force and there is not None and there.labels.get("context") == plan.digest:
-        check(there, client)
-        say(f"image: {plan.tag} is there")
-        return plan.tag
-    if find_links is None and device == "xeon" and (find_links := wheels.configured("torch-*+cpu-*.whl")) is not None:
-        say(f"image: wheels from {find_links}: pip's find-links, with a CPU build of torch")
-    if offline and find_links is None:
-        raise BackendError("an offline build takes its packages from a folder of wheels: name it with --find-links")
-    say(f"image: building {plan.tag} on {plan.base}")
     again = build_command(device, target)
     with contextlib.ExitStack() as while_building:
+        client = while_building.enter_context(using(client))
+        there = look_up(client, plan.tag)
+        if not force and there is not None and there.labels.get("context") == plan.digest:
+            check(there, client)
+            say(f"image: {plan.tag} is there")
+            return plan.tag
+        if find_links is None and device == "xeon" and (find_links := wheels.configured("torch-*+cpu-*.whl")) is not None:
+            say(f"image: wheels from {find_links}: pip's find-links, with a CPU build of torch")
+        if offline and find_links is None:
+            raise BackendError("an offline build takes its packages from a folder of wheels: name it with --find-links")
+        say(f"image: building {plan.tag} on {plan.base}")
         extra: dict[str, Any] = {}
         passed = {"BASE": plan.base, **plan.arguments}
         if find_links is not None:
@@ -78,7 +79,8 @@ def build(
             extra["network_mode"] = "host"  # the folder is served on the loopback of the engine's machine, and nowhere else
         if cpus is not None:
             extra["container_limits"] = {"cpusetcpus": cpus}
-        stream = client.api.build(
+        begin = functools.partial(
+            client.api.build,
             fileobj=context.archive(plan.files),
             custom_context=True,
             tag=plan.tag,
@@ -92,7 +94,7 @@ def build(
             **extra,
         )
         last: deque[str] = deque(maxlen=40)
-        for line in read(stream, "the build", lambda error: failure(error, last, plan.base, again)):
+        for line in read(begin, "the build", lambda error: failure(error, last, plan.base, again)):
             last.append(line)
             if step := re.match(r"Step (\d+)/(\d+) : (.*)", line):
                 show(Progress(int(step[1]), int(step[2]), step[3]))
@@ -100,14 +102,14 @@ def build(
     return plan.tag
 
 
-def read(stream: Iterable[dict[str, Any]], doing: str, explain: Callable[[str], str]) -> Iterator[str]:
-    """The lines of what an engine says while it builds or pushes.
+def read(begin: Callable[[], Iterable[dict[str, Any]]], doing: str, explain: Callable[[str], str]) -> Iterator[str]:
+    """The lines of what an engine says while it does what `begin` asks of it.
 
     Raises BackendError in the words of `explain` where it says an error, BackendUnavailable where it goes away while `doing` it.
     """
     errors = importlib.import_module("docker.errors")
     try:
-        for answer in stream:
+        for answer in begin():
             if "error" in answer:
                 raise BackendError(explain(str(answer["error"])))
             text = str(answer.get("stream") or answer.get("status") or "")

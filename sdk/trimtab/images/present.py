@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -47,8 +49,11 @@ def engine(*, timeout: float = 120.0) -> DockerClient:
     except ImportError as exc:
         raise BackendUnavailable("images and the docker backend need the docker SDK:  pip install 'trimtab[docker]'") from exc
     try:
-        client: DockerClient = docker.from_env(timeout=timeout)
-        client.ping()
+        with contextlib.ExitStack() as on_failure:
+            client: DockerClient = docker.from_env(timeout=timeout)
+            on_failure.callback(client.close)
+            client.ping()
+            on_failure.pop_all()
     except (docker.errors.DockerException, OSError) as exc:  # requests' errors are OSErrors
         where = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
         if "Permission denied" in str(exc):
@@ -59,18 +64,28 @@ def engine(*, timeout: float = 120.0) -> DockerClient:
     return client
 
 
+@contextlib.contextmanager
+def using(client: DockerClient | None) -> Iterator[DockerClient]:
+    """A client that was given, left open, or one of our own, closed at the end."""
+    if client is not None:
+        yield client
+        return
+    with contextlib.closing(engine()) as own:
+        yield own
+
+
 def find(device: str, target: str = "train", client: DockerClient | None = None) -> Image:
     """The image that holds what this trimtab would build now, on whatever base; of several the newest. It is checked.
 
     Raises BackendUnavailable, which ends with the command that builds it.
     """
-    client = client or engine()
     source = context.digest(context.context(device))
-    ours = [image for image in installed(client) if (image.labels.get("device"), image.labels.get("target")) == (device, target)]
-    current = next((image for image in ours if image.labels.get("source") == source), None)
-    if current is None:
-        raise missing(device, target, others=bool(ours))
-    check(current, client)
+    with using(client) as asked:
+        ours = [image for image in installed(asked) if (image.labels.get("device"), image.labels.get("target")) == (device, target)]
+        current = next((image for image in ours if image.labels.get("source") == source), None)
+        if current is None:
+            raise missing(device, target, others=bool(ours))
+        check(current, asked)
     return current
 
 
@@ -80,23 +95,26 @@ def check(image: Image, client: DockerClient | None = None) -> None:
     Raises BackendUnavailable with the next command: for another architecture than the engine's, another spec_version, or a tag that was
     moved to other contents.
     """
-    client = client or engine()
-    if why := refusal(image.tag, image.labels, image.architecture, client.version()["Arch"]):
+    with using(client) as asked:
+        machine = asked.version()["Arch"]
+    if why := refusal(image.tag, image.labels, image.architecture, machine):
         raise BackendUnavailable(why)
 
 
 def installed(client: DockerClient | None = None) -> list[Image]:
     """Our images in the engine, the newest first, once for each tag."""
-    client = client or engine()
-    listed = client.api.images(filters={"label": f"{LABEL}context"})
-    tags = sorted({tag for entry in listed for tag in entry.get("RepoTags") or [] if tag != "<none>:<none>"})
-    found = [image for tag in tags if (image := look_up(client, tag)) is not None]
+    with using(client) as asked:
+        listed = asked.api.images(filters={"label": f"{LABEL}context"})
+        tags = sorted({tag for entry in listed for tag in entry.get("RepoTags") or [] if tag != "<none>:<none>"})
+        found = [image for tag in tags if (image := look_up(asked, tag)) is not None]
     return sorted(found, key=lambda image: image.created, reverse=True)
 
 
 def inspect(name: str, client: DockerClient | None = None) -> Image:
     """An image by its tag. Raises BackendUnavailable where there is none."""
-    if (image := look_up(client or engine(), name)) is None:
+    with using(client) as asked:
+        image = look_up(asked, name)
+    if image is None:
         raise BackendUnavailable(f"there is no image {name!r} here; see those that are:  trimtab image list")
     return image
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trimtab.errors import BackendError, BackendUnavailable
+from trimtab.errors import BackendError, BackendUnavailable, SpecError
 from trimtab.images.building import read
-from trimtab.images.present import engine, find
+from trimtab.images.present import find, using
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -43,40 +43,41 @@ def push(
 
     Raises BackendUnavailable without an engine or the image, BackendError where the registry refuses or does not answer.
     """
-    client = client or engine()
-    image = find(device, target, client)
     repository = repository.rstrip("/")
     if re.search(r":[^/]*$", repository) or "@" in repository:
-        raise BackendError(f"{repository} names a tag: give the repository alone, the tag is the image's own")
-    name = f"{repository}:{image.tag.rpartition(':')[2]}"
+        raise SpecError(f"{repository} names a tag: give the repository alone, the tag is the image's own")
     login = ecr_login(repository)
-    errors = importlib.import_module("docker.errors")
-    try:
-        client.api.tag(image.id, repository, name.rpartition(":")[2])
-        stream = client.api.push(repository, tag=name.rpartition(":")[2], stream=True, decode=True, auth_config=login)
-    except errors.APIError as exc:
-        raise BackendError(refused(str(exc.explanation or exc), repository)) from exc
+    with using(client) as asked:
+        image = find(device, target, asked)
+        tag = image.tag.rpartition(":")[2]
+        digests: list[str] = []
+
+        def begin() -> Iterator[dict[str, Any]]:
+            asked.api.tag(image.id, repository, tag)
+            answers = asked.api.push(repository, tag=tag, stream=True, decode=True, auth_config=login)
+            return _notice(answers, show, digests.append)
+
+        for line in read(begin, "the push", lambda error: refused(error, repository)):
+            say(line)
+    if not digests:
+        raise BackendError(f"the registry named no digest for {repository}:{tag}: see whether it is there, and push again")
+    return Pushed(f"{repository}:{tag}", digests[0])
+
+
+def _notice(stream: Iterable[dict[str, Any]], show: Callable[[int, int], None], digest: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """The answers of a push that are for a person: the bytes of its layers are shown, its digest is kept."""
     sizes: dict[str, tuple[int, int]] = {}
-    pushed: list[str] = []
-
-    def notice() -> Any:
-        for answer in stream:
-            if (detail := answer.get("progressDetail")) and "current" in detail:
-                sizes[answer["id"]] = detail["current"], max(detail.get("total", 0), detail["current"])
-                show(sum(done for done, _ in sizes.values()), sum(of for _, of in sizes.values()))
-                continue
-            if digest := answer.get("aux", {}).get("Digest"):
-                pushed.append(digest)
-            if "error" in answer or "id" not in answer:
-                yield answer
-            elif answer.get("status") in {"Pushed", "Layer already exists"}:
-                yield {"status": f"{answer['id']}: {answer['status']}"}
-
-    for line in read(notice(), "the push", lambda error: refused(error, repository)):
-        say(line)
-    if not pushed:
-        raise BackendError(f"the registry named no digest for {name}: see whether it is there, and push again")
-    return Pushed(name, pushed[0])
+    for answer in stream:
+        detail = answer.get("progressDetail") or {}
+        if "current" in detail:
+            sizes[answer["id"]] = detail["current"], max(detail.get("total", 0), detail["current"])
+            show(sum(done for done, _ in sizes.values()), sum(of for _, of in sizes.values()))
+        elif found := (answer.get("aux") or {}).get("Digest"):
+            digest(found)
+        elif "id" not in answer:
+            yield answer
+        elif answer.get("status") in {"Pushed", "Layer already exists"}:
+            yield {"status": f"{answer['id']}: {answer['status']}"}
 
 
 def refused(error: str, repository: str) -> str:
