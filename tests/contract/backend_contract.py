@@ -1,11 +1,13 @@
 """What every backend does, as tests that each one inherits. They run the real runtime on a tiny model.
 
 A subclass gives the fixture `backend` (class scope), `kill`, and `environment`, with which another process finds the same runs.
+Its `home` has a blank and letters beyond ASCII in its path, where it has a home.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from trimtab.backends.base import Backend, RunHandle, RunState, RunStatus
+from trimtab.backends.base import Backend, Listable, RunHandle, RunState, RunStatus
 from trimtab.endpoint import Endpoint
 from trimtab.errors import BackendError, RunFailed, RunNotFound, StagingError, WaitTimeout
 from trimtab.events import Checkpoint, Event, Step
@@ -161,6 +163,17 @@ class BackendContract(ABC):
         assert server.returncode == 0
         assert not endpoint.ready()
 
+    def test_what_it_left_belongs_to_the_caller(self, backend, pair):
+        artifact = Run(pair[0], backend).artifact()
+        for path in [artifact.path, *artifact.path.rglob("*")]:
+            assert (path.stat().st_uid, path.stat().st_gid) == (os.getuid(), os.getgid())
+
+    def test_all_runs_are_listed_the_newest_first(self, backend, pair):
+        assert isinstance(backend, Listable)
+        listed = [run for run in backend.runs() if run.handle in pair]
+        assert [run.handle for run in listed] == [pair[1], pair[0]]
+        assert {run.status.state for run in listed} == {RunState.SUCCEEDED}
+
     def test_a_bad_job_fails_with_the_reason_the_runtime_gave(self, backend, job, staged, tmp_path):
         damaged = tmp_path / "train"
         shutil.copytree(staged.channels["train"], damaged)
@@ -175,6 +188,12 @@ class BackendContract(ABC):
         with pytest.raises(BackendError, match=f"trimtab resume {run.handle}"):
             run.artifact()
 
+        run.remove()
+        with pytest.raises(RunNotFound, match="trimtab list"):
+            run.status()
+        assert run.handle not in [listed.handle for listed in backend.runs()]
+        assert damaged.is_dir()  # what it read is not its own
+
     def test_a_channel_that_is_not_there_is_refused_before_anything_starts(self, backend, job, staged, tmp_path):
         with pytest.raises(StagingError, match="trimtab fit"):
             backend.submit(job, {**staged.channels, "train": tmp_path / "nowhere"})
@@ -183,8 +202,9 @@ class BackendContract(ABC):
         run = Run(going, backend)
         with pytest.raises(WaitTimeout, match="still running"):
             run.wait(0.1)
-        with pytest.raises(BackendError, match="still running"):
-            run.resume()
+        for verb in (run.resume, run.remove):
+            with pytest.raises(BackendError, match="still running"):
+                verb()
         lines = backend.logs(going, follow=True)
         assert any(line.startswith("step=7/") for line in lines)  # read while it runs
 

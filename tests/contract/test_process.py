@@ -14,7 +14,7 @@ import pytest
 
 from contract.backend_contract import BackendContract, finish, until
 from trimtab.backends import process
-from trimtab.backends.base import Listable, Preflight, Reporting, Resumable, RunHandle, RunState
+from trimtab.backends.base import Listable, Preflight, Removable, Reporting, Resumable, RunHandle, RunState
 from trimtab.backends.process import ProcessBackend
 from trimtab.errors import BackendError, BackendUnavailable, StagingError
 from trimtab.spec import JobSpec, TrainSpec
@@ -60,7 +60,7 @@ def run_script(tmp_path):
 
 def test_it_has_every_ability():
     backend = ProcessBackend()
-    for ability in (Preflight, Reporting, Resumable, Listable):
+    for ability in (Preflight, Reporting, Resumable, Listable, Removable):
         assert isinstance(backend, ability)
 
 

@@ -7,12 +7,13 @@ Beside what every run's folder holds (run_folder.py):
 
 A container is found by its labels, by any client. It stays until somebody looked after its end: then its log, exit code and whether
 the kernel killed it for memory are put into the run's folder, and the container is removed. So after a look nothing is orphaned, and
-what is over can be asked for without an engine.
+what is over can be asked for without an engine. A run on several machines has a container for each (nodes.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -22,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from docker import DockerClient
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trimtab import images
-from trimtab.backends import run_folder
+from trimtab.backends import nodes, run_folder
 from trimtab.backends.base import RunHandle, RunRecord, RunState, RunStatus
 from trimtab.backends.container import (
+    FOLDER_LABEL,
     GPU_REMEDY,
     Limits,
     choices,
@@ -39,8 +40,9 @@ from trimtab.backends.container import (
     parse_cpus,
 )
 from trimtab.backends.engine import Engine, Found, asking
+from trimtab.backends.life import Ended, Life, read_life, write_life
 from trimtab.backends.run_folder import LocalRuns, again, belongs, read_json, refuse_absent, write_json
-from trimtab.errors import BackendError, BackendUnavailable, RunNotFound, StagingError
+from trimtab.errors import BackendError, BackendUnavailable, RunNotFound, SpecError, StagingError
 from trimtab.events import EventLog
 from trimtab.layout import JobDir
 from trimtab.progress import sentence
@@ -49,29 +51,6 @@ from trimtab.spec import JobSpec
 GRACE = run_folder.GRACE
 _PATIENCE = 120.0  # seconds that another client may take to start a container or to copy its log
 _KILLED = 137  # 128 + SIGKILL
-
-
-class Ended(BaseModel):
-    """How a container ended. `exit_code` is None when it was gone before anyone looked; one that never `started` may have an `error`."""
-
-    model_config = ConfigDict(frozen=True)
-
-    exit_code: int | None = None
-    oom_killed: bool = False
-    started: bool = True
-    error: str = ""
-    at: str = ""
-
-
-class Life(BaseModel):
-    """The run's newest container. Its events and its log begin at these bytes of the files; `ended` is None until somebody looked."""
-
-    model_config = ConfigDict(frozen=True)
-
-    container: str = ""
-    events_from: int = 0
-    log_from: int = 0
-    ended: Ended | None = None
 
 
 class DockerBackend(LocalRuns):
@@ -117,6 +96,8 @@ class DockerBackend(LocalRuns):
             raise BackendUnavailable(
                 f"cpus={self.limits.cpus}: the engine has the CPUs 0-{info['NCPU'] - 1}; choose others with  --backend-option cpus=..."
             )
+        if spec.nodes > 1 and self.limits.network != "none":
+            raise SpecError(f"{spec.nodes} nodes meet on a network of their own: leave network={self.limits.network} out")
         self._image(spec.device)
 
     def render(self, spec: JobSpec, channels: Mapping[str, Path], run_id: str) -> dict[str, Any]:
@@ -124,11 +105,18 @@ class DockerBackend(LocalRuns):
         handle, folder = RunHandle(self.name, run_id), self.home / "runs" / run_id
         image = self._image(spec.device)
         named = {name: str(path) for name, path in channels.items()}
+        info = self.engine.info()
+
+        def body(there: Path) -> dict[str, Any]:
+            """What the container of the machine with this folder is asked to be; its labels name the run's."""
+            found = container_body(handle, image.id, spec.device, there, named, self.limits, info)
+            return found | {"Labels": found["Labels"] | {FOLDER_LABEL: str(folder)}}
+
         return {
             "handle": str(handle),
             "folder": str(folder),
             "image": image.tag,
-            "container": container_body(handle, image.id, spec.device, folder, named, self.limits, self.engine.info()),
+            **(nodes.together(handle, folder, spec.nodes, body) if spec.nodes > 1 else {"container": body(folder)}),
             "channels": named,
             "hyperparameters": spec.train.to_hyperparameters(),
         }
@@ -140,6 +128,7 @@ class DockerBackend(LocalRuns):
         folder = Path(request["folder"])
         try:
             run_folder.make_folder(folder, request)
+            nodes.make_folders(folder, request)
             with self._held(folder):
                 run_folder.write_record(folder, spec, request)
                 self._start(handle, folder, request)
@@ -182,15 +171,23 @@ class DockerBackend(LocalRuns):
         told = run_folder.said(job, life.events_from)
         if ended is None:
             return run_folder.going(told)
+        host = self._to_blame(folder, life)
+        if host != nodes.FIRST:
+            job, ended = JobDir(nodes.others(folder)[host]), read_life(nodes.others(folder)[host]).ended
         cause = job.cause()
         if ended.oom_killed and ended.exit_code == _KILLED:
             limit = read_json(folder / "run.json")["request"]["container"]["HostConfig"].get("Memory", 0)
             cause = out_of_memory(handle, cause, told, limit)
+        if host != nodes.FIRST:
+            cause = f"{host}: {cause or _silence(handle, job.root, ended)[1]}"
         return run_folder.over(told, cause, lambda: _silence(handle, folder, ended))
 
     def logs(self, handle: RunHandle, *, follow: bool = False) -> Iterator[str]:
         folder = self._folder(handle)
-        return _split(self._log(handle, folder, follow))
+        found = [_split(self._log(handle.id, folder, follow))]
+        for host, there in nodes.others(folder).items():
+            found.append(nodes.prefixed(host, _split(self._log(nodes.name_of(handle, host), there, follow))))
+        return nodes.interleaved(found) if follow and len(found) > 1 else itertools.chain(*found)
 
     def stop(self, handle: RunHandle) -> None:
         folder = self._folder(handle)
@@ -198,7 +195,8 @@ class DockerBackend(LocalRuns):
         if life.ended is not None:
             return
         (folder / "stop").touch()
-        self.engine.stop(life.container, int(GRACE))
+        self.engine.stop(life.container, int(GRACE))  # machines agree to stop: the others have ended now, but for one that hangs
+        self._end_others(folder)
         if not run_folder.until(lambda: self._look(handle, folder).ended, 20.0):
             raise BackendError(f"{handle} does not end, not even when killed: look at it with  docker inspect {handle.id}")
 
@@ -233,7 +231,7 @@ class DockerBackend(LocalRuns):
     @contextlib.contextmanager
     def _idle(self, folder: Path) -> Iterator[None]:
         with self._held(folder):
-            life = _life(folder)
+            life = read_life(folder)
             if life is not None and life.ended is None:
                 raise BlockingIOError(f"{folder} has a container")
             yield
@@ -262,8 +260,7 @@ class DockerBackend(LocalRuns):
         """A new life of a run whose lock is held. What cannot be started leaves no container."""
         job = JobDir(folder)
         run_folder.begin(job)
-        for container in self.engine.containers(handle):
-            self.engine.remove(container.id)
+        self._clear(handle)
         events = EventLog(job.events)
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             for choice in choices(request["image"], request["container"]):
@@ -271,37 +268,89 @@ class DockerBackend(LocalRuns):
                 log.write(f"{sentence(choice)}\n")
         events.close()
         life = Life(events_from=job.events.stat().st_size, log_from=(folder / "log.txt").stat().st_size)
-        _write_life(folder, life)
+        write_life(folder, life)
         try:
+            if "network" in request:
+                self.engine.create_network(request["network"])
             life = life.model_copy(update={"container": self.engine.create(handle.id, request["container"])})
-            _write_life(folder, life)
+            write_life(folder, life)
             self.engine.start(life.container)
+            for host, body in request.get("others", {}).items():
+                self._start_other(nodes.name_of(handle, host), nodes.others(folder)[host], body)
         except BackendError as exc:
-            if life.container:
-                self.engine.remove(life.container)  # where that fails, too, the next look finds out
-            _write_life(folder, life.model_copy(update={"ended": Ended(started=False, error=str(exc), at=_now())}))
+            with contextlib.suppress(BackendError):
+                self._clear(handle)  # where that fails, too, the next look finds out
+            write_life(folder, life.model_copy(update={"ended": Ended(started=False, error=str(exc), at=_now())}))
             raise
 
+    def _start_other(self, name: str, there: Path, body: Mapping[str, Any]) -> None:
+        """A new life of a machine that is not the first."""
+        job, log = JobDir(there), there / "log.txt"
+        log.touch()
+        life = Life(events_from=run_folder.begin(job), log_from=log.stat().st_size)
+        write_life(there, life)
+        life = life.model_copy(update={"container": self.engine.create(name, body)})
+        write_life(there, life)
+        self.engine.start(life.container)
+
+    def _clear(self, handle: RunHandle) -> None:
+        for container in self.engine.containers(handle):
+            self.engine.remove(container.id)
+        self.engine.remove_networks(handle)
+
     def _look(self, handle: RunHandle, folder: Path) -> Life:
-        """The newest life. When its container has ended, what that left is put into the folder, and it is removed."""
-        life = _life(folder)
-        if life is not None and (life.ended is not None or _running(self.engine.inspect(life.container or handle.id))):
+        """The newest life; that of several machines is over when all have ended, and one that fails ends the others."""
+        others = nodes.others(folder)
+        if not others:
+            return self._look_at(handle.id, folder)
+        places = {handle.id: folder} | {nodes.name_of(handle, host): there for host, there in others.items()}
+        known = {name: read_life(there) for name, there in places.items()}
+        lives = {name: self._look_at(name, there) for name, there in places.items()}
+        if any(nodes.failed(life.ended) for life in lives.values()):
+            for name, life in lives.items():
+                if life.ended is None:
+                    self.engine.stop(life.container, nodes.GRACE)
+                    lives[name] = self._look_at(name, places[name])
+        if any(life.ended is None for life in lives.values()):
+            return lives[handle.id].model_copy(update={"ended": None})
+        if any(life is None or life.ended is None for life in known.values()):
+            self.engine.remove_networks(handle)
+        return lives[handle.id]
+
+    def _end_others(self, folder: Path) -> None:
+        for there in nodes.others(folder).values():
+            life = read_life(there)
+            if life is not None and life.ended is None:
+                self.engine.stop(life.container, nodes.GRACE)
+
+    def _to_blame(self, folder: Path, life: Life) -> str:
+        """The machine whose end says why the run ended."""
+        lives = {nodes.FIRST: (life, folder)} | {host: (read_life(there), there) for host, there in nodes.others(folder).items()}
+        ends = {
+            host: (one.ended, JobDir(there).cause()) for host, (one, there) in lives.items() if one is not None and one.ended is not None
+        }
+        return nodes.to_blame(ends) or nodes.FIRST
+
+    def _look_at(self, name: str, folder: Path) -> Life:
+        """A container's newest life. When it has ended, what it left is put into its folder, and it is removed."""
+        life = read_life(folder)
+        if life is not None and (life.ended is not None or _running(self.engine.inspect(life.container or name))):
             return life
         try:
             with self._held(folder):  # then nobody is just starting it, or taking it in
-                life = _life(folder) or Life()
+                life = read_life(folder) or Life()
                 if life.ended is not None:
                     return life
-                facts = self.engine.inspect(life.container or handle.id)
+                facts = self.engine.inspect(life.container or name)
                 if _running(facts):
                     return life
                 life = life.model_copy(update={"ended": self._take_in(folder, life, facts)})
-                _write_life(folder, life)
+                write_life(folder, life)
                 if facts is not None:
                     self.engine.remove(facts["Id"])
                 return life
         except BlockingIOError as exc:
-            raise BackendError(f"another trimtab is busy with {handle} for {_PATIENCE:g} s: end it and repeat the command") from exc
+            raise BackendError(f"another trimtab is busy with {name} for {_PATIENCE:g} s: end it and repeat the command") from exc
 
     def _take_in(self, folder: Path, life: Life, facts: Mapping[str, Any] | None) -> Ended:
         """Copy an ended container's log; how it ended. Done again from the start when it was cut short."""
@@ -316,9 +365,9 @@ class DockerBackend(LocalRuns):
                 log.write(part)
         return Ended(exit_code=state["ExitCode"], oom_killed=state["OOMKilled"], at=state["FinishedAt"])
 
-    def _log(self, handle: RunHandle, folder: Path, follow: bool) -> Iterator[bytes]:
+    def _log(self, name: str, folder: Path, follow: bool) -> Iterator[bytes]:
         """The log in pieces: earlier lives from the file, the present one from the engine until somebody takes it in."""
-        file, life = folder / "log.txt", self._look(handle, folder)
+        file, life = folder / "log.txt", self._look_at(name, folder)
         first, sent = life, 0
         if life.ended is None:
             yield from _bytes(file, 0, life.log_from)
@@ -330,13 +379,13 @@ class DockerBackend(LocalRuns):
                 yield fresh
             if not follow:
                 return
-            life = self._look(handle, folder)
+            life = self._look_at(name, folder)
         begin = 0 if first.ended is not None else first.log_from + sent
         yield from _bytes(file, begin, None if life.container == first.container else life.log_from)
 
     def _sweep(self, container: Found) -> None:
         """Remove an ended container that no look will reach: its run's folder is gone, or a client died between taking it in and that."""
-        life = _life(container.folder) if belongs(container.folder, container.handle) else None
+        life = read_life(container.folder) if belongs(container.folder, container.handle) else None
         if not container.folder.exists() or (life is not None and life.ended is not None):
             self.engine.remove(container.id)
 
@@ -356,20 +405,6 @@ def _silence(handle: RunHandle, folder: Path, ended: Ended) -> tuple[RunState, s
         return RunState.FAILED, f"its container was removed before its end was seen (docker rm?), and its log with it; {again(handle)}"
     how = "killed by SIGKILL from outside" if ended.exit_code == _KILLED else f"exit code {ended.exit_code}"
     return RunState.FAILED, run_folder.ended_silently(handle, folder, how)
-
-
-def _life(folder: Path) -> Life | None:
-    """The run's newest life; None where none ever began."""
-    try:
-        return Life.model_validate(read_json(folder / "container.json"))
-    except FileNotFoundError:
-        return None
-    except ValidationError as exc:
-        raise BackendError(f"{folder / 'container.json'} is damaged ({exc}): remove the folder {folder} and run the job again") from exc
-
-
-def _write_life(folder: Path, life: Life) -> None:
-    write_json(folder / "container.json", life.model_dump(mode="json"))
 
 
 def _now() -> str:

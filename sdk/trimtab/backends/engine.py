@@ -94,6 +94,17 @@ class Engine:
                 if exc.status_code not in (404, 409):
                     raise
 
+    def create_network(self, body: Mapping[str, Any]) -> None:
+        with asking(f"to make the network {body['Name']}"):
+            self._api._post_json(self._api._url("/networks/create"), data=dict(body)).raise_for_status()
+
+    def remove_networks(self, handle: RunHandle) -> None:
+        """The networks of a run, which has no container any more. Quiet for one that is gone."""
+        with asking("to remove a network"):
+            for network in self._api.networks(filters={"label": f"{RUN_LABEL}={handle.id}"}):
+                with contextlib.suppress(docker.errors.NotFound):
+                    self._api.remove_network(network["Id"])
+
     def output(self, container: str, *, follow: bool) -> Iterator[bytes]:
         """What a container printed, in pieces; with `follow` until it ends. Nothing more of one that is gone."""
         with asking("for a log"), contextlib.suppress(docker.errors.NotFound):

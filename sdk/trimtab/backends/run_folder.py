@@ -78,7 +78,10 @@ class LocalRuns(ABC):
 
     def runs(self) -> list[RunRecord]:
         """Newest first."""
-        found = [self._listed(handle, folder) for handle, folder in self._folders().items()]
+        found = []
+        for handle, folder in self._folders().items():
+            with contextlib.suppress(FileNotFoundError, RunNotFound):  # removed meanwhile
+                found.append(self._listed(handle, folder))
         return sorted(found, key=lambda run: run.created, reverse=True)
 
     def remove(self, handle: RunHandle) -> None:
