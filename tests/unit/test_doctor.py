@@ -19,6 +19,7 @@ from trimtab.doctor import gpu as gpu_test
 from trimtab.doctor import judge, look, page
 from trimtab.doctor.facts import PLACES, Absent, Built, Cpu, Disk, Engine, Facts, Gpu, Memory
 from trimtab.doctor.judge import Finding
+from trimtab.errors import BackendUnavailable
 from trimtab_runtime import selftest
 
 ROOT = Path(__file__).parents[2]
@@ -275,6 +276,18 @@ def test_looking_loads_nothing_that_trains():
     assert done.stdout.split() == []
 
 
+@pytest.mark.parametrize(
+    ("message", "why", "remedy"),
+    [
+        ("no Docker engine answers at tcp://a:1: start it (Linux: x)", "no Docker engine answers at tcp://a:1", "start it (Linux: x)"),
+        ("there is no gpu image here; build it:  trimtab image build gpu", "there is no gpu image here", "trimtab image build gpu"),
+        ("no GPU (with capabilities: [[gpu]]):  install it", "no GPU (with capabilities: [[gpu]])", "install it"),
+    ],
+)
+def test_a_message_is_parted_into_what_is_wrong_and_what_to_type(message, why, remedy):
+    assert look.told(BackendUnavailable(message)) == (why, remedy)
+
+
 def check(name: str, ok: bool, device: str = "cuda", found: str = "fine") -> str:
     return json.dumps({"check": name, "ok": ok, "found": found, "device": device, "seconds": 0.1})
 
@@ -311,3 +324,22 @@ def test_the_self_test_passes_on_this_cpu_and_refuses_a_gpu_that_is_not_there(ca
         (name, True, "cpu") for name in ("product", "nf4", "training")
     ]
     assert selftest.main(["--cuda"]) == 2
+
+
+def test_an_engine_without_a_gpu_runs_nothing_and_leaves_nothing(client, base_image):
+    if client.info()["Runtimes"].get("nvidia"):
+        pytest.skip("this engine has a GPU runtime: the GPU test proves it")
+    with pytest.raises(BackendUnavailable, match=r"the engine gives containers no GPU .*NVIDIA Container Toolkit"):
+        gpu_test.run(client, base_image)
+    assert client.containers.list(all=True, filters={"label": gpu_test.LABEL}) == []
+
+
+@pytest.mark.gpu
+def test_the_gpu_image_works_on_a_gpu(capsys):
+    code = main(["doctor", "--gpu"])
+    captured = capsys.readouterr()
+    if gpu_test.NOTHING_RAN in captured.out:
+        assert code == 1
+        assert captured.err == "the GPU image is not proven here: gpu test\n"
+        pytest.skip(captured.out.strip())
+    assert code == 0, captured.out

@@ -42,7 +42,7 @@ def doctor(context: click.Context, backend: str, gpu: bool, as_json: bool) -> No
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], ensure_ascii=False))
     else:
-        page.show(findings)
+        page.show(findings, place)
     print(page.verdict(findings, place, gpu=gpu), file=sys.stderr)
     if any(finding.stops(place) for finding in findings):
         context.exit(1)

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from trimtab import images
+from trimtab.backends.container import GPU_REMEDY
 from trimtab.doctor.facts import Facts
 from trimtab.doctor.judge import Finding
+from trimtab.doctor.look import told
 from trimtab.errors import BackendUnavailable
 
 if TYPE_CHECKING:
@@ -20,7 +22,6 @@ LABEL = "trimtab.doctor"
 NOTHING_RAN = "nothing ran on a GPU"
 
 _PATIENCE = 600.0  # seconds; the first start on a card compiles kernels
-_DRIVER = "install NVIDIA's driver, nvidia-container-toolkit, and restart the engine"
 _FULL_LOG = 12  # lines of a container that said nothing we know
 
 
@@ -32,11 +33,11 @@ def prove(facts: Facts) -> list[Finding]:
     try:
         with contextlib.closing(images.engine(timeout=_PATIENCE)) as client:
             image = images.find("gpu", client=client)
-            code, log = _run(client, image.tag)
+            code, log = run(client, image.tag)
     except BackendUnavailable as exc:
-        why, _, remedy = str(exc).partition(": ")
+        why, remedy = told(exc)
         seen = "" if facts.gpu.driver else "; this machine shows no NVIDIA driver either"
-        return [Finding("gpu test", "missing", f"{NOTHING_RAN}: {why}{seen}", remedy.strip(), ("docker",))]
+        return [Finding("gpu test", "missing", f"{NOTHING_RAN}: {why}{seen}", remedy, ("docker",))]
     return read(code, log)
 
 
@@ -51,40 +52,40 @@ def read(code: int, log: Sequence[str]) -> list[Finding]:
     ]
     if not ran:
         why = findings[0].found if findings else "its last lines were: " + " | ".join(log[-_FULL_LOG:])
-        return [Finding("gpu test", "missing", f"{NOTHING_RAN}: {why}", _DRIVER, ("docker",))]
+        return [Finding("gpu test", "missing", f"{NOTHING_RAN}: {why}", GPU_REMEDY, ("docker",))]
     if code != 0 and all(facts["ok"] for facts in said):
         last = " | ".join(log[-_FULL_LOG:])
         findings.append(Finding("gpu test", "missing", f"it ended with exit code {code} before its end: {last}", remedy, ("docker",)))
     return findings
 
 
-def _run(client: DockerClient, tag: str) -> tuple[int, list[str]]:
+def run(client: DockerClient, tag: str) -> tuple[int, list[str]]:
     """The exit code and lines of the self-test. Raises BackendUnavailable when the engine gives the container no GPU."""
     import docker.errors
     from docker.types import DeviceRequest
 
-    container = client.containers.create(
-        tag,
-        entrypoint=list(COMMAND),
-        command=[],
-        device_requests=[DeviceRequest(count=1, capabilities=[["gpu"]])],
-        network_mode="none",
-        read_only=True,
-        tmpfs={"/tmp": ""},
-        labels={LABEL: "gpu"},
-    )
     try:
-        container.start()
-        code = int(container.wait(timeout=_PATIENCE)["StatusCode"])
-        return code, container.logs().decode(errors="replace").splitlines()
+        container = client.containers.create(
+            tag,
+            entrypoint=list(COMMAND),
+            command=[],
+            device_requests=[DeviceRequest(count=1, capabilities=[["gpu"]])],
+            network_mode="none",
+            read_only=True,
+            tmpfs={"/tmp": ""},
+            labels={LABEL: "gpu"},
+        )
+        try:
+            container.start()
+            code = int(container.wait(timeout=_PATIENCE)["StatusCode"])
+            return code, container.logs().decode(errors="replace").splitlines()
+        finally:
+            container.remove(force=True)
     except docker.errors.APIError as exc:
-        raise BackendUnavailable(f"the engine gives containers no GPU ({exc.explanation or exc}): {_DRIVER}") from exc
+        raise BackendUnavailable(f"the engine gives containers no GPU ({exc.explanation or exc}):  {GPU_REMEDY}") from exc
     except OSError as exc:
-        raise BackendUnavailable(
-            f"the self-test did not end within {_PATIENCE:g} s ({exc}): see what holds the card with  nvidia-smi"
-        ) from exc
-    finally:
-        container.remove(force=True)
+        late = f"the self-test did not end within {_PATIENCE:g} s ({exc})"
+        raise BackendUnavailable(f"{late}:  look for what holds the card with  nvidia-smi") from exc
 
 
 def _facts(line: str) -> dict[str, str] | None:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from trimtab.backends.container import GPU_REMEDY
 from trimtab.doctor.facts import PLACES, Absent, Built, Cpu, Disk, Engine, Facts, Memory
 from trimtab.doctor.look import EXTRAS
 
@@ -157,8 +158,7 @@ def gpu(facts: Facts) -> Finding:
         return Finding("gpu", "missing", said, "nothing to do for --device xeon; for --device gpu install NVIDIA's driver")
     said = f"{', '.join(facts.gpu.cards)}, driver {facts.gpu.driver}"
     if not runtime:
-        remedy = "install nvidia-container-toolkit and restart the engine, then prove it with  trimtab doctor --gpu"
-        return Finding("gpu", "warning", f"{said}; the Docker engine has no runtime for it", remedy)
+        return Finding("gpu", "warning", f"{said}; the Docker engine has no runtime for it", GPU_REMEDY)
     return Finding("gpu", "ok", f"{said}; the engine has a runtime for it (prove it with  trimtab doctor --gpu)")
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import platform
 import queue
+import re
 import shutil
 import subprocess
 import threading
@@ -21,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from trimtab.backends.container import has_gpu_runtime
 from trimtab.cache import cache_dir
 from trimtab.doctor.facts import Absent, Built, Cpu, Disk, Engine, Facts, Gpu, Memory
 from trimtab.errors import BackendUnavailable
@@ -170,15 +172,20 @@ def _engine() -> tuple[Engine | Absent, dict[str, Built | Absent]]:
             info, version = client.info(), client.version()
             built = {device: _image(device, client) for device in ("xeon", "gpu")}
     except BackendUnavailable as exc:
-        why, _, remedy = str(exc).partition(": ")
-        return Absent(why, remedy.strip()), {}
+        return Absent(*told(exc)), {}
     except (OSError, ValueError) as exc:  # the errors of the SDK and of its HTTP client are OSErrors
         return Absent(f"what answers is no engine ({type(exc).__name__})", "name a Docker engine with DOCKER_HOST"), {}
-    hooks = shutil.which("nvidia-container-runtime-hook") is not None  # with it an engine needs no runtime of its own for --gpus
-    return engine_of(info, version, os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock", hooks=hooks), built
+    return engine_of(info, version, os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"), built
 
 
-def engine_of(info: Mapping[str, Any], version: Mapping[str, Any], where: str, *, hooks: bool = False) -> Engine:
+def told(problem: BackendUnavailable) -> tuple[str, str]:
+    """(what is wrong, what to type) of a message that ends with its remedy, after a colon."""
+    text = str(problem)
+    why, _, remedy = text.partition(":  ") if ":  " in text else text.partition(": ")
+    return re.sub(r"; build (it|it here|one)$", "", why), remedy
+
+
+def engine_of(info: Mapping[str, Any], version: Mapping[str, Any], where: str) -> Engine:
     """What the answers to GET /info and GET /version say (Docker Engine API 1.41)."""
     limits = {"MemoryLimit": "memory", "CpuCfsQuota": "processor time", "CPUSet": "processors", "PidsLimit": "processes"}
     return Engine(
@@ -192,7 +199,7 @@ def engine_of(info: Mapping[str, Any], version: Mapping[str, Any], where: str, *
         memory=int(info.get("MemTotal") or 0) >> 20,
         root=str(info.get("DockerRootDir", "")),
         lacking=tuple(word for name, word in limits.items() if info.get(name) is False),
-        gpu_runtime="nvidia" in (info.get("Runtimes") or {}) or hooks,
+        gpu_runtime=has_gpu_runtime(info, shutil.which("nvidia-container-runtime-hook")),
     )
 
 
@@ -202,8 +209,7 @@ def _image(device: str, client: Any) -> Built | Absent:
     try:
         found = images.find(device, client=client)
     except BackendUnavailable as exc:
-        why, _, remedy = str(exc).rpartition(":  ")
-        return Absent(why.rpartition("; ")[0] or why, remedy)
+        return Absent(*told(exc))
     return Built(found.tag, found.size // 10**6)
 
 
@@ -235,7 +241,8 @@ def _silence(hub: str) -> str:
         exc.close()
         return ""
     except (OSError, ValueError) as exc:
-        return str(getattr(exc, "reason", exc)) or type(exc).__name__
+        reason = getattr(exc, "reason", exc)
+        return str(getattr(reason, "strerror", None) or reason) or type(exc).__name__
 
 
 def _aws(environ: Mapping[str, str]) -> str:

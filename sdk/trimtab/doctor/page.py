@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from trimtab.doctor.judge import Finding
 
-_COLOURS = {"ok": "green", "warning": "yellow", "missing": "red"}
+_COLOURS = {"ok": "green", "warning": "yellow", "missing": "dim"}
 
 
-def show(findings: Sequence[Finding]) -> None:
-    """Print findings on standard output."""
+def show(findings: Sequence[Finding], place: str) -> None:
+    """Print findings on standard output; on a terminal red is what keeps jobs from `place`."""
     if sys.stdout.isatty():
-        _table(findings)
+        _table(findings, place)
     else:
         print("\n".join(line(finding) for finding in findings))
 
@@ -33,7 +33,7 @@ def verdict(findings: Sequence[Finding], place: str, *, gpu: bool = False) -> st
     return f"{place} can run jobs here"
 
 
-def _table(findings: Sequence[Finding]) -> None:
+def _table(findings: Sequence[Finding], place: str) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -46,5 +46,6 @@ def _table(findings: Sequence[Finding]) -> None:
         said = Text(finding.found)
         if finding.remedy:
             said.append(f"\n→ {finding.remedy}", style="bold")
-        table.add_row(Text(finding.state, style=_COLOURS[finding.state]), finding.name, said)
+        colour = "bold red" if finding.stops(place) else _COLOURS[finding.state]
+        table.add_row(Text(finding.state, style=colour), finding.name, said)
     Console().print(table)
