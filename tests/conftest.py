@@ -21,6 +21,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest.register_assert_rewrite("contract.backend_contract")
 
+pytest_plugins = ["support.engine"]
+
 PAGES = Path(__file__).parent / "support" / "pages"
 
 SMALL = {"method": "lora", "lora_rank": 4, "dtype": "float32", "max_seq_len": 128, "questions": 0, "replay": 0, "learning_rate": 1e-3}

@@ -39,14 +39,12 @@ def run(command: Sequence[str], job: JobDir, user: int | None = None) -> int:
 
     for number in PASSED_ON:
         signal.signal(number, pass_on)
-    child = subprocess.Popen(
-        command,
-        start_new_session=True,  # a terminal's Ctrl-C reaches it through us, once
-        **({} if user is None else {"user": user, "group": user, "extra_groups": []}),
-    )
+    others = None if user is None else ()
+    # in a session of its own a terminal's Ctrl-C reaches it through us, once
+    child = subprocess.Popen(command, start_new_session=True, user=user, group=user, extra_groups=others)
     living.append(child.pid)
-    for number in asked:  # came before there was a child
-        os.kill(child.pid, number)
+    for early in asked:  # came before there was a child
+        os.kill(child.pid, early)
     status, peak = _reap_until(child.pid)
     living.clear()
     child.returncode = code = os.waitstatus_to_exitcode(status)

@@ -23,6 +23,7 @@ from trimtab.backends import BACKENDS, load_backend
 from trimtab.backends.base import Listable, RunStatus
 from trimtab.doctor.command import doctor
 from trimtab.errors import EndpointError, TrimtabError
+from trimtab.image_cli import image
 from trimtab.job import OPTIONS, Job
 from trimtab.progress import clock, display
 from trimtab.run import Run
@@ -83,6 +84,7 @@ def trimtab() -> None:
 
 
 trimtab.add_command(doctor)
+trimtab.add_command(image)
 
 
 def _options(command: _Command) -> _Command:
@@ -187,7 +189,7 @@ def plan(data: tuple[str, ...], backend: str, as_json: bool, **options: Any) -> 
     """
     found = _job(data, backend, options).plan()
     if as_json:
-        print(json.dumps({"rows": found.rows, "tokens": found.tokens, "steps": found.steps, "reasons": found.reasons}))
+        print(json.dumps(asdict(found)))
     else:
         print("\n".join(found.reasons))
 

@@ -107,7 +107,7 @@ def ecr_login(repository: str) -> dict[str, str] | None:
     except ImportError as exc:
         raise BackendUnavailable("a push to Amazon ECR needs boto3:  pip install 'trimtab[aws]'") from exc
     try:
-        answer = boto3.client("ecr", region_name=found["region"]).get_authorization_token()
+        answer = boto3.session.Session().client("ecr", region_name=found["region"]).get_authorization_token()
     except (exceptions.BotoCoreError, exceptions.ClientError) as exc:
         remedy = "see that  aws sts get-caller-identity  works and that you may call ecr:GetAuthorizationToken, and push again"
         raise BackendError(f"AWS gave no login to ECR ({exc}): {remedy}") from exc

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import http.server
-import os
 import subprocess
 import sys
 import threading
@@ -20,12 +20,9 @@ _PORT = 47_113
 
 def configured(pattern: str) -> Path | None:
     """The folder of pip's find-links (`PIP_FIND_LINKS`, or its configuration file) in which a file fits a pattern, such as torch-*.whl."""
-    said = [os.environ.get("PIP_FIND_LINKS", "")]
-    for level in ("global", "install"):
-        asked = subprocess.run(
-            [sys.executable, "-m", "pip", "config", "get", f"{level}.find-links"], capture_output=True, text=True, check=False
-        )
-        said.append(asked.stdout if asked.returncode == 0 else "")
+    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False).stdout
+    pairs = [line.partition("=") for line in listed.splitlines()]
+    said = [ast.literal_eval(value) for name, _, value in pairs if name in {":env:.find-links", "global.find-links", "install.find-links"}]
     folders = [Path(word.removeprefix("file://")) for text in said for word in text.split()]
     return next((folder for folder in folders if folder.is_dir() and any(folder.glob(pattern))), None)
 
@@ -37,9 +34,9 @@ def served(folder: Path) -> Iterator[str]:
         raise BackendError(f"there is no folder {folder}: give --find-links a folder of wheels")
     handler = functools.partial(_Quiet, directory=str(folder))
     try:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", _PORT), handler)
+        server = _Server(("127.0.0.1", _PORT), handler)
     except OSError:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -50,8 +47,16 @@ def served(folder: Path) -> Iterator[str]:
         thread.join()
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    """Waits, when it is closed, for the answers that it is giving."""
+
+    daemon_threads = False
+
+
 class _Quiet(http.server.SimpleHTTPRequestHandler):
-    """Says nothing of what it serves."""
+    """Says nothing of what it serves; gives up on a client that is silent for a minute."""
+
+    timeout = 60
 
     def log_message(self, format: str, *arguments: object) -> None:
         pass
