@@ -10,6 +10,7 @@ import pytest
 
 from trimtab import BackendError, DryRun, Job, RunFailed, SpecError
 from trimtab.backends.base import RunHandle
+from trimtab.backends.docker import DockerBackend
 from trimtab.backends.process import ProcessBackend
 from trimtab.cli import main
 from trimtab.dry_run import projection, trial_of
@@ -103,6 +104,19 @@ def test_a_dry_run_measures_two_steps_and_leaves_no_run(small_job, staged, tmp_p
     assert 0.6 < found.peak_memory_mb / estimated(staged) < 1.2  # as peak_memory says
     assert asked.backend.runs() == []
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_dry_run_in_the_image_leaves_no_container_and_no_run(small_job, staged, tmp_path, client, xeon_image):
+    asked = job(small_job, tmp_path)
+    asked.backend = DockerBackend(tmp_path, image=xeon_image, client=client)
+    before = {container.id for container in client.containers.list(all=True)}
+    found = asked.fit(dry_run=True, progress=False)
+    assert 0.6 < found.peak_memory_mb / estimated(staged) < 1.2
+    assert found.seconds >= found.start_seconds > 0
+    assert asked.backend.runs() == []
+    assert list((tmp_path / "runs").iterdir()) == []
+    left = [container for container in client.containers.list(all=True) if container.id not in before]
+    assert [container.name for container in left if str(tmp_path) in json.dumps(container.attrs)] == []
 
 
 def test_a_trial_that_fails_is_kept_so_that_its_log_can_be_read(small_job, staged, tmp_path):
