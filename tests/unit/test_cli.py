@@ -82,7 +82,7 @@ def test_a_command_line_that_is_none_ends_with_2(line, said, capsys):
         (["fit", "x", "--model", "smollm2-135m-instruct", "--epochs", "0"], "epochs: "),
         (["status", "process://trim-00000000"], "trimtab list"),
         (["logs", "7"], "a handle looks like process://"),
-        (["resume", "docker://x"], "no backend 'docker'"),
+        (["resume", "nowhere://x"], "no backend 'nowhere'"),
     ],
 )
 def test_what_trimtab_refuses_ends_with_1_and_a_message_without_traceback(line, said, capsys):
