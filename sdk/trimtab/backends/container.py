@@ -159,6 +159,8 @@ def choices(image: str, container: Mapping[str, Any]) -> list[Choice]:
     host = container["HostConfig"]
     network = host["NetworkMode"]
     why = "weights and rows are staged channels" if network == "none" else "asked for; the job itself needs none"
+    if "NetworkingConfig" in container:
+        why = "of this run alone: its machines meet there, and it leads nowhere else"
     found = [Choice(name="image", value=image, reason=container["Image"]), Choice(name="network", value=network, reason=why)]
     if "Memory" in host:
         found.append(Choice(name="memory", value=show_size(host["Memory"]), reason="asked for, swap included"))

@@ -13,7 +13,6 @@ what is over can be asked for without an engine. A run on several machines has a
 from __future__ import annotations
 
 import contextlib
-import itertools
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -167,19 +166,16 @@ class DockerBackend(LocalRuns):
     def status(self, handle: RunHandle) -> RunStatus:
         folder = self._folder(handle)
         life = self._look(handle, folder)  # first: what a dead container wrote can no longer change
-        job, ended = JobDir(folder), life.ended
-        told = run_folder.said(job, life.events_from)
+        ended, told = life.ended, run_folder.said(JobDir(folder), life.events_from)
         if ended is None:
             return run_folder.going(told)
-        host = self._to_blame(folder, life)
-        if host != nodes.FIRST:
-            job, ended = JobDir(nodes.others(folder)[host]), read_life(nodes.others(folder)[host]).ended
-        cause = job.cause()
+        host, there, ended = nodes.to_blame(folder, ended)
+        cause = JobDir(there).cause()
         if ended.oom_killed and ended.exit_code == _KILLED:
             limit = read_json(folder / "run.json")["request"]["container"]["HostConfig"].get("Memory", 0)
             cause = out_of_memory(handle, cause, told, limit)
         if host != nodes.FIRST:
-            cause = f"{host}: {cause or _silence(handle, job.root, ended)[1]}"
+            cause = f"{host}: {cause or _silence(handle, there, ended)[1]}"
         return run_folder.over(told, cause, lambda: _silence(handle, folder, ended))
 
     def logs(self, handle: RunHandle, *, follow: bool = False) -> Iterator[str]:
@@ -187,7 +183,7 @@ class DockerBackend(LocalRuns):
         found = [_split(self._log(handle.id, folder, follow))]
         for host, there in nodes.others(folder).items():
             found.append(nodes.prefixed(host, _split(self._log(nodes.name_of(handle, host), there, follow))))
-        return nodes.interleaved(found) if follow and len(found) > 1 else itertools.chain(*found)
+        return found[0] if len(found) == 1 else nodes.lines(found, follow, lambda: self._look(handle, folder))
 
     def stop(self, handle: RunHandle) -> None:
         folder = self._folder(handle)
@@ -196,15 +192,18 @@ class DockerBackend(LocalRuns):
             return
         (folder / "stop").touch()
         self.engine.stop(life.container, int(GRACE))  # machines agree to stop: the others have ended now, but for one that hangs
-        self._end_others(folder)
+        nodes.end_others(self.engine, folder)
         if not run_folder.until(lambda: self._look(handle, folder).ended, 20.0):
             raise BackendError(f"{handle} does not end, not even when killed: look at it with  docker inspect {handle.id}")
 
     def runs(self) -> list[RunRecord]:
         found = super().runs()
         for container in self.engine.containers():
-            if container.ours and not container.running:
-                self._sweep(container)
+            if container.ours and not container.running and _left_over(container):
+                self.engine.remove(container.id)
+        for network in self.engine.networks():
+            if network.ours and _left_over(network) and not self.engine.containers(network.handle):
+                self.engine.remove_networks(network.handle)
         return found
 
     def _folders(self) -> dict[RunHandle, Path]:
@@ -225,8 +224,13 @@ class DockerBackend(LocalRuns):
                         return container.folder
             raise
 
-    def _held(self, folder: Path) -> contextlib.AbstractContextManager[int]:
-        return run_folder.lock(folder / "lock", _PATIENCE)
+    @contextlib.contextmanager
+    def _held(self, folder: Path) -> Iterator[None]:
+        """The lock of a run, which holds those of its further machines."""
+        with contextlib.ExitStack() as held:
+            for place in (folder, *nodes.others(folder).values()):
+                held.enter_context(run_folder.lock(place / "lock", _PATIENCE))
+            yield
 
     @contextlib.contextmanager
     def _idle(self, folder: Path) -> Iterator[None]:
@@ -249,12 +253,14 @@ class DockerBackend(LocalRuns):
 
     def _anew(self, request: dict[str, Any]) -> dict[str, Any]:
         """The request of a run with what this backend was given expressly."""
-        body = dict(request["container"])
-        body["HostConfig"] = body["HostConfig"] | limited(self.limits.cpus, self.limits.memory)
-        if self.image is None:
-            return {**request, "container": body}
-        image = self._image("gpu" if "DeviceRequests" in body["HostConfig"] else "xeon")
-        return {**request, "image": image.tag, "container": {**body, "Image": image.id}}
+        image = self._image("gpu" if "DeviceRequests" in request["container"]["HostConfig"] else "xeon") if self.image else None
+
+        def anew(body: dict[str, Any]) -> dict[str, Any]:
+            host = body["HostConfig"] | limited(self.limits.cpus, self.limits.memory)
+            return {**body, "HostConfig": host, "Image": image.id if image else body["Image"]}
+
+        found = {**request, "container": anew(request["container"]), "image": image.tag if image else request["image"]}
+        return found | {"others": {host: anew(body) for host, body in request["others"].items()}} if "others" in request else found
 
     def _start(self, handle: RunHandle, folder: Path, request: Mapping[str, Any]) -> None:
         """A new life of a run whose lock is held. What cannot be started leaves no container."""
@@ -270,28 +276,16 @@ class DockerBackend(LocalRuns):
         life = Life(events_from=job.events.stat().st_size, log_from=(folder / "log.txt").stat().st_size)
         write_life(folder, life)
         try:
-            if "network" in request:
-                self.engine.create_network(request["network"])
+            nodes.begin(self.engine, folder, request)
             life = life.model_copy(update={"container": self.engine.create(handle.id, request["container"])})
             write_life(folder, life)
             self.engine.start(life.container)
-            for host, body in request.get("others", {}).items():
-                self._start_other(nodes.name_of(handle, host), nodes.others(folder)[host], body)
+            nodes.start_others(self.engine, handle, folder, request)
         except BackendError as exc:
             with contextlib.suppress(BackendError):
                 self._clear(handle)  # where that fails, too, the next look finds out
             write_life(folder, life.model_copy(update={"ended": Ended(started=False, error=str(exc), at=_now())}))
             raise
-
-    def _start_other(self, name: str, there: Path, body: Mapping[str, Any]) -> None:
-        """A new life of a machine that is not the first."""
-        job, log = JobDir(there), there / "log.txt"
-        log.touch()
-        life = Life(events_from=run_folder.begin(job), log_from=log.stat().st_size)
-        write_life(there, life)
-        life = life.model_copy(update={"container": self.engine.create(name, body)})
-        write_life(there, life)
-        self.engine.start(life.container)
 
     def _clear(self, handle: RunHandle) -> None:
         for container in self.engine.containers(handle):
@@ -299,37 +293,8 @@ class DockerBackend(LocalRuns):
         self.engine.remove_networks(handle)
 
     def _look(self, handle: RunHandle, folder: Path) -> Life:
-        """The newest life; that of several machines is over when all have ended, and one that fails ends the others."""
-        others = nodes.others(folder)
-        if not others:
-            return self._look_at(handle.id, folder)
-        places = {handle.id: folder} | {nodes.name_of(handle, host): there for host, there in others.items()}
-        known = {name: read_life(there) for name, there in places.items()}
-        lives = {name: self._look_at(name, there) for name, there in places.items()}
-        if any(nodes.failed(life.ended) for life in lives.values()):
-            for name, life in lives.items():
-                if life.ended is None:
-                    self.engine.stop(life.container, nodes.GRACE)
-                    lives[name] = self._look_at(name, places[name])
-        if any(life.ended is None for life in lives.values()):
-            return lives[handle.id].model_copy(update={"ended": None})
-        if any(life is None or life.ended is None for life in known.values()):
-            self.engine.remove_networks(handle)
-        return lives[handle.id]
-
-    def _end_others(self, folder: Path) -> None:
-        for there in nodes.others(folder).values():
-            life = read_life(there)
-            if life is not None and life.ended is None:
-                self.engine.stop(life.container, nodes.GRACE)
-
-    def _to_blame(self, folder: Path, life: Life) -> str:
-        """The machine whose end says why the run ended."""
-        lives = {nodes.FIRST: (life, folder)} | {host: (read_life(there), there) for host, there in nodes.others(folder).items()}
-        ends = {
-            host: (one.ended, JobDir(there).cause()) for host, (one, there) in lives.items() if one is not None and one.ended is not None
-        }
-        return nodes.to_blame(ends) or nodes.FIRST
+        """The run's newest life; that of several machines is over when all have ended."""
+        return nodes.look(self.engine, handle, folder, self._look_at)
 
     def _look_at(self, name: str, folder: Path) -> Life:
         """A container's newest life. When it has ended, what it left is put into its folder, and it is removed."""
@@ -383,11 +348,11 @@ class DockerBackend(LocalRuns):
         begin = 0 if first.ended is not None else first.log_from + sent
         yield from _bytes(file, begin, None if life.container == first.container else life.log_from)
 
-    def _sweep(self, container: Found) -> None:
-        """Remove an ended container that no look will reach: its run's folder is gone, or a client died between taking it in and that."""
-        life = read_life(container.folder) if belongs(container.folder, container.handle) else None
-        if not container.folder.exists() or (life is not None and life.ended is not None):
-            self.engine.remove(container.id)
+
+def _left_over(found: Found) -> bool:
+    """Whether no look will reach it: its run's folder is gone, or a client died between taking an end in and removing it."""
+    life = read_life(found.folder) if belongs(found.folder, found.handle) else None
+    return not found.folder.exists() or (life is not None and life.ended is not None)
 
 
 def _running(facts: Mapping[str, Any] | None) -> bool:

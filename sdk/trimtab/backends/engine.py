@@ -32,7 +32,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Found:
-    """A container of a run, by its labels."""
+    """A container or a network of a run, by its labels."""
 
     id: str
     running: bool
@@ -96,7 +96,15 @@ class Engine:
 
     def create_network(self, body: Mapping[str, Any]) -> None:
         with asking(f"to make the network {body['Name']}"):
-            self._api._post_json(self._api._url("/networks/create"), data=dict(body)).raise_for_status()
+            self._api.create_network(
+                body["Name"], driver=body["Driver"], internal=body["Internal"], labels=body["Labels"], check_duplicate=True
+            )
+
+    def networks(self) -> list[Found]:
+        """The networks of all runs on several machines."""
+        with asking("for its networks"):
+            listed: list[dict[str, Any]] = self._api.networks(filters={"label": RUN_LABEL})
+        return [_found({**facts, "State": ""}) for facts in listed]
 
     def remove_networks(self, handle: RunHandle) -> None:
         """The networks of a run, which has no container any more. Quiet for one that is gone."""
@@ -108,7 +116,11 @@ class Engine:
     def output(self, container: str, *, follow: bool) -> Iterator[bytes]:
         """What a container printed, in pieces; with `follow` until it ends. Nothing more of one that is gone."""
         with asking("for a log"), contextlib.suppress(docker.errors.NotFound):
-            yield from self._api.logs(container, stdout=True, stderr=True, stream=True, follow=follow)
+            stream = self._api.logs(container, stdout=True, stderr=True, stream=True, follow=follow)
+            try:
+                yield from stream
+            finally:
+                stream._response.close()  # its own close() leaves the socket open, as docker 7.2 does at the end of the log
 
 
 @contextlib.contextmanager
