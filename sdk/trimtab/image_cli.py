@@ -136,12 +136,12 @@ def inspect(name: str, target: str, as_json: bool) -> None:
 
 
 @image.command()
-@_device
+@click.argument("name", metavar="TAG|DEVICE")
 @click.argument("repository")
 @_target
 @_as_json
-def push(device: str, repository: str, target: str, as_json: bool) -> None:
-    """Push the current image for DEVICE to REPOSITORY under its own tag, and print where it lies, with its digest.
+def push(name: str, repository: str, target: str, as_json: bool) -> None:
+    """Push an image, by its tag or as the current one of a device, to REPOSITORY under its own tag, and print where it lies.
 
     Logins are those of `docker login`; for Amazon ECR the AWS credentials here are used.
 
@@ -151,7 +151,7 @@ def push(device: str, repository: str, target: str, as_json: bool) -> None:
     """
     with closing(images.engine()) as client, _screen("push") as (say, advance):
         pushed = images.push(
-            device,
+            name,
             repository,
             target,
             client=client,

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import BackendError, BackendUnavailable, SpecError
 from trimtab.images.building import read
-from trimtab.images.present import find, using
+from trimtab.images.context import DEVICES
+from trimtab.images.present import check, find, inspect, using
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -29,7 +30,7 @@ class Pushed:
 
 
 def push(
-    device: str,
+    name: str,
     repository: str,
     target: str = "train",
     *,
@@ -37,7 +38,7 @@ def push(
     say: Callable[[str], None] = print,
     show: Callable[[int, int], None] = lambda done, of: None,
 ) -> Pushed:
-    """Push the current image of a device under its own tag to `repository`, such as `registry.example.com/team/trimtab`.
+    """Push an image, by its tag or as the current one of a device, under its own tag to `repository`, such as `registry.example.com/us/x`.
 
     `show` gets the bytes sent and the bytes to send, as far as the engine knows them.
 
@@ -48,7 +49,8 @@ def push(
         raise SpecError(f"{repository} names a tag: give the repository alone, the tag is the image's own")
     login = ecr_login(repository)
     with using(client) as asked:
-        image = find(device, target, asked)
+        image = find(name, target, asked) if name in DEVICES else inspect(name, asked)
+        check(image, asked)
         tag = image.tag.rpartition(":")[2]
         digests: list[str] = []
 
