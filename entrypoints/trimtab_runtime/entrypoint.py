@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from trimtab.layout import JobDir
@@ -83,10 +84,19 @@ def _user_for(job: JobDir, say: Callable[[str], None] = lambda line: print(f"ent
     except OSError as problem:
         say(f"{problem}: is {job.root} writable?")
     whole = [job.model, job.checkpoints, job.root / "output", job.hyperparameters.parent]
-    refused = _give([job.root, *(path for path in job.root.glob("*") if path.is_file())], deep=False) + _give(whole, deep=True)
+    single = [job.root, *(path for path in job.root.glob("*") if path.is_file()), *_closed(job.root / "input")]
+    refused = _give(single, deep=False) + _give(whole, deep=True)
     if refused:
         say(f"could not be given to user {USER}: {', '.join(refused)}")
     return USER
+
+
+def _closed(folder: Path) -> Iterator[Path]:
+    """What lies in a folder and others may not read, such as channels that root made for itself."""
+    for path in folder.rglob("*"):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISLNK(mode) or (mode & stat.S_IROTH and (mode & stat.S_IXOTH or not stat.S_ISDIR(mode)))):
+            yield path
 
 
 def _give(paths: Iterable[Path], *, deep: bool) -> list[str]:
