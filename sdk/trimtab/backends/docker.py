@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import uuid
+import weakref
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
@@ -80,7 +81,11 @@ class DockerBackend(LocalRuns):
     @cached_property
     def engine(self) -> Engine:
         """Raises BackendUnavailable when none answers."""
-        return Engine(self._client or images.engine())
+        client = self._client
+        if client is None:
+            client = images.engine()
+            weakref.finalize(self, client.close)  # else its sockets are left to the garbage collector
+        return Engine(client)
 
     def check(self, spec: JobSpec) -> None:
         """Raises BackendUnavailable or SpecError for a job that cannot run here, before anything is fetched."""

@@ -1,0 +1,438 @@
+"""The docker backend keeps the contract; and what is its own: confinement, labels, limits, what a container leaves, lost engines."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from docker import DockerClient
+
+from contract.backend_contract import PATIENCE, BackendContract, finish, until
+from support.own_engine import OwnEngine
+from trimtab.backends import docker, load_backend
+from trimtab.backends.base import Listable, Preflight, Removable, Reporting, Resumable, RunHandle, RunState
+from trimtab.backends.docker import DockerBackend
+from trimtab.backends.engine import Engine
+from trimtab.backends.process import ProcessBackend
+from trimtab.errors import BackendError, BackendUnavailable, RunFailed, RunNotFound
+from trimtab.events import Choice
+from trimtab.run import Run
+from trimtab.spec import JobSpec, TrainSpec
+
+ANY_JOB = JobSpec(train=TrainSpec(model="smollm2-135m-instruct"), data=("notes.txt",))
+SCRIPT_IMAGE = "trimtab-docker-test-script:latest"
+
+
+class TestDocker(BackendContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backend(cls, tmp_path_factory, xeon_image, client):
+        return DockerBackend(tmp_path_factory.mktemp("place") / "my runs, größer 家", image=xeon_image, client=client)
+
+    def kill(self, backend, handle):
+        backend.engine.client.api.kill(handle.id)
+
+    def environment(self, backend):
+        return {**os.environ, "TRIMTAB_HOME": str(backend.home)}
+
+    def test_the_same_job_gives_the_same_tensors_as_a_process(self, backend, pair, job, staged, tmp_path):
+        place = ProcessBackend(tmp_path)
+        there = Run(place.submit(job, staged.channels), place)
+        there.wait(PATIENCE)
+        assert there.artifact() == Run(pair[0], backend).artifact()
+
+    def test_it_says_aloud_which_image_runs_and_that_there_is_no_network(self, backend, pair):
+        said = {event.name: event for event in Run(pair[0], backend).events() if isinstance(event, Choice)}
+        assert said["network"].value == "none"
+        assert said["image"].value == backend.image
+        assert "network none: weights and rows are staged channels" in backend.logs(pair[0])
+
+    def test_a_job_that_memory_is_too_small_for_says_what_it_needs_and_succeeds_with_that(self, backend, job, staged):
+        small = DockerBackend(backend.home, image=backend.image, memory="200m", client=backend.engine.client)
+        run = Run(small.submit(job, staged.channels), small)
+        with pytest.raises(RunFailed) as caught:
+            run.wait(PATIENCE)
+        assert "out of memory, killed at its container's limit of 200m, " in caught.value.reason
+        assert "before its first step" in caught.value.reason
+        more = re.search(rf"trimtab resume {run.handle} --backend-option (\w+)=(\w+)$", caught.value.reason)
+        again = Run.attach(run.handle, home=backend.home, **{more[1]: more[2]})
+        assert again.resume().wait(PATIENCE).state is RunState.SUCCEEDED
+
+
+@pytest.fixture(scope="module", autouse=True)
+def volumes_before(client: DockerClient) -> set[str]:
+    return {volume.id for volume in client.volumes.list()}
+
+
+def derived(client: DockerClient, tag: str, *lines: str) -> str:
+    """An image of these Dockerfile lines; its tag."""
+    text = "\n".join(lines).encode()
+    with io.BytesIO() as context:
+        with tarfile.open(fileobj=context, mode="w") as archive:
+            entry = tarfile.TarInfo("Dockerfile")
+            entry.size = len(text)
+            archive.addfile(entry, io.BytesIO(text))
+        context.seek(0)
+        client.images.build(fileobj=context, custom_context=True, tag=tag, rm=True, forcerm=True)
+    return tag
+
+
+@pytest.fixture(scope="session")
+def script_image(client: DockerClient, base_image: str) -> Iterator[str]:
+    """An image with our labels that runs the script of its channel, for what the runtime never does."""
+    labels = " ".join(f"trimtab.{name}={value}" for name, value in {"context": "0", "spec_version": 1, "device": "xeon"}.items())
+    entry = 'ENTRYPOINT ["/bin/sh", "/opt/ml/input/data/train/script"]'
+    yield derived(client, SCRIPT_IMAGE, f"FROM {base_image}", f"LABEL {labels}", entry)
+    client.images.remove(SCRIPT_IMAGE)
+
+
+@pytest.fixture
+def channels(tmp_path: Path) -> dict[str, Path]:
+    """Folders as staging gives them: a script, and a model that is a link to a file beside other files."""
+    theirs = tmp_path / "their folder, größer"
+    for folder in (theirs, tmp_path / "train", tmp_path / "model"):
+        folder.mkdir()
+    (theirs / "weights").write_text("weights\n")
+    (theirs / "diary").write_text("dear diary\n")
+    (tmp_path / "model" / "model 1.bin").symlink_to(theirs / "weights")
+    return {"train": tmp_path / "train", "model": tmp_path / "model"}
+
+
+@pytest.fixture
+def run_script(tmp_path, channels, script_image, client) -> Iterator[Callable[..., tuple[DockerBackend, RunHandle]]]:
+    """Start a shell script as a run: (backend, handle)."""
+    started = []
+
+    def start(text: str, **settings: str) -> tuple[DockerBackend, RunHandle]:
+        (channels["train"] / "script").write_text(text)
+        backend = DockerBackend(tmp_path / "home", image=script_image, client=client, **settings)
+        started.append(backend.submit(ANY_JOB, channels))
+        return backend, started[-1]
+
+    yield start
+    for handle in started:
+        for container in containers_of(client, handle):
+            Engine(client).remove(container)
+
+
+def containers_of(client: DockerClient, handle: RunHandle) -> list[str]:
+    return [container.id for container in Engine(client).containers(handle)]
+
+
+def printed(backend: DockerBackend, handle: RunHandle) -> list[str]:
+    """What the container printed, without the choices that are said before."""
+    return list(backend.logs(handle))[2:]
+
+
+@contextlib.contextmanager
+def no_engine_there() -> Iterator[None]:
+    """For questions to an engine that is not there: the docker SDK leaves the socket of a failed connection to the garbage collector."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()
+
+
+def test_it_has_every_ability():
+    for ability in (Preflight, Reporting, Resumable, Listable, Removable):
+        assert isinstance(DockerBackend(), ability)
+
+
+def test_a_container_gets_no_secret_of_the_callers(run_script, monkeypatch, tmp_path):
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "SOMETHING_NEW"):
+        monkeypatch.setenv(name, "s3cret")
+    monkeypatch.setenv("MKL_VERBOSE", "0")
+    (tmp_path / "config.json").write_text(json.dumps({"proxies": {"default": {"httpProxy": "http://me:s3cret@proxy.example.com"}}}))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    backend, handle = run_script("env")
+    finish(backend, handle)
+    lines = printed(backend, handle)
+    assert "s3cret" not in "\n".join(lines)
+    assert {"HF_HUB_OFFLINE=1", "OMP_NUM_THREADS=1", "MKL_VERBOSE=0", "TRIMTAB_ROOT=/opt/ml"} <= set(lines)
+
+
+def test_a_container_has_no_powers_and_sees_only_what_it_was_given(run_script):
+    backend, handle = run_script(
+        """
+        grep -E '^(CapEff|CapBnd|NoNewPrivs):' /proc/self/status | tr -d '\\t'
+        ls /sys/class/net
+        find /opt/ml -type f | sort
+        cat '/opt/ml/input/data/model/model 1.bin'
+        for place in /here /opt/ml/input/config/here /opt/ml/input/data/train/here '/opt/ml/input/data/model/model 1.bin'; do
+            (echo > "$place") 2>/dev/null && echo "could write $place"
+        done
+        for place in /tmp /opt/ml/model /opt/ml/checkpoints /opt/ml/output; do
+            echo > "$place/here" || echo "could not write in $place"
+        done
+        """
+    )
+    finish(backend, handle)
+    assert printed(backend, handle) == [
+        "CapEff:0000000000000000",
+        "CapBnd:0000000000000000",
+        "NoNewPrivs:1",
+        "lo",
+        "/opt/ml/input/config/hyperparameters.json",
+        "/opt/ml/input/data/model/model 1.bin",
+        "/opt/ml/input/data/train/script",
+        "/opt/ml/output/data/events.jsonl",
+        "weights",
+    ]
+    assert (backend.home / "runs" / handle.id / "model" / "here").stat().st_uid == os.getuid()
+
+
+def test_cpus_memory_and_shared_memory_are_bounded(run_script):
+    limits = "/sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max"  # of cgroups 1 and 2
+    script = f"OMP_NUM_THREADS= nproc; df -k --output=size /dev/shm | tail -1; cat {limits} 2>/dev/null"
+    backend, handle = run_script(script, cpus="0", memory="96m", shm_size="48m")
+    finish(backend, handle)
+    lines = [line.strip() for line in backend.logs(handle)]
+    assert "memory 96m: asked for, swap included" in lines
+    assert "cpus 0: asked for" in lines
+    assert lines[-3:] == ["1", str(48 * 1024), str(96 << 20)]
+
+
+def test_the_request_that_was_printed_is_the_one_that_is_kept_and_run(run_script, channels, client):
+    backend, handle = run_script("trap exit TERM; while :; do sleep 0.05; done")
+    request = backend.render(ANY_JOB, channels, handle.id)
+    assert json.loads((backend.home / "runs" / handle.id / "run.json").read_text())["request"] == request
+    facts = client.api.inspect_container(handle.id)
+    assert facts["Image"] == request["container"]["Image"] == client.images.get(SCRIPT_IMAGE).id
+    assert facts["HostConfig"]["NetworkMode"] == "none"
+    assert facts["HostConfig"]["Privileged"] is False
+    backend.stop(handle)
+
+
+def test_a_container_deaf_to_sigterm_is_killed_when_its_grace_is_over(run_script, monkeypatch, client):
+    monkeypatch.setattr(docker, "GRACE", 1.0)
+    backend, handle = run_script("trap '' TERM; echo deaf; while :; do sleep 0.05; done")
+    until(lambda: printed(backend, handle) == ["deaf"], "its word")
+    backend.stop(handle)
+    status = backend.status(handle)
+    assert status.state is RunState.STOPPED
+    assert "did not end within 1 s of SIGTERM and was killed" in status.reason
+    assert f"trimtab resume {handle}" in status.reason
+    assert containers_of(client, handle) == []
+
+
+def test_a_run_is_found_by_its_labels_from_another_home_and_leaves_its_log_in_its_own(run_script, client, tmp_path, script_image):
+    backend, handle = run_script("trap 'echo bye; exit' TERM; echo here; while :; do sleep 0.05; done")
+    other = DockerBackend(tmp_path / "elsewhere", client=client)
+    until(lambda: printed(other, handle) == ["here"], "its word")
+    assert not other.status(handle).done
+    assert handle in [run.handle for run in other.runs()]
+    other.stop(handle)
+    assert containers_of(client, handle) == []
+    assert printed(backend, handle) == ["here", "bye"]
+    assert backend.status(handle).state is RunState.STOPPED
+    with pytest.raises(RunNotFound, match="trimtab list --backend docker"):
+        other.status(handle)
+
+
+def test_what_is_over_needs_no_engine(run_script):
+    backend, handle = run_script("echo so; exit 3")
+    assert "without a word (exit code 3)" in finish(backend, handle).reason
+    alone = DockerBackend(backend.home, client=DockerClient(base_url="unix:///nowhere.sock", version="1.41"))
+    assert alone.status(handle) == backend.status(handle)
+    assert printed(alone, handle) == ["so"]
+
+
+def test_listing_takes_in_what_has_ended_and_leaves_no_container(run_script, client):
+    backend, handle = run_script("exit 0")
+    until(lambda: not any(container.running for container in backend.engine.containers(handle)), "its end")
+    assert containers_of(client, handle) != []
+    assert [run.status.state for run in backend.runs() if run.handle == handle] == [RunState.FAILED]
+    assert containers_of(client, handle) == []
+
+
+def test_a_container_whose_folder_was_deleted_goes_with_the_next_list(run_script, client):
+    backend, handle = run_script("exit 0")
+    until(lambda: not any(container.running for container in backend.engine.containers(handle)), "its end")
+    shutil.rmtree(backend.home / "runs" / handle.id)
+    assert handle not in [run.handle for run in backend.runs()]
+    assert containers_of(client, handle) == []
+
+
+def test_clients_that_look_at_once_take_the_log_in_once(run_script, client):
+    backend, handle = run_script("seq 2000; exit 1")
+    seen, problems = set(), []
+
+    def look() -> None:
+        try:
+            mine = DockerBackend(backend.home, client=client)
+            seen.add(finish(mine, handle).reason)
+        except BackendError as exc:
+            problems.append(exc)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert len(seen) == 1
+    assert printed(backend, handle) == [str(number) for number in range(1, 2001)]
+
+
+def test_following_goes_on_to_the_end_though_another_client_takes_the_run_in(run_script, client):
+    backend, handle = run_script("echo one; sleep 1; seq 2 3000")
+    following = backend.logs(handle, follow=True)
+    taking_in = threading.Thread(target=finish, args=(DockerBackend(backend.home, client=client), handle))
+    taking_in.start()
+    lines = list(following)
+    taking_in.join()
+    assert lines[2:] == ["one", *(str(number) for number in range(2, 3001))]
+
+
+def test_a_container_removed_behind_our_back_says_how_to_go_on(run_script, client):
+    backend, handle = run_script("while :; do sleep 0.05; done")
+    assert not backend.status(handle).done
+    client.api.remove_container(handle.id, force=True)
+    status = backend.status(handle)
+    assert status.state is RunState.FAILED
+    assert "removed before its end was seen" in status.reason
+    assert f"trimtab resume {handle}" in status.reason
+
+
+def test_a_client_that_dies_before_the_start_leaves_a_run_that_can_be_started(run_script, client, monkeypatch, channels):
+    def die(engine: Engine, container: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "start", die)
+        with pytest.raises(KeyboardInterrupt):
+            run_script("echo started")
+    [found] = [container for container in Engine(client).containers() if channels["train"].parent in container.folder.parents]
+    handle, backend = found.handle, DockerBackend(found.folder.parents[1], client=client)
+    assert "died before it could start it" in backend.status(handle).reason
+    assert containers_of(client, handle) == []
+    backend.resume(handle)
+    finish(backend, handle)
+    assert printed(backend, handle)[-1] == "started"
+
+
+def test_out_of_memory_is_told_with_the_limit(run_script):
+    backend, handle = run_script("word=aaaaaaaa; while :; do word=$word$word; done", memory="16m")
+    reason = finish(backend, handle).reason
+    assert "out of memory, killed at its container's limit of 16m, before its first step" in reason
+    assert reason.endswith(f"trimtab resume {handle} --backend-option memory=1g")
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "said"),
+    [
+        ({"network": "nowhere"}, "xeon", "docker network ls"),
+        ({"cpus": "512"}, "xeon", "choose others with  --backend-option cpus="),
+        ({}, "gpu", "no GPU runtime: install the NVIDIA Container Toolkit"),
+    ],
+)
+def test_what_the_engine_refuses_is_told_with_a_remedy_and_leaves_nothing(channels, tmp_path, client, script_image, settings, device, said):
+    image = (
+        script_image
+        if device == "xeon"
+        else derived(client, "trimtab-docker-test-gpu:latest", f"FROM {script_image}", "LABEL trimtab.device=gpu")
+    )
+    backend = DockerBackend(tmp_path / "home", image=image, client=client, **settings)
+    with pytest.raises(BackendError, match=said):
+        backend.submit(ANY_JOB.model_copy(update={"device": device}), channels)
+    assert list((tmp_path / "home" / "runs").iterdir()) == []
+    assert not [container for container in Engine(client).containers() if tmp_path in container.folder.parents]
+    if device == "gpu":
+        client.images.remove(image)
+
+
+def test_a_gpu_and_cpus_that_are_not_there_are_refused_before_staging(client, script_image):
+    with pytest.raises(BackendUnavailable, match="--device xeon"):
+        DockerBackend(client=client).check(ANY_JOB.model_copy(update={"device": "gpu"}))
+    with pytest.raises(BackendUnavailable, match="has the CPUs 0-"):
+        DockerBackend(image=script_image, cpus="0-4096", client=client).check(ANY_JOB)
+
+
+def test_no_engine_is_told_with_its_remedy(monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
+    with no_engine_there(), pytest.raises(BackendUnavailable, match=r"unix:///nowhere/docker\.sock: start it"):
+        load_backend("docker").check(ANY_JOB)
+
+
+@pytest.mark.parametrize(
+    ("tag", "lines", "said"),
+    [
+        ("trimtab-docker-test-absent:1", [], "trimtab image list"),
+        ("trimtab-docker-test-version:1", ["LABEL trimtab.spec_version=99"], "spec_version 99.*trimtab image build"),
+        ("trimtab-docker-test-foreign:1", ["LABEL trimtab.device=gpu"], "--device gpu"),
+        ("trimtab-xeon-train:0.0.0-0123456789ab", ["LABEL trimtab.context=beef"], "was moved.*trimtab image build"),
+    ],
+)
+def test_an_image_that_does_not_fit_is_refused_before_staging(client, script_image, tag, lines, said):
+    if lines:
+        derived(client, tag, f"FROM {script_image}", *lines)
+    with pytest.raises(BackendUnavailable, match=said):
+        DockerBackend(image=tag, client=client).check(ANY_JOB)
+    if lines:
+        client.images.remove(tag)
+
+
+def test_a_resume_without_the_image_says_how_to_name_another(run_script, client, script_image):
+    backend, handle = run_script("exit 0")
+    finish(backend, handle)
+    gone = DockerBackend(backend.home, client=client)
+    record = json.loads((backend.home / "runs" / handle.id / "run.json").read_text())
+    record["request"]["container"]["Image"] = "sha256:" + "0" * 64
+    (backend.home / "runs" / handle.id / "run.json").write_text(json.dumps(record))
+    with pytest.raises(BackendError, match="--backend-option image="):
+        gone.resume(handle)
+    assert gone.status(handle).state is RunState.FAILED
+    backend.resume(handle)  # it names its image
+    assert "without a word" in finish(backend, handle).reason
+
+
+def test_a_killed_engine_is_told_while_a_run_is_watched_and_the_run_can_go_on_when_it_is_back(client, script_image, channels, tmp_path):
+    assert os.getuid() == 0, "an engine of its own needs root: run these tests as root, as .ci/run does"
+    engine = OwnEngine(Path(tempfile.mkdtemp(prefix="tt-")))
+    try:
+        with no_engine_there():
+            engine.start()
+        engine.client.images.load(client.images.get(script_image).save(named=True))
+        (channels["train"] / "script").write_text("echo going; while :; do sleep 0.2; done")
+        backend = DockerBackend(tmp_path / "home", image=script_image, client=engine.client)
+        handle = backend.submit(ANY_JOB, channels)
+        following = backend.logs(handle, follow=True)
+        until(lambda: next(following) == "going", "its word")
+        engine.kill()
+        for look in (lambda: list(following), lambda: backend.status(handle), lambda: backend.stop(handle), backend.runs):
+            with no_engine_there(), pytest.raises(BackendUnavailable, match="start it"):
+                look()
+        with no_engine_there():
+            engine.start()
+        status = finish(backend, handle)
+        assert status.state is RunState.FAILED
+        assert f"trimtab resume {handle}" in status.reason
+        assert printed(backend, handle) == ["going"]
+        backend.resume(handle)
+        until(lambda: list(backend.logs(handle)).count("going") == 2, "its word again")
+        backend.engine.client.api.kill(handle.id)
+        finish(backend, handle)
+        assert engine.client.containers.list(all=True) == []
+    finally:
+        engine.remove()
+
+
+def test_nothing_is_left_behind(client, volumes_before, tmp_path_factory):
+    base = str(tmp_path_factory.getbasetemp())
+    labelled = [container.labels for container in client.containers.list(all=True, ignore_removed=True)]
+    labelled += [network.attrs["Labels"] or {} for network in client.networks.list()]
+    assert [labels for labels in labelled if labels.get("trimtab.folder", "").startswith(base)] == []
+    assert {volume.id for volume in client.volumes.list()} == volumes_before
+    assert [tag for image in client.images.list() for tag in image.tags if tag.startswith("trimtab-docker-test-")] == [SCRIPT_IMAGE]
