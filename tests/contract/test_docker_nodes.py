@@ -118,7 +118,7 @@ def test_a_machine_that_dies_fails_the_run_with_its_reason(backend, endless, sta
     client.api.kill(handle.id if killed == "algo-1" else f"{handle.id}-algo-2")
     began = time.monotonic()
     status = finish(backend, handle)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60  # without an end of its own it would wait for minutes
     assert status.state is RunState.FAILED
     assert status.reason.startswith("algo-2: " * (killed == "algo-2") + "ended without a word (killed by SIGKILL from outside)")
     assert f"trimtab resume {handle}" in status.reason

@@ -101,7 +101,7 @@ def test_when_a_machine_dies_the_other_ends_and_names_it(tmp_path: Path, prepare
     processes[killed].kill()
     began = time.monotonic()
     processes[1 - killed].join(60)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30  # well below the minutes that silence is borne
     codes = (-signal.SIGKILL, 1) if killed == 0 else (1, -signal.SIGKILL)
     said = end(jobs, processes, expect=codes)[1 - killed]
     left = jobs[1 - killed]
