@@ -174,3 +174,26 @@ def test_ctrl_c_leaves_the_run_going_and_says_how_to_end_it(tiny_model, staged, 
         assert not run.status().done
     finally:
         run.stop()
+
+
+def test_a_done_run_is_removed_and_is_then_not_found(run_script, capsys, tmp_path):
+    handle = run_script("exit 0")
+    assert main(["remove", handle]) == 0
+    assert list((tmp_path / "home" / "runs").iterdir()) == []
+    assert main(["remove", handle]) == 1
+    assert "trimtab list" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "said"),
+    [
+        ("memory", 2, "takes NAME=VALUE, such as memory=8g"),
+        ("=8g", 2, "takes NAME=VALUE"),
+        ("memory=8g", 1, "no option 'memory'"),
+        ("pythn=x", 1, "did you mean python?"),
+    ],
+)
+def test_a_wrong_setting_of_the_backend_is_refused(run_script, capsys, setting, code, said):
+    for line in (["fit", "x", "--model", "m"], ["plan", "x", "--model", "m"], ["resume", run_script("exit 0")]):
+        assert main([*line, "--backend-option", setting]) == code
+        assert said in capsys.readouterr().err
