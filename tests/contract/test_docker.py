@@ -12,6 +12,7 @@ import shutil
 import tarfile
 import tempfile
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,6 +70,37 @@ class TestDocker(BackendContract):
         more = re.search(rf"trimtab resume {run.handle} --backend-option (\w+)=(\w+)$", caught.value.reason)
         again = Run.attach(run.handle, home=backend.home, **{more[1]: more[2]})
         assert again.resume().wait(PATIENCE).state is RunState.SUCCEEDED
+
+
+def test_a_user_who_is_not_root_runs_a_job_and_owns_what_it_leaves(xeon_image, small_job, staged):
+    if os.getuid() != 0:
+        pytest.skip("this is not root: the other tests are run as such a user")
+    user, group = 12_345, Path("/var/run/docker.sock").stat().st_gid
+    train = staged.train.model_copy(update={"max_steps": 2})
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:  # pytest's own folders are closed to other users
+        home = Path(place)
+        channels = {name: Path(shutil.copytree(folder, home / name)) for name, folder in staged.channels.items()}
+        for path in (home, *home.rglob("*")):
+            os.chown(path, user, user)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.setgroups([group])
+                os.setgid(user)
+                os.setuid(user)
+                backend = DockerBackend(home / "home", image=xeon_image)
+                run = Run(backend.submit(small_job.model_copy(update={"train": train}), channels), backend)
+                run.wait(PATIENCE)
+                code = 0 if run.artifact().spec == train else 2
+            except BaseException:  # noqa: BLE001  this is a fork of the tests, and must not go on with them
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        left = list((home / "home").rglob("*"))
+        assert {path.name for path in left} >= {"trimtab.json", "events.jsonl", "log.txt"}
+        assert {(path.lstat().st_uid, path.lstat().st_gid) for path in left} == {(user, user)}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -143,7 +143,7 @@ def test_a_machine_that_is_not_met_ends_with_the_one_that_failed(backend, two, s
 
 
 def test_what_cannot_start_leaves_neither_container_nor_network(backend, two, staged, client):
-    nowhere = DockerBackend(backend.home, image=backend.image, client=client, cpus="63")
+    nowhere = DockerBackend(backend.home, image=backend.image, client=client, cpus="512")
     with pytest.raises(BackendError, match="cpus"):
         nowhere.submit(two, staged.channels, "trim-0000dead")
     assert names(client, RunHandle("docker", "trim-0000dead")) == ([], [])

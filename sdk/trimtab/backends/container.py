@@ -122,12 +122,14 @@ def container_body(
 ) -> dict[str, Any]:
     """The body of the request. No powers, no network but the one asked for, nothing writable but what a job writes, and /tmp."""
     user, groups = caller(info)
+    uid, gid = user.split(":")
     environment = {**inherited(os.environ, TUNING), **runtime_environment(ROOT, device=device)}
     host: dict[str, Any] = {
         "Mounts": mounts(folder, channels),
         "NetworkMode": limits.network,
         "ReadonlyRootfs": True,
-        "Tmpfs": {"/tmp": "rw,exec,nosuid,nodev,mode=1777,size=1g", str(ROOT): "rw,noexec,nosuid,nodev,mode=1777,size=1m"},
+        # the owner is named, because runc before 1.2 gives a tmpfs the mode that the image's folder has
+        "Tmpfs": {"/tmp": "rw,exec,nosuid,nodev,mode=1777,size=1g", str(ROOT): f"rw,noexec,nosuid,nodev,uid={uid},gid={gid},size=1m"},
         "CapDrop": ["ALL"],
         "SecurityOpt": ["no-new-privileges"],
         "GroupAdd": groups,

@@ -73,6 +73,9 @@ def run(client: DockerClient, tag: str) -> tuple[int, list[str]]:
             network_mode="none",
             read_only=True,
             tmpfs={"/tmp": ""},
+            cap_drop=["ALL"],
+            security_opt=["no-new-privileges"],
+            use_config_proxy=False,  # the proxies of docker's own configuration may have passwords in them
             labels={LABEL: "gpu"},
         )
         try:

@@ -64,7 +64,7 @@ def packages(versions: dict[str, str | None]) -> list[Finding]:
         lacking = [name for name in wanted if versions.get(name) is None]
         places = {"docker": ("docker",), "aws": ("sagemaker",), "serve": ()}.get(extra, PLACES)
         if lacking:
-            remedy = "pip install boto3" if extra == "aws" else f"pip install 'trimtab[{extra}]'"
+            remedy = f"pip install 'trimtab[{extra}]'"
             found.append(Finding(f"packages {extra}", "missing", f"not installed: {', '.join(lacking)}", remedy, places))
         else:
             there = ", ".join(f"{name} {versions[name]}" for name in names)

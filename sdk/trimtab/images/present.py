@@ -126,6 +126,10 @@ def look_up(client: DockerClient, name: str) -> Image | None:
         facts = client.api.inspect_image(name)
     except errors.NotFound:  # ImageNotFound is one
         return None
+    except errors.APIError as exc:
+        if "invalid reference format" in str(exc.explanation):  # no image can have such a name
+            return None
+        raise
     labels = (facts["Config"] or {}).get("Labels") or {}
     return Image(
         tag=name,

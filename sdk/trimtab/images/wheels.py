@@ -32,11 +32,11 @@ def served(folder: Path) -> Iterator[str]:
     """The folder's address on 127.0.0.1 while the context lasts. Raises BackendError where there is no such folder."""
     if not folder.is_dir():
         raise BackendError(f"there is no folder {folder}: give --find-links a folder of wheels")
-    handler = functools.partial(_Quiet, directory=str(folder))
+    answer = functools.partial(_Quiet, directory=str(folder))
     try:
-        server = _Server(("127.0.0.1", _PORT), handler)
+        server = _Server(("127.0.0.1", _PORT), answer)
     except OSError:
-        server = _Server(("127.0.0.1", 0), handler)
+        server = _Server(("127.0.0.1", 0), answer)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
