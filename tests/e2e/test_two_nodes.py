@@ -1,4 +1,4 @@
-"""Two machines train as one, stop as one, and end when the other does. Here they are two processes; see test_docker_nodes.py for containers."""
+"""Two machines train as one, stop as one, and end when the other does. Here they are two processes; test_docker_nodes.py has containers."""
 
 from __future__ import annotations
 
