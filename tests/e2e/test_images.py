@@ -284,8 +284,9 @@ def test_the_commands(xeon_image: str, base_image: str, capsys: pytest.CaptureFi
     assert found["labels"]["source"] == listed[xeon_image]["labels"]["source"]
     assert main(["image", "inspect", xeon_image]) == 0
     assert "spec_version" in capsys.readouterr().out
-    assert main(["image", "inspect", "trimtab-xeon-train:none"]) == 1
-    assert capsys.readouterr().err.rstrip().endswith("trimtab image list")
+    for absent in ("trimtab-xeon-train:none", "No Such Name"):
+        assert main(["image", "inspect", absent]) == 1
+        assert capsys.readouterr().err.rstrip().endswith("trimtab image list")
 
 
 def test_the_gpu_image_builds_and_runs_a_job_on_the_cpu(client: DockerClient, base_image: str, job: JobDir) -> None:
