@@ -289,7 +289,7 @@ def test_the_commands(xeon_image: str, base_image: str, capsys: pytest.CaptureFi
         assert capsys.readouterr().err.rstrip().endswith("trimtab image list")
 
 
-def test_the_gpu_image_builds_and_runs_a_job_on_the_cpu(client: DockerClient, base_image: str, job: JobDir) -> None:
+def test_the_gpu_image_builds_and_runs_its_self_test_and_a_job_on_the_cpu(client: DockerClient, base_image: str, job: JobDir) -> None:
     """It holds CUDA builds; that a GPU does the work is for `trimtab doctor --gpu` to show, where there is one: nothing here ran on one."""
     tag = images.tag_of("gpu", base=base_image)
     there = any(found.tag == tag for found in images.installed(client))
@@ -299,6 +299,12 @@ def test_the_gpu_image_builds_and_runs_a_job_on_the_cpu(client: DockerClient, ba
         look = "import torch, bitsandbytes, peft; assert torch.version.cuda and not torch.cuda.is_available(); print(torch.version.cuda)"
         with container(client, tag, entrypoint=["python", "-P", "-c", look], user=str(SOMEONE)) as started:
             assert ended(started, 0).splitlines()[-1].startswith("13.")
+        self_test = ["python", "-P", "-m", "trimtab_runtime.selftest"]  # what `trimtab doctor --gpu` runs with --gpu
+        with container(client, tag, entrypoint=self_test, user=str(SOMEONE), cap_drop=["ALL"]) as started:
+            checks = [json.loads(line) for line in ended(started, 0).splitlines() if line.startswith("{")]
+        assert [(one["check"], one["ok"], one["device"]) for one in checks] == [
+            (name, True, "cpu") for name in ("product", "nf4", "training")
+        ]
         if os.getuid() == 0:
             own(job.root, SOMEONE)
         with container(client, tag, job, user=f"{SOMEONE}:{SOMEONE}") as started:
