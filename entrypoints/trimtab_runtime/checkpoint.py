@@ -98,7 +98,7 @@ def load(
             parameter.copy_(saved[key])
     for key, parameter in parameters.items():
         of_it = {moment: value for moment, value in moments.items() if moment.startswith(f"{key}|")}
-        optimizer.state[parameter] = {moment.removeprefix(f"{key}|"): value for moment, value in of_it.items()}
+        optimizer.state[parameter] = {moment.removeprefix(f"{key}|"): value.to(parameter.device) for moment, value in of_it.items()}
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
     return Position(state["step"], state["facts"], tuple(state["losses"]), state.get("seconds", 0.0))
 

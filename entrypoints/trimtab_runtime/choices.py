@@ -1,4 +1,4 @@
-"""Automatic choices: facts in, decision and reason out. Nothing here looks at the machine by itself but `cpu_flags`."""
+"""Automatic choices: facts in, decision and reason out. Nothing here looks at the machine by itself but `cpu_flags` and `gpu_flags`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from trimtab.errors import SpecError
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,36 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     )
 
 
+def gpu_flags() -> frozenset[str]:
+    """What torch's first GPU can do, as `pick_dtype` names it."""
+    import torch
+
+    return frozenset({"gpu_bf16"} if torch.cuda.is_bf16_supported() else ())
+
+
+def pick_device(asked: str, gpus: int, nodes: int = 1) -> Choice:
+    """Where a run computes, as torch names it. `asked` is xeon or gpu, `gpus` how many torch sees.
+
+    Raises SpecError where a GPU was asked for and none is seen: a run that was paid for one must not crawl on without; and for
+    several `nodes` with GPUs, which this version does not bring together.
+    """
+    if asked != "gpu":
+        return Choice("cpu", "a GPU was not asked for")
+    if not gpus:
+        raise SpecError(
+            "this run was asked to compute on a GPU and torch sees none: look with  trimtab doctor --gpu  or choose --device xeon"
+        )
+    if nodes > 1:
+        raise SpecError(f"{nodes} nodes train together on CPUs only in this version: choose --nodes 1, or --device xeon")
+    return Choice("cuda", f"asked for; torch sees {gpus}" + (", the first is used" if gpus > 1 else ""))
+
+
 def pick_dtype(asked: str, flags: frozenset[str]) -> Choice:
-    """bf16 where the processor multiplies it; elsewhere it would be emulated and slower than fp32."""
+    """bf16 where the processor multiplies it; elsewhere it would be emulated and slower than fp32. A GPU's only flag is gpu_bf16."""
     if asked != "auto":
         return Choice(asked, "asked for")
+    if "gpu_bf16" in flags:
+        return Choice("bfloat16", "this GPU multiplies bf16")
     if "amx_bf16" in flags:
         return Choice("bfloat16", "this processor has AMX (amx_bf16)")
     if "avx512_bf16" in flags:

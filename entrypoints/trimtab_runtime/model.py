@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ _OWN_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "outp
 TEACHER_WEIGHT = 8.0
 
 
-def load_model(folder: Path, spec: TrainSpec, dtype: torch.dtype, *, typical: Batch | None = None, fused: bool = True) -> PeftModel:
+def load_model(
+    folder: Path, spec: TrainSpec, dtype: torch.dtype, *, typical: Batch | None = None, fused: bool = True, device: str = "cpu"
+) -> PeftModel:
     """The base from a local folder, frozen (in NF4 for qlora), with fresh adapters. Raises SpecError where it does not load.
 
     From `typical` rows qlora learns which inputs matter, to restore with its adapters what quantisation took from them.
@@ -50,11 +52,12 @@ def load_model(folder: Path, spec: TrainSpec, dtype: torch.dtype, *, typical: Ba
     if limit is not None and spec.max_seq_len > limit:
         raise SpecError(f"max_seq_len {spec.max_seq_len} is beyond this model's {limit} positions: choose {limit} or less")
     base.config.use_cache = False
+    base.to(device)
     if spec.method == "qlora":
         from trimtab_runtime.methods.qlora import begin_with, input_scales, quantise
 
         restoring = spec.lora_init == "qera"
-        scales = input_scales(base, typical.inputs()) if typical and restoring else None
+        scales = input_scales(base, typical.to(device).inputs()) if typical and restoring else None
         lost = quantise(base, dtype, rank=spec.lora_rank if restoring else 0, scales=scales)
         model = add_adapters(base, spec)
         begin_with(model, lost)
@@ -85,6 +88,14 @@ class Batch:
     @property
     def learned(self) -> int:
         return len(self.places) + len(self.taught)
+
+    def to(self, device: str) -> Batch:
+        """The same batch there; on the CPU itself."""
+        if device == "cpu":
+            return self
+        groups = [attention.Group(*(part.to(device) for part in (group.gather, group.scatter, group.valid))) for group in self.groups]
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: value.to(device) for name, value in named.items() if name != "groups"}, groups=groups)
 
     def inputs(self) -> dict[str, Any]:
         return {"input_ids": self.tokens, "position_ids": self.positions, "packed_groups": self.groups}

@@ -4,6 +4,7 @@ as pure functions (choices.py, packing.py), and nothing is underneath but torch,
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +14,10 @@ import torch
 from trimtab.errors import TrimtabError
 from trimtab.estimate import epoch_steps, optimiser_steps
 from trimtab.events import Checkpoint, Choice, EventLog, Phase, Step
-from trimtab.layout import JobDir
+from trimtab.layout import DEVICE_VARIABLE, JobDir
 from trimtab.spec import TrainSpec
 from trimtab_runtime import artifact, checkpoint, prepare
-from trimtab_runtime.choices import cpu_flags, learning_rate, pick_dtype
+from trimtab_runtime.choices import cpu_flags, gpu_flags, learning_rate, pick_device, pick_dtype
 from trimtab_runtime.distributed import ALONE, Team
 from trimtab_runtime.memory import peak_memory_mb
 from trimtab_runtime.model import as_batch, batch_loss, load_model
@@ -48,17 +49,20 @@ def train(
 
     # the model: base frozen (4-bit for qlora), adapters in fp32
     events.write(Phase(name="load", at=time.time()))
-    choice = pick_dtype(spec.dtype, cpu_flags())
-    say(f"dtype {choice.value}: {choice.reason}")
-    events.write(Choice(name="dtype", value=choice.value, reason=choice.reason))
-    dtype = getattr(torch, choice.value)
+    device = pick_device(os.environ.get(DEVICE_VARIABLE, "xeon"), torch.cuda.device_count(), team.world)
+    flags = cpu_flags() if device.value == "cpu" else gpu_flags()
+    precision = pick_dtype(spec.dtype, flags)
+    for name, choice in (("device", device), ("dtype", precision)):
+        say(f"{name} {choice.value}: {choice.reason}")
+        events.write(Choice(name=name, value=choice.value, reason=choice.reason))
+    dtype = getattr(torch, precision.value)
     typical = as_batch([rows[index] for index in range(min(TYPICAL_ROWS, len(rows)))])
-    model = load_model(job.channel("model"), spec, dtype, typical=typical)
+    model = load_model(job.channel("model"), spec, dtype, typical=typical, device=device.value)
     model.train()
     mixed = dtype is torch.bfloat16 and spec.lora_dropout > 0  # layers with dropout are PEFT's own, in fp32 but for autocast
     adapters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     trained = sum(parameter.numel() for parameter in adapters.values())
-    say(f"method {spec.method}: {trained:,} adapter parameters in fp32, base computed in {choice.value}")
+    say(f"method {spec.method}: {trained:,} adapter parameters in fp32, base computed in {precision.value}")
 
     # the optimiser: adapters only, on every machine alike
     team.begin_alike(adapters.values())
@@ -103,13 +107,13 @@ def train(
             group["lr"] = rate
         in_step = rows_of_step(done, rows.ledger.rounds, spec, team.world)
         chosen = in_step[team.rank :: team.world]
-        batches = [as_batch([rows[index] for index in part]) for part in chunks(chosen, spec.batch_rows)]
+        batches = [as_batch([rows[index] for index in part]).to(device.value) for part in chunks(chosen, spec.batch_rows)]
         (targets,) = team.add_up(sum(batch.learned for batch in batches))
         if team.rank:  # the first machine's random numbers go on through its checkpoints; the others' begin anew with each step
             torch.manual_seed(spec.seed + done * team.world + team.rank)
         loss, trouble = 0.0, ""
         for part, batch in zip(chunks(chosen, spec.batch_rows), batches, strict=True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            with torch.autocast(device.value, torch.bfloat16, enabled=mixed):
                 share = batch_loss(model, batch, scale=1 / max(1, targets))
             if not math.isfinite(share.item()):
                 trouble = (
@@ -137,7 +141,7 @@ def train(
             step=done, of=steps, epoch=done / whole * spec.epochs, loss=loss, lr=rate, grad_norm=norm,
             tokens_per_second=tokens / seconds[-1],
             seconds_left=statistics.median(seconds[-20:]) * (steps - done),
-            memory_mb=peak_memory_mb(),
+            memory_mb=peak_memory_mb(device.value),
         )  # fmt: skip
         if team.is_first:
             events.write(event)

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from trimtab.errors import BackendUnavailable
-from trimtab.layout import ROOT_VARIABLE
+from trimtab.layout import DEVICE_VARIABLE, ROOT_VARIABLE
 
 REMEDY = "pip install 'trimtab[train]'"
 
@@ -33,7 +33,7 @@ def runtime_command(python: str, verb: str) -> list[str]:
 
 def runtime_environment(root: Path, *, device: str = "xeon") -> dict[str, str]:
     """The variables that a run gets besides the inherited ones."""
-    own = {ROOT_VARIABLE: str(root), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    own = {ROOT_VARIABLE: str(root), DEVICE_VARIABLE: device, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     return own | ({"CUDA_VISIBLE_DEVICES": ""} if device == "xeon" else {})
 
 

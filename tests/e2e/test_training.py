@@ -56,6 +56,16 @@ def test_a_run_learns_and_leaves_an_artifact_that_others_can_read(tmp_path: Path
     assert any(parameter.abs().sum() > 0 for name, parameter in tuned.named_parameters() if "lora_B" in name)
 
 
+def test_a_run_that_was_asked_to_use_a_gpu_does_not_crawl_on_without_one(tmp_path: Path, tiny_model: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, which would be used")
+    job = make_job(tmp_path / "job", tiny_model)
+    run(job, "prepare")
+    run(job, "train", expect=1, TRIMTAB_DEVICE="gpu")
+    assert job.cause().startswith("this run was asked to compute on a GPU and torch sees none")
+    assert "--device xeon" in job.cause()
+
+
 def test_the_first_twenty_losses_are_those_of_transformers_trainer(tmp_path: Path, tiny_model: Path) -> None:
     """Same model, same unpacked samples, same order, fp32: our loop and the library's take the same steps."""
     from torch.utils.data import SequentialSampler

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from trimtab.spec import TrainSpec
-from trimtab_runtime.model import Batch, as_batch, load_model
+from trimtab_runtime.model import Batch, as_batch, batch_loss, load_model
 from trimtab_runtime.rows import Row
 from trimtab_runtime.xeon.attention import packed_attention, plan_groups
 
@@ -123,3 +123,16 @@ def test_an_evaluation_in_between_does_not_spoil_the_gradients(tiny_model: Path)
         model(input_ids=batch.tokens, position_ids=batch.positions, packed_groups=batch.groups)
     model.train()
     assert all(torch.equal(one, other) for one, other in zip(before, gradient(), strict=True))
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [sum(LENGTHS)], [sum(LENGTHS) // 2] * 2])
+def test_a_batch_moved_to_another_device_is_computed_there_and_nowhere_else(tiny_model: Path, lengths: list[int]) -> None:
+    """The meta device computes shapes alone, and like a GPU it refuses to be mixed with the CPU."""
+    spec = TrainSpec(model="tiny", method="lora", lora_rank=4)
+    model = load_model(tiny_model, spec, torch.float32, device="meta")
+    batch = as_batch([row(np.random.default_rng(0).integers(3, 300, sum(lengths)), lengths)]).to("meta")
+    loss = batch_loss(model, batch, scale=1.0)
+    loss.backward()
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {loss.device.type, *(parameter.grad.device.type for parameter in adapters)} == {"meta"}
+    assert batch.inputs()["packed_groups"][0].valid.device.type == "meta"

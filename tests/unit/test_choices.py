@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab_runtime.choices import cpu_flags, learning_rate, pick_dtype
+from trimtab.errors import SpecError
+from trimtab_runtime.choices import cpu_flags, learning_rate, pick_device, pick_dtype
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -19,6 +20,7 @@ SCHEDULES = ("cosine", "linear", "constant")
         ("auto", {"avx512f", "avx512_bf16", "amx_bf16", "amx_tile"}, "bfloat16", "AMX"),
         ("auto", {"avx512f", "avx512_bf16"}, "bfloat16", "avx512_bf16"),
         ("auto", {"avx2", "avx512f"}, "float32", "no bf16 instructions"),
+        ("auto", {"gpu_bf16"}, "bfloat16", "GPU"),
         ("auto", set(), "float32", "no bf16 instructions"),
         ("bfloat16", set(), "bfloat16", "asked for"),
         ("float32", {"amx_bf16"}, "float32", "asked for"),
@@ -28,6 +30,16 @@ def test_bf16_where_the_processor_multiplies_it_or_where_it_is_asked_for(asked: 
     choice = pick_dtype(asked, frozenset(flags))
     assert choice.value == value
     assert reason in choice.reason
+
+
+def test_a_gpu_is_used_where_it_was_asked_for_and_only_there() -> None:
+    assert pick_device("xeon", 2).value == "cpu"
+    assert pick_device("gpu", 1).value == "cuda"
+    assert "the first is used" in pick_device("gpu", 2).reason
+    with pytest.raises(SpecError, match=r"--device xeon"):
+        pick_device("gpu", 0)
+    with pytest.raises(SpecError, match=r"--nodes 1"):
+        pick_device("gpu", 1, nodes=2)
 
 
 def test_flags_are_those_of_the_first_processor(tmp_path: Path) -> None:

@@ -29,4 +29,4 @@ def test_it_counts_what_was_held_once():
 def test_without_proc_the_kernels_other_account_is_asked(tmp_path):
     (tmp_path / "status").write_text("Name: x\n")
     for absent in (tmp_path / "status", tmp_path / "nothing", Path("/dev/null")):
-        assert peak_memory_mb(absent) == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        assert peak_memory_mb(status=absent) == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

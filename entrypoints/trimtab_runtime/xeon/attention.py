@@ -83,7 +83,7 @@ def packed_attention(
         pieces.append(_attend(*parts, scale).flatten(0, 1).index_select(0, group.valid))
     scatter = torch.cat([group.scatter for group in packed_groups])
     back = torch.empty_like(scatter)
-    back[scatter] = torch.arange(len(scatter))
+    back[scatter] = torch.arange(len(scatter), device=scatter.device)
     out = torch.cat(pieces).index_select(0, back)
     return out[None], None
 
@@ -100,7 +100,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     repeat = heads // kv_heads
     query = query.reshape(samples, kv_heads, repeat * length, width)
     scores = torch.matmul(query * scale, key.transpose(-1, -2)).view(samples, kv_heads, repeat, length, length)
-    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    hidden = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
     weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1, dtype=torch.float32).to(value.dtype)
     out = torch.matmul(weights.view(samples, kv_heads, repeat * length, length), value)
     return out.view(samples, heads, length, width).transpose(1, 2)

@@ -19,7 +19,7 @@ _CHUNK = 512
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, wanted: Callable[[Tensor, int], Tensor], scale: float) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), _CHUNK):
             logits = torch.mm(hidden[start : start + _CHUNK], head.t()).float()
