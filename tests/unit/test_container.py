@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import docker
 import pytest
 
 from trimtab.backends import load_backend
@@ -21,8 +22,9 @@ from trimtab.backends.container import (
     parse_size,
     show_size,
 )
+from trimtab.backends.engine import asking
 from trimtab.backends.run_folder import Said
-from trimtab.errors import SpecError, StagingError
+from trimtab.errors import BackendError, SpecError, StagingError
 from trimtab.events import Step
 
 HANDLE = RunHandle("docker", "trim-12345678")
@@ -120,6 +122,19 @@ def test_a_link_to_nowhere_is_refused(channel, tmp_path):
     (tmp_path / "theirs" / "a").unlink()
     with pytest.raises(StagingError, match="trimtab fit"):
         mounts(tmp_path, {"model": str(channel)})
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("could not find an available, non-overlapping IPv4 address pool among the defaults to assign to the network", "network prune"),
+        ("network nowhere not found", "docker network ls"),
+        ("something new", "mend that and repeat the command"),
+    ],
+)
+def test_what_the_engine_refuses_is_told_with_its_remedy(said, remedy):
+    with pytest.raises(BackendError, match=remedy), asking("to make a network"):
+        raise docker.errors.APIError("500 Server Error", explanation=said)
 
 
 def test_a_rootless_engine_takes_the_caller_for_root():

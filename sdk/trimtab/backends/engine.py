@@ -26,6 +26,7 @@ _REMEDIES = {
     r"No such image": "build it:  trimtab image build xeon   and name it with  --backend-option image=TAG",
     r"no space left on device": "free some with  docker system prune",
     r"is already in use by container": "remove that container with  docker rm -f NAME  and repeat the command",
+    r"non-overlapping IPv4 address pool": "remove networks that nothing uses with  docker network prune  and repeat the command",
     r"network \S+ not found": "see those there are with  docker network ls  or leave --backend-option network out",
 }
 
