@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from trimtab.backends import run_folder
 from trimtab.backends.base import Backend, Listable, RunHandle, RunState, RunStatus
 from trimtab.endpoint import Endpoint
 from trimtab.errors import BackendError, RunFailed, RunNotFound, StagingError, WaitTimeout
@@ -197,6 +198,15 @@ class BackendContract(ABC):
     def test_a_channel_that_is_not_there_is_refused_before_anything_starts(self, backend, job, staged, tmp_path):
         with pytest.raises(StagingError, match="trimtab fit"):
             backend.submit(job, {**staged.channels, "train": tmp_path / "nowhere"})
+
+    def test_what_is_interrupted_before_there_is_a_run_leaves_no_folder(self, backend, job, staged, monkeypatch):
+        def interrupt(*given: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(run_folder, "write_record", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            backend.submit(job, staged.channels, "trim-0f0f0f0f")
+        assert not (backend.home / "runs" / "trim-0f0f0f0f").exists()
 
     def test_a_stopped_run_keeps_a_checkpoint_and_goes_on_from_it(self, backend, going):
         run = Run(going, backend)

@@ -131,11 +131,11 @@ class DockerBackend(LocalRuns):
         request = self.render(spec, channels, handle.id)
         folder = Path(request["folder"])
         try:
-            run_folder.make_folder(folder, request)
-            nodes.make_folders(folder, request)
-            with self._held(folder):
-                run_folder.write_record(folder, spec, request)
-                self._start(handle, folder, request)
+            with run_folder.new_folder(folder, request):
+                nodes.make_folders(folder, request)
+                with self._held(folder):
+                    run_folder.write_record(folder, spec, request)
+                    self._start(handle, folder, request)
         except BackendError:
             if not self.engine.containers(handle):
                 shutil.rmtree(folder, ignore_errors=True)  # it has not begun

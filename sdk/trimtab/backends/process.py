@@ -77,12 +77,12 @@ class ProcessBackend(LocalRuns):
         refuse_absent(request["channels"])
         folder = Path(request["folder"])
         try:
-            job = run_folder.make_folder(folder, request)
-            for name, path in request["channels"].items():
-                job.channel(name).symlink_to(path, target_is_directory=True)
-            with self._idle(folder) as lock:
-                run_folder.write_record(folder, spec, request)
-                _start(folder, request, lock)
+            with run_folder.new_folder(folder, request) as job:
+                for name, path in request["channels"].items():
+                    job.channel(name).symlink_to(path, target_is_directory=True)
+                with self._idle(folder) as lock:
+                    run_folder.write_record(folder, spec, request)
+                    _start(folder, request, lock)
         except OSError as exc:
             raise BackendError(f"the run cannot be started in {folder} ({exc}): set TRIMTAB_HOME to a folder that can be written") from exc
         return RunHandle(self.name, run_id)

@@ -177,16 +177,25 @@ def ended_silently(handle: RunHandle, folder: Path, how: str = "killed? out of m
     return f"ended without a word ({how}); {again(handle)}" + (f"\nits last lines were:{last_lines}" if last_lines else "")
 
 
-def make_folder(folder: Path, request: Mapping[str, Any]) -> JobDir:
-    """The folder of a new run: its tree and its hyperparameters. Raises FileExistsError when it is there already."""
+@contextlib.contextmanager
+def new_folder(folder: Path, request: Mapping[str, Any]) -> Iterator[JobDir]:
+    """The folder of a new run: its tree and its hyperparameters. What is cut short before there is a record of the run leaves none.
+
+    Raises FileExistsError when it is there already.
+    """
     folder.mkdir(parents=True, mode=0o700)
-    job = JobDir(folder).make()
-    job.hyperparameters.write_text(json.dumps(request["hyperparameters"], indent=1), encoding="utf-8")
-    return job
+    try:
+        job = JobDir(folder).make()
+        job.hyperparameters.write_text(json.dumps(request["hyperparameters"], indent=1), encoding="utf-8")
+        yield job
+    except BaseException:  # Ctrl-C too
+        if not (folder / "run.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def write_record(folder: Path, spec: JobSpec, request: Mapping[str, Any]) -> None:
-    """`run.json`. From then on the run exists."""
+    """The record of the run, `run.json`. From then on the run exists."""
     public = spec.model_copy(update={"data": tuple(map(public_source, spec.data))})
     write_json(
         folder / "run.json", {"job": public.model_dump(mode="json"), "created": datetime.now(UTC).isoformat(), "request": dict(request)}
