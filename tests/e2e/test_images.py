@@ -308,6 +308,9 @@ def test_the_gpu_image_builds_and_runs_its_self_test_and_a_job_on_the_cpu(client
         if os.getuid() == 0:
             own(job.root, SOMEONE)
         with container(client, tag, job, user=f"{SOMEONE}:{SOMEONE}") as started:
+            assert "this run was asked to compute on a GPU and torch sees none" in ended(started, 1)
+        on_the_cpu = {"OMP_NUM_THREADS": "1", "TRIMTAB_DEVICE": "xeon"}
+        with container(client, tag, job, user=f"{SOMEONE}:{SOMEONE}", environment=on_the_cpu) as started:
             assert "step=3/3" in ended(started, 0)
     finally:
         if not there:
