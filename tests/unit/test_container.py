@@ -181,6 +181,7 @@ def test_the_request_asks_for_nothing_that_was_not_asked_for(tmp_path):
         host
     )
     assert (host["NetworkMode"], host["CapDrop"], host["ReadonlyRootfs"]) == ("none", ["ALL"], True)
+    assert host["ShmSize"] == 1 << 30
     limited = body("xeon", Limits("0-1", 1 << 30, 1 << 20, "mine"), tmp_path)["HostConfig"]
     names = ("CpusetCpus", "Memory", "MemorySwap", "ShmSize", "NetworkMode")
     assert [limited[name] for name in names] == ["0-1", 1 << 30, 1 << 30, 1 << 20, "mine"]

@@ -34,21 +34,41 @@ _LEAST_MEMORY = 6 << 20  # the engine's own lower bound
 
 @dataclass(frozen=True)
 class Limits:
-    """What a container gets of the machine. Sizes are in bytes; None is no limit of its own."""
+    """What a container gets of the machine, as far as it was asked for. Sizes are in bytes.
+
+    Unasked, CPUs and memory have no bound of their own, shared memory is 1 GiB, and there is no network.
+    """
 
     cpus: str | None = None
     memory: int | None = None
-    shm_size: int = 1 << 30
-    network: str = "none"
+    shm_size: int | None = None
+    network: str | None = None
 
     @classmethod
-    def parse(cls, *, cpus: str | None, memory: str | int | None, shm_size: str | int, network: str) -> Limits:
+    def parse(cls, *, cpus: str | None, memory: str | int | None, shm_size: str | int | None, network: str | None) -> Limits:
         """From what a user wrote. Raises SpecError for what is no size, no list of CPUs, no network's name."""
         if cpus is not None:
             parse_cpus(cpus)
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", network):
+        if network is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", network):
             raise SpecError(f"network {network!r} is no network's name: leave it out (none), or name one of  docker network ls")
-        return cls(cpus, None if memory is None else parse_size("memory", memory, _LEAST_MEMORY), parse_size("shm_size", shm_size), network)
+        return cls(
+            cpus,
+            None if memory is None else parse_size("memory", memory, _LEAST_MEMORY),
+            None if shm_size is None else parse_size("shm_size", shm_size),
+            network,
+        )
+
+    def refuse_network(self, nodes: int) -> None:
+        """Raise SpecError for a network asked for by a run on several machines."""
+        if nodes > 1 and self.network not in (None, "none"):
+            raise SpecError(f"{nodes} nodes meet on a network of their own: leave network={self.network} out")
+
+    def host(self) -> dict[str, Any]:
+        """What was asked for, as the part of a HostConfig that it is."""
+        found = {"CpusetCpus": self.cpus, "ShmSize": self.shm_size, "NetworkMode": self.network}
+        # swap would only hide that memory is short
+        found |= {"Memory": self.memory, "MemorySwap": self.memory}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def parse_size(name: str, given: str | int, least: int = 1) -> int:
@@ -126,7 +146,7 @@ def container_body(
     environment = {**inherited(os.environ, TUNING), **runtime_environment(ROOT, device=device)}
     host: dict[str, Any] = {
         "Mounts": mounts(folder, channels),
-        "NetworkMode": limits.network,
+        "NetworkMode": "none",
         "ReadonlyRootfs": True,
         # the owner is named, because runc before 1.2 gives a tmpfs the mode that the image's folder has
         "Tmpfs": {"/tmp": "rw,exec,nosuid,nodev,mode=1777,size=1g", str(ROOT): f"rw,noexec,nosuid,nodev,uid={uid},gid={gid},size=1m"},
@@ -135,9 +155,9 @@ def container_body(
         "GroupAdd": groups,
         "Init": False,  # our own first process reaps and passes signals on
         "LogConfig": {"Type": "json-file", "Config": {}},  # whatever the engine's default is, the log can be read back
-        "ShmSize": limits.shm_size,
+        "ShmSize": 1 << 30,
+        **limits.host(),
     }
-    host |= limited(limits.cpus, limits.memory)
     if device == "gpu":
         host["DeviceRequests"] = [{"Driver": "", "Count": -1, "Capabilities": [["gpu"]]}]
     return {
@@ -148,12 +168,6 @@ def container_body(
         "Labels": {RUN_LABEL: handle.id, FOLDER_LABEL: str(folder), USER_LABEL: str(os.getuid()), VERSION_LABEL: "1"},
         "HostConfig": host,
     }
-
-
-def limited(cpus: str | None, memory: int | None) -> dict[str, Any]:
-    """The part of a HostConfig that bounds CPUs and memory; swap would only hide that memory is short."""
-    found: dict[str, Any] = {} if cpus is None else {"CpusetCpus": cpus}
-    return found if memory is None else found | {"Memory": memory, "MemorySwap": memory}
 
 
 def choices(image: str, container: Mapping[str, Any]) -> list[Choice]:

@@ -34,7 +34,6 @@ from trimtab.backends.container import (
     choices,
     container_body,
     has_gpu_runtime,
-    limited,
     on_another_machine,
     out_of_memory,
     parse_cpus,
@@ -42,7 +41,7 @@ from trimtab.backends.container import (
 from trimtab.backends.engine import Engine, Found, asking
 from trimtab.backends.life import Ended, Life, read_life, write_life
 from trimtab.backends.run_folder import LocalRuns, again, belongs, read_json, refuse_absent, write_json
-from trimtab.errors import BackendError, BackendUnavailable, RunNotFound, SpecError, StagingError
+from trimtab.errors import BackendError, BackendUnavailable, RunNotFound, StagingError
 from trimtab.events import EventLog
 from trimtab.layout import JobDir
 from trimtab.progress import sentence
@@ -57,8 +56,8 @@ class DockerBackend(LocalRuns):
     """Jobs as containers on this machine. A run's folder is `home/runs/<id>`, mounted at /opt/ml; `home` as for processes.
 
     `image` is a tag (default: the one that this trimtab would build), `cpus` a list of CPUs such as "0-3,8", `memory` and `shm_size` sizes
-    such as "8g", `network` one of the engine's networks (none: no network at all), `client` an engine (default: DOCKER_HOST's,
-    else this machine's). Raises SpecError for a size, a list or a name that is none.
+    such as "8g" (shared memory: 1g), `network` one of the engine's networks (none: no network at all), `client` an engine (default:
+    DOCKER_HOST's, else this machine's). Raises SpecError for a size, a list or a name that is none.
     """
 
     name = "docker"
@@ -69,8 +68,8 @@ class DockerBackend(LocalRuns):
         image: str | None = None,
         cpus: str | None = None,
         memory: str | int | None = None,
-        shm_size: str | int = "1g",
-        network: str = "none",
+        shm_size: str | int | None = None,
+        network: str | None = None,
         client: DockerClient | None = None,
     ) -> None:
         super().__init__(home)
@@ -100,8 +99,7 @@ class DockerBackend(LocalRuns):
             raise BackendUnavailable(
                 f"cpus={self.limits.cpus}: the engine has the CPUs 0-{info['NCPU'] - 1}; choose others with  --backend-option cpus=..."
             )
-        if spec.nodes > 1 and self.limits.network != "none":
-            raise SpecError(f"{spec.nodes} nodes meet on a network of their own: leave network={self.limits.network} out")
+        self.limits.refuse_network(spec.nodes)
         self._image(spec.device)
 
     def render(self, spec: JobSpec, channels: Mapping[str, Path], run_id: str) -> dict[str, Any]:
@@ -145,7 +143,7 @@ class DockerBackend(LocalRuns):
         return handle
 
     def resume(self, handle: RunHandle) -> None:
-        """Start the same request again. `image`, `cpus` and `memory` that this backend was given take the place of the run's own."""
+        """Start the same request again. The image and limits that this backend was expressly given take the place of the run's own."""
         folder = self._folder(handle)
         record = read_json(folder / "run.json")
         request = self._anew(record["request"])
@@ -162,7 +160,11 @@ class DockerBackend(LocalRuns):
         try:
             with self._idle(folder):
                 write_json(folder / "run.json", {**record, "request": request})
-                self._start(handle, folder, request)
+                try:
+                    self._start(handle, folder, request)
+                except BackendError:
+                    write_json(folder / "run.json", record)  # what cannot be started is not what the next resume begins with
+                    raise
         except BlockingIOError as exc:  # another client was quicker
             raise BackendError(running) from exc
         except OSError as exc:
@@ -185,9 +187,9 @@ class DockerBackend(LocalRuns):
 
     def logs(self, handle: RunHandle, *, follow: bool = False) -> Iterator[str]:
         folder = self._folder(handle)
-        found = [_split(self._log(handle.id, folder, follow))]
+        found = [run_folder.split(self._log(handle.id, folder, follow))]
         for host, there in nodes.others(folder).items():
-            found.append(nodes.prefixed(host, _split(self._log(nodes.name_of(handle, host), there, follow))))
+            found.append(nodes.prefixed(host, run_folder.split(self._log(nodes.name_of(handle, host), there, follow))))
         return found[0] if len(found) == 1 else nodes.lines(found, follow, lambda: self._look(handle, folder))
 
     def stop(self, handle: RunHandle) -> None:
@@ -259,9 +261,13 @@ class DockerBackend(LocalRuns):
     def _anew(self, request: dict[str, Any]) -> dict[str, Any]:
         """The request of a run with what this backend was given expressly."""
         image = self._image("gpu" if "DeviceRequests" in request["container"]["HostConfig"] else "xeon") if self.image else None
+        self.limits.refuse_network(1 + len(request.get("others", {})))
+        given = self.limits.host()
+        if "others" in request:
+            given.pop("NetworkMode", None)  # they have their own
 
         def anew(body: dict[str, Any]) -> dict[str, Any]:
-            host = body["HostConfig"] | limited(self.limits.cpus, self.limits.memory)
+            host = body["HostConfig"] | given
             return {**body, "HostConfig": host, "Image": image.id if image else body["Image"]}
 
         found = {**request, "container": anew(request["container"]), "image": image.tag if image else request["image"]}
@@ -385,14 +391,3 @@ def _bytes(file: Path, begin: int, end: int | None) -> Iterator[bytes]:
     with contextlib.suppress(FileNotFoundError), file.open("rb") as opened:
         opened.seek(begin)
         yield opened.read(-1 if end is None else max(0, end - begin))
-
-
-def _split(parts: Iterator[bytes]) -> Iterator[str]:
-    """Lines of pieces that end anywhere."""
-    rest = b""
-    for part in parts:
-        *whole, rest = (rest + part).split(b"\n")
-        for line in whole:
-            yield line.decode(errors="replace")
-    if rest:
-        yield rest.decode(errors="replace")

@@ -261,6 +261,17 @@ def lines(path: Path, more: Callable[[], bool], start: int = 0) -> Iterator[str]
         yield part.decode(errors="replace")
 
 
+def split(parts: Iterator[bytes]) -> Iterator[str]:
+    """Lines of pieces that end anywhere."""
+    rest = b""
+    for part in parts:
+        *whole, rest = (rest + part).split(b"\n")
+        for line in whole:
+            yield line.decode(errors="replace")
+    if rest:
+        yield rest.decode(errors="replace")
+
+
 def tail_lines(path: Path, count: int) -> list[str]:
     if not path.exists():
         return []
