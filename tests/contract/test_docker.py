@@ -24,6 +24,7 @@ from contract.backend_contract import PATIENCE, BackendContract, finish, until
 from support.own_engine import OwnEngine
 from trimtab.backends import docker, load_backend
 from trimtab.backends.base import Listable, Preflight, Removable, Reporting, Resumable, RunHandle, RunState
+from trimtab.backends.container import has_gpu_runtime
 from trimtab.backends.docker import DockerBackend
 from trimtab.backends.engine import Engine
 from trimtab.backends.process import ProcessBackend
@@ -32,8 +33,11 @@ from trimtab.events import Choice
 from trimtab.run import Run
 from trimtab.spec import JobSpec, TrainSpec
 
+pytestmark = pytest.mark.usefixtures("volumes_before")
+
 ANY_JOB = JobSpec(train=TrainSpec(model="smollm2-135m-instruct"), data=("notes.txt",))
-SCRIPT_IMAGE = "trimtab-docker-test-script:latest"
+MINE = f"trimtab-docker-test-{os.getpid()}-"  # other tests may use the engine at the same time
+SCRIPT_IMAGE = f"{MINE}script:latest"
 
 
 class TestDocker(BackendContract):
@@ -72,12 +76,15 @@ class TestDocker(BackendContract):
         assert again.resume().wait(PATIENCE).state is RunState.SUCCEEDED
 
 
+# of Python 3.12, to a fork where clients have threads. A new program it cannot be: interpreter and checkout may lie in folders of
+# root's that are closed to that user
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 def test_a_user_who_is_not_root_runs_a_job_and_owns_what_it_leaves(xeon_image, small_job, staged):
     if os.getuid() != 0:
         pytest.skip("this is not root: the other tests are run as such a user")
     user, group = 12_345, Path("/var/run/docker.sock").stat().st_gid
     train = staged.train.model_copy(update={"max_steps": 2})
-    with tempfile.TemporaryDirectory(dir="/tmp") as place:  # pytest's own folders are closed to other users
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix=MINE) as place:  # pytest's own folders are closed to other users
         home = Path(place)
         channels = {name: Path(shutil.copytree(folder, home / name)) for name, folder in staged.channels.items()}
         for path in (home, *home.rglob("*")):
@@ -101,11 +108,6 @@ def test_a_user_who_is_not_root_runs_a_job_and_owns_what_it_leaves(xeon_image, s
         left = list((home / "home").rglob("*"))
         assert {path.name for path in left} >= {"trimtab.json", "events.jsonl", "log.txt"}
         assert {(path.lstat().st_uid, path.lstat().st_gid) for path in left} == {(user, user)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def volumes_before(client: DockerClient) -> set[str]:
-    return {volume.id for volume in client.volumes.list()}
 
 
 def derived(client: DockerClient, tag: str, *lines: str) -> str:
@@ -177,6 +179,13 @@ def no_engine_there() -> Iterator[None]:
         gc.collect()
 
 
+@pytest.fixture
+def no_gpu(client: DockerClient) -> None:
+    """For tests of what is refused where no GPU can be had; the rule itself is tested everywhere (tests/unit/test_container.py)."""
+    if has_gpu_runtime(client.info(), shutil.which("nvidia-container-runtime-hook")):
+        pytest.skip("this engine has a GPU runtime, and would not refuse")
+
+
 def test_it_has_every_ability():
     for ability in (Preflight, Reporting, Resumable, Listable, Removable):
         assert isinstance(DockerBackend(), ability)
@@ -234,6 +243,23 @@ def test_cpus_memory_and_shared_memory_are_bounded(run_script):
     assert "memory 96m: asked for, swap included" in lines
     assert "cpus 0: asked for" in lines
     assert lines[-3:] == ["1", str(48 * 1024), str(96 << 20)]
+
+
+def test_limits_given_to_a_resume_take_the_place_of_the_runs_own_when_it_can_be_started(run_script, client):
+    backend, handle = run_script("exit 0", shm_size="48m", memory="96m")
+    finish(backend, handle)
+
+    def kept() -> list[object]:
+        record = json.loads((backend.home / "runs" / handle.id / "run.json").read_text())
+        return [record["request"]["container"]["HostConfig"][name] for name in ("ShmSize", "Memory", "NetworkMode")]
+
+    with pytest.raises(BackendError, match="docker network ls"):
+        DockerBackend(backend.home, client=client, shm_size="16m", network="nowhere").resume(handle)
+    assert kept() == [48 << 20, 96 << 20, "none"]
+    other = DockerBackend(backend.home, client=client, shm_size="16m", network="bridge")
+    other.resume(handle)
+    assert kept() == [16 << 20, 96 << 20, "bridge"]
+    finish(other, handle)
 
 
 def test_the_request_that_was_printed_is_the_one_that_is_kept_and_run(run_script, channels, client):
@@ -370,12 +396,12 @@ def test_out_of_memory_is_told_with_the_limit(run_script):
         ({}, "gpu", "no GPU runtime: install the NVIDIA Container Toolkit"),
     ],
 )
-def test_what_the_engine_refuses_is_told_with_a_remedy_and_leaves_nothing(channels, tmp_path, client, script_image, settings, device, said):
-    image = (
-        script_image
-        if device == "xeon"
-        else derived(client, "trimtab-docker-test-gpu:latest", f"FROM {script_image}", "LABEL trimtab.device=gpu")
-    )
+def test_what_the_engine_refuses_is_told_with_a_remedy_and_leaves_nothing(
+    channels, tmp_path, client, script_image, settings, device, said, request
+):
+    if device == "gpu":
+        request.getfixturevalue("no_gpu")
+    image = script_image if device == "xeon" else derived(client, f"{MINE}gpu:latest", f"FROM {script_image}", "LABEL trimtab.device=gpu")
     backend = DockerBackend(tmp_path / "home", image=image, client=client, **settings)
     with pytest.raises(BackendError, match=said):
         backend.submit(ANY_JOB.model_copy(update={"device": device}), channels)
@@ -385,9 +411,12 @@ def test_what_the_engine_refuses_is_told_with_a_remedy_and_leaves_nothing(channe
         client.images.remove(image)
 
 
-def test_a_gpu_and_cpus_that_are_not_there_are_refused_before_staging(client, script_image):
+def test_a_gpu_that_is_not_there_is_refused_before_staging(client, no_gpu):
     with pytest.raises(BackendUnavailable, match="--device xeon"):
         DockerBackend(client=client).check(ANY_JOB.model_copy(update={"device": "gpu"}))
+
+
+def test_cpus_that_are_not_there_are_refused_before_staging(client, script_image):
     with pytest.raises(BackendUnavailable, match="has the CPUs 0-"):
         DockerBackend(image=script_image, cpus="0-4096", client=client).check(ANY_JOB)
 
@@ -401,9 +430,9 @@ def test_no_engine_is_told_with_its_remedy(monkeypatch):
 @pytest.mark.parametrize(
     ("tag", "lines", "said"),
     [
-        ("trimtab-docker-test-absent:1", [], "trimtab image list"),
-        ("trimtab-docker-test-version:1", ["LABEL trimtab.spec_version=99"], "spec_version 99.*trimtab image build"),
-        ("trimtab-docker-test-foreign:1", ["LABEL trimtab.device=gpu"], "--device gpu"),
+        (f"{MINE}absent:1", [], "trimtab image list"),
+        (f"{MINE}version:1", ["LABEL trimtab.spec_version=99"], "spec_version 99.*trimtab image build"),
+        (f"{MINE}foreign:1", ["LABEL trimtab.device=gpu"], "--device gpu"),
         ("trimtab-xeon-train:0.0.0-0123456789ab", ["LABEL trimtab.context=beef"], "was moved.*trimtab image build"),
     ],
 )
@@ -461,10 +490,7 @@ def test_a_killed_engine_is_told_while_a_run_is_watched_and_the_run_can_go_on_wh
         engine.remove()
 
 
-def test_nothing_is_left_behind(client, volumes_before, tmp_path_factory):
-    base = str(tmp_path_factory.getbasetemp())
-    labelled = [container.labels for container in client.containers.list(all=True, ignore_removed=True)]
-    labelled += [network.attrs["Labels"] or {} for network in client.networks.list()]
-    assert [labels for labels in labelled if labels.get("trimtab.folder", "").startswith(base)] == []
-    assert {volume.id for volume in client.volumes.list()} == volumes_before
-    assert [tag for image in client.images.list() for tag in image.tags if tag.startswith("trimtab-docker-test-")] == [SCRIPT_IMAGE]
+def test_nothing_is_left_behind(left_behind, client):
+    assert left_behind(f"/tmp/{MINE}") == []
+    tags = {tag for image in client.images.list() for tag in image.tags if tag.startswith(MINE)}
+    assert tags <= {SCRIPT_IMAGE}  # that one is the session's

@@ -24,6 +24,8 @@ from trimtab.run import Run
 from trimtab.spec import JobSpec
 from trimtab.staging import Staged
 
+pytestmark = pytest.mark.usefixtures("volumes_before")
+
 
 @pytest.fixture
 def two(small_job: JobSpec, staged: Staged) -> JobSpec:
@@ -194,3 +196,7 @@ def test_the_machine_to_blame_is_the_one_that_failed_by_itself():
     assert first_failed(ended_by_us, {"algo-1": "", "algo-2": "no rows"}) == "algo-2"
     both = {"algo-1": "lost algo-2: it was silent", "algo-2": "lost algo-1: it was silent"}
     assert first_failed({"algo-1": ended(1, 3), "algo-2": ended(1, 4)}, both) == "algo-1"
+
+
+def test_nothing_is_left_behind(left_behind):
+    assert left_behind() == []

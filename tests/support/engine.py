@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,29 @@ def base_image() -> str:
 def client(base_image: str) -> Iterator[DockerClient]:
     with contextlib.closing(images.engine()) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def volumes_before(client: DockerClient) -> set[str]:
+    """What there was before this session's tests ran a container."""
+    return {volume.id for volume in client.volumes.list()}
+
+
+@pytest.fixture(scope="module")
+def left_behind(client: DockerClient, volumes_before: set[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """What this session's runs have left in the engine: containers and networks of runs whose folders are its own, and new volumes.
+
+    Further folders of its own are given by how their paths begin.
+    """
+    base = str(tmp_path_factory.getbasetemp())
+
+    def look(*further: str) -> list[str]:
+        labelled = [(container.name, container.labels) for container in client.containers.list(all=True, ignore_removed=True)]
+        labelled += [(network.name, network.attrs["Labels"] or {}) for network in client.networks.list()]
+        found = [name for name, labels in labelled if labels.get("trimtab.folder", "").startswith((base, *further))]
+        return found + sorted({volume.id for volume in client.volumes.list()} - volumes_before)
+
+    return look
 
 
 @pytest.fixture(scope="session")

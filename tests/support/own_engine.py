@@ -17,8 +17,14 @@ class OwnEngine:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.address = f"unix://{root}/sock"
-        self.client = docker.DockerClient(base_url=self.address, version="1.41")
+        self._client: docker.DockerClient | None = None
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def client(self) -> docker.DockerClient:
+        """One for all its lives, from its first start on: with the engine it agrees upon a version."""
+        assert self._client is not None, "it was never started"
+        return self._client
 
     def start(self) -> None:
         for leftover in [self.root / "pid", *(self.root / "exec" / "containerd").glob("containerd*")]:
@@ -37,7 +43,8 @@ class OwnEngine:
         deadline = time.monotonic() + 120
         while True:
             with contextlib.suppress(OSError, docker.errors.DockerException):
-                self.client.ping()
+                self._client = self._client or docker.DockerClient(base_url=self.address)
+                self._client.ping()
                 return
             said = (self.root / "log").read_text()[-2000:]
             assert self._process.poll() is None, f"dockerd ended:\n{said}"
@@ -55,11 +62,12 @@ class OwnEngine:
         if self._process is not None and self._process.poll() is not None:
             self.start()  # a dead one has left its containers
         if self._process is not None:
-            for container in self.client.containers.list():
+            for container in self._client.containers.list() if self._client else []:
                 container.kill()
             self._process.terminate()
             self._process.wait(60)
-        self.client.close()
+        if self._client is not None:
+            self._client.close()
         while subprocess.run(["umount", self.root / "data"], capture_output=True, check=False).returncode == 0:
             pass  # dockerd mounts its folder on itself, once for each start, and leaves that
         shutil.rmtree(self.root)
