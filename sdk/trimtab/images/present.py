@@ -65,6 +65,21 @@ def engine(*, timeout: float = 120.0) -> DockerClient:
 
 
 @contextlib.contextmanager
+def answering(what: str) -> Iterator[None]:
+    """BackendUnavailable, in our words, where an engine that was there refuses what it is asked, or goes away meanwhile."""
+    errors = importlib.import_module("docker.errors")
+    try:
+        yield
+    except errors.APIError as exc:
+        said = str(exc.explanation or exc).strip()
+        raise BackendUnavailable(
+            f"the Docker engine was asked {what} and refused ({said}): see what  docker info  says, and repeat the command"
+        ) from exc
+    except (errors.DockerException, OSError) as exc:  # requests' errors are OSErrors
+        raise BackendUnavailable(f"the Docker engine was asked {what} and does not answer ({exc}): {ENGINE_REMEDY}") from exc
+
+
+@contextlib.contextmanager
 def using(client: DockerClient | None) -> Iterator[DockerClient]:
     """A client that was given, left open, or one of our own, closed at the end."""
     if client is not None:
@@ -93,17 +108,17 @@ def check(image: Image, client: DockerClient | None = None) -> None:
     """Refuse an image in which a job would not run as asked, before anything is started.
 
     Raises BackendUnavailable with the next command: for another architecture than the engine's, another spec_version, or a tag that was
-    moved to other contents.
+    moved to other contents; and where the engine does not answer.
     """
-    with using(client) as asked:
+    with using(client) as asked, answering("what it is"):
         machine = asked.version()["Arch"]
     if why := refusal(image.tag, image.labels, image.architecture, machine):
         raise BackendUnavailable(why)
 
 
 def installed(client: DockerClient | None = None) -> list[Image]:
-    """Our images in the engine, the newest first, once for each tag."""
-    with using(client) as asked:
+    """Our images in the engine, the newest first, once for each tag. Raises BackendUnavailable where it does not answer."""
+    with using(client) as asked, answering("for its images"):
         listed = asked.api.images(filters={"label": f"{LABEL}context"})
         tags = sorted({tag for entry in listed for tag in entry.get("RepoTags") or [] if tag != "<none>:<none>"})
         found = [image for tag in tags if (image := look_up(asked, tag)) is not None]
@@ -120,16 +135,17 @@ def inspect(name: str, client: DockerClient | None = None) -> Image:
 
 
 def look_up(client: DockerClient, name: str) -> Image | None:
-    """An image by its tag, or None."""
+    """An image by its tag or id, or None. Raises BackendUnavailable where the engine does not answer."""
     errors = importlib.import_module("docker.errors")
-    try:
-        facts = client.api.inspect_image(name)
-    except errors.NotFound:  # ImageNotFound is one
-        return None
-    except errors.APIError as exc:
-        if "invalid reference format" in str(exc.explanation):  # no image can have such a name
+    with answering(f"about the image {name}"):
+        try:
+            facts = client.api.inspect_image(name)
+        except errors.NotFound:  # ImageNotFound is one
             return None
-        raise
+        except errors.APIError as exc:
+            if "invalid reference format" in str(exc.explanation):  # no image can have such a name
+                return None
+            raise
     labels = (facts["Config"] or {}).get("Labels") or {}
     return Image(
         tag=name,
