@@ -24,7 +24,7 @@ import pytest
 from trimtab import images
 from trimtab.errors import BackendError, BackendUnavailable, SpecError
 from trimtab.images import context, wheels
-from trimtab.images.building import failure
+from trimtab.images.building import failure, past_the_proxy
 from trimtab.images.plan import Plan, refusal
 from trimtab.images.pushing import ecr_login, refused
 from trimtab.spec import SPEC_VERSION
@@ -241,6 +241,15 @@ def test_a_folder_of_wheels_is_served_on_loopback_while_it_is_needed(tmp_path: P
         urllib.request.urlopen(f"{address}thing.whl", timeout=10)
     with pytest.raises(BackendError, match="give --find-links a folder"), wheels.served(tmp_path / "none"):
         pass
+
+
+def test_the_folder_is_reached_past_a_proxy_and_what_was_exempt_stays_so() -> None:
+    proxies = {"default": {"httpProxy": "http://proxy:3128", "noProxy": "*.example.com,10.0.0.0/8"}, "tcp://other:2375": {"httpProxy": "x"}}
+    assert past_the_proxy(proxies, "http+docker://localhost") == dict.fromkeys(
+        ("NO_PROXY", "no_proxy"), "*.example.com,10.0.0.0/8,127.0.0.1"
+    )
+    assert past_the_proxy(proxies, "tcp://other:2375")["no_proxy"] == "127.0.0.1"
+    assert past_the_proxy({}, "http+docker://localhost")["NO_PROXY"] == "127.0.0.1"
 
 
 REGISTRY = "123456789012.dkr.ecr.eu-central-1.amazonaws.com/team/trimtab"

@@ -75,6 +75,9 @@ def build(
         passed = {"BASE": plan.base, **plan.arguments}
         if find_links is not None:
             passed["PIP_FIND_LINKS"] = while_building.enter_context(wheels.served(find_links))
+            passed |= past_the_proxy(
+                importlib.import_module("docker.utils.config").load_general_config().get("proxies", {}), client.api.base_url
+            )
             passed |= {"PIP_NO_INDEX": "1"} if offline else {}
             extra["network_mode"] = "host"  # the folder is served on the loopback of the engine's machine, and nowhere else
         if cpus is not None:
@@ -100,6 +103,17 @@ def build(
                 show(Progress(int(step[1]), int(step[2]), step[3]))
             say(line)
     return plan.tag
+
+
+def past_the_proxy(proxies: Mapping[str, Mapping[str, str]], engine: str) -> dict[str, str]:
+    """Build arguments by which a build speaks to 127.0.0.1 itself, whatever proxies docker's client configuration gives it.
+
+    `proxies` is that configuration's part of the name; of it holds what stands under the engine's address, else under "default". What
+    it exempts stays exempt: an argument of ours would replace its own.
+    """
+    exempt = proxies.get(engine, proxies.get("default", {})).get("noProxy")
+    value = ",".join(filter(None, [exempt, "127.0.0.1"]))
+    return {"NO_PROXY": value, "no_proxy": value}
 
 
 def read(begin: Callable[[], Iterable[dict[str, Any]]], doing: str, explain: Callable[[str], str]) -> Iterator[str]:
