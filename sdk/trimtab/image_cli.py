@@ -1,4 +1,4 @@
-"""`trimtab image`: builds, lists, shows and pushes the images in which jobs run."""
+"""`trimtab image`: builds, lists, shows, pushes and prunes the images in which jobs run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _target(command: _Command) -> _Command:
 
 @click.group()
 def image() -> None:
-    """Build, list, show and push the images in which jobs run.
+    """Build, list, show, push and prune the images in which jobs run.
 
     \b
     Example:
@@ -105,6 +105,8 @@ def list_images(as_json: bool) -> None:
         state = "current" if one.current else "outdated"
         base = one.labels.get("base", "")
         print(f"{one.tag:<{width}}  {one.size / 1e6:>6,.0f} MB  {one.created.astimezone():%Y-%m-%d %H:%M}  {state:<8}  {base}")
+    if any(images.outdated(one) for one in found):
+        print("images: outdated ones take up room; remove them with  trimtab image prune", file=sys.stderr)
 
 
 @image.command()
@@ -159,6 +161,38 @@ def push(name: str, repository: str, target: str, as_json: bool) -> None:
             show=lambda done, of: advance(done, of, f"{done / 1e6:,.0f} of {of / 1e6:,.0f} MB"),
         )
     print(json.dumps(dataclasses.asdict(pushed)) if as_json else f"{pushed.name}@{pushed.digest}")
+
+
+@image.command()
+@click.option("--dry-run", is_flag=True, help="remove nothing: list what would be")
+@_as_json
+def prune(dry_run: bool, as_json: bool) -> None:
+    """Remove our images that are not current, on whatever base they stand, but for those that a container uses.
+
+    Images derived from ours under names of their own stay, too.
+
+    \b
+    Example:
+      trimtab image prune --dry-run
+    """
+    with closing(images.engine()) as client:
+        pruned = images.prune(client, dry_run=dry_run)
+    if as_json:
+        in_use = [{**_facts(one), "containers": users} for one, users in pruned.in_use]
+        removed = [_facts(one) for one in pruned.removed]
+        print(json.dumps({"dry_run": dry_run, "removed": removed, "in_use": in_use, "freed": pruned.freed}))
+        return
+    for one in pruned.removed:
+        print(f"{'would remove' if dry_run else 'removed'}  {one.tag}  {one.size / 1e6:,.0f} MB")
+    for one, users in pruned.in_use:
+        print(f"left alone  {one.tag}  used by {', '.join(users)}: remove that with  docker rm NAME  and prune again")
+    if not pruned.removed:
+        print("nothing to remove")
+    elif dry_run:
+        print(f"{len(pruned.removed)} to remove; layers that they share with images that stay are not freed")
+    else:
+        freed = "" if pruned.freed is None else f", {pruned.freed / 1e6:,.0f} MB freed (layers that other images use stay)"
+        print(f"{len(pruned.removed)} removed{freed}")
 
 
 def _facts(found: images.Image) -> dict[str, Any]:

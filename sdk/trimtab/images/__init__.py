@@ -1,4 +1,4 @@
-"""Names, builds, finds, checks and pushes the images in which jobs run. Nothing of the docker SDK is imported before it is used.
+"""Names, builds, finds, checks, pushes and prunes the images in which jobs run. Nothing of the docker SDK is imported before it is used.
 
 An image is called after what is in it, `trimtab-<device>-<target>:<version>-<digest>`: the digest is that of its build context and of the
 arguments of its build. So it is built again when something of it changed, and only then.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from trimtab.images.building import Progress, build
 from trimtab.images.plan import LABEL, TARGETS, Plan, tag_of
 from trimtab.images.present import ENGINE_REMEDY, Image, check, engine, find, inspect, installed
+from trimtab.images.pruning import Pruned, outdated, prune
 from trimtab.images.pushing import Pushed, push
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Image",
     "Plan",
     "Progress",
+    "Pruned",
     "Pushed",
     "build",
     "check",
@@ -25,6 +27,8 @@ __all__ = [
     "find",
     "inspect",
     "installed",
+    "outdated",
+    "prune",
     "push",
     "tag_of",
 ]
