@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from trimtab.backends.container import (
     Limits,
     caller,
     container_body,
+    expected_memory,
     has_gpu_runtime,
     mounts,
+    needed_memory,
     on_another_machine,
     out_of_memory,
     parse_cpus,
@@ -25,7 +28,9 @@ from trimtab.backends.container import (
 from trimtab.backends.engine import asking
 from trimtab.backends.run_folder import Said
 from trimtab.errors import BackendError, SpecError, StagingError
+from trimtab.estimate import ModelFacts, peak_memory
 from trimtab.events import Step
+from trimtab.spec import TrainSpec
 
 HANDLE = RunHandle("docker", "trim-12345678")
 
@@ -198,6 +203,30 @@ def test_only_names_of_a_list_pass_into_the_container(tmp_path, monkeypatch):
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PATH", "PYTHONPATH", "LD_PRELOAD", "MKL_NUM_THREADS"):
         monkeypatch.setenv(name, "mine")
     assert [line for line in body("xeon", Limits(), tmp_path)["Env"] if line.endswith("=mine")] == ["MKL_NUM_THREADS=mine"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "peak", "expected", "needed"),
+    [
+        (1 << 30, 900 << 20, 4 << 30, 5 << 30),  # what is expected, with a quarter
+        (2 << 30, 3 << 30, 1 << 30, 4 << 30),  # the peak was more
+        (8 << 30, 7 << 30, 4 << 30, 10 << 30),  # less is expected, but 8g were too little
+        (3 << 30, 2 << 30, 0, 5 << 30),  # nothing is known of the model
+        (16 << 20, 0, 0, 1 << 30),
+    ],
+)
+def test_the_memory_to_give_is_what_is_expected_or_seen_and_more_than_was_too_little(limit, peak, expected, needed):
+    assert needed_memory(limit, peak, expected) == needed
+
+
+def test_the_memory_that_is_expected_is_the_plans_estimate(tiny_model, tmp_path):
+    spec = TrainSpec(model="any", dtype="float32", method="lora", max_seq_len=2048)
+    facts = ModelFacts.from_config(json.loads((tiny_model / "config.json").read_text()))
+    request = {"container": {"HostConfig": {}}, "channels": {"model": str(tiny_model)}, "hyperparameters": spec.to_hyperparameters()}
+    assert expected_memory(request) == peak_memory(spec, facts, "float32").total << 20
+    assert expected_memory(request | {"channels": {"model": str(tmp_path)}}) == 0
+    assert expected_memory(request | {"hyperparameters": {}}) == 0
+    assert expected_memory(request | {"container": {"HostConfig": {"DeviceRequests": []}}}) == 0
 
 
 def test_out_of_memory_names_phase_step_limit_and_what_to_type():

@@ -5,6 +5,7 @@ Nothing here asks the engine; folders are read, to mount what they hold.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -18,8 +19,10 @@ from trimtab.backends.base import RunHandle
 from trimtab.backends.run_folder import Said, again
 from trimtab.command import TUNING, inherited, runtime_environment
 from trimtab.errors import SpecError, StagingError
+from trimtab.estimate import ModelFacts, dtype_of, peak_memory
 from trimtab.events import Choice
 from trimtab.layout import JobDir
+from trimtab.spec import TrainSpec
 
 ROOT = Path("/opt/ml")
 RUN_LABEL, FOLDER_LABEL, USER_LABEL, VERSION_LABEL = "trimtab.run", "trimtab.folder", "trimtab.user", "trimtab.client"
@@ -185,14 +188,39 @@ def choices(image: str, container: Mapping[str, Any]) -> list[Choice]:
     return found
 
 
-def out_of_memory(handle: RunHandle, cause: str, told: Said, limit: int, least: int = 1 << 30) -> str:
-    """The reason of a run that the kernel killed for memory; `cause` is what its first process saw of that, `limit` 0 for none."""
+def expected_memory(request: Mapping[str, Any]) -> int:
+    """Bytes that training takes by its estimate, from a run's request and its model's sizes; 0 where these are not known, and on a GPU."""
+    from trimtab.doctor.look import cpu  # which imports this module
+
+    if "DeviceRequests" in request["container"]["HostConfig"]:
+        return 0
+    try:
+        model = ModelFacts.from_config(json.loads((Path(request["channels"]["model"]) / "config.json").read_text(encoding="utf-8")))
+        spec = TrainSpec.from_hyperparameters(request["hyperparameters"])
+    except (OSError, ValueError, KeyError, SpecError):
+        return 0
+    return peak_memory(spec, model, dtype_of(spec.dtype, cpu().flags)).total << 20 if model is not None else 0
+
+
+def needed_memory(limit: int, peak: int, expected: int) -> int:
+    """What to give a run that was killed at `limit`, in whole GiB: the largest of what it is expected to take, took and was too little,
+    and a quarter for room; half where nothing is expected. All in bytes, 0 for unknown. Pure.
+    """
+    needed = max(limit, peak, expected) * (1.25 if expected else 1.5)
+    return max(1, math.ceil(needed / (1 << 30))) << 30
+
+
+def out_of_memory(handle: RunHandle, cause: str, told: Said, limit: int, expected: int = 0) -> str:
+    """The reason of a run that the kernel killed for memory; `cause` is what its first process saw of that, `limit` 0 for none.
+
+    `expected` is `expected_memory`'s.
+    """
     step = told.step
     when = f"after step {step.step} of {step.of}, with a peak of {step.memory_mb} MB" if step else "before its first step"
     seen = [] if told.phase == "" else [f"in the phase {told.phase}"]
     bound = f"at its container's limit of {show_size(limit)}" if limit else "at the limit of the machine"
-    needed = max(limit, (step.memory_mb << 20) if step else 0) * 1.5
-    more = f"give it more:  trimtab resume {handle} --backend-option memory={show_size(math.ceil(max(needed, least) / (1 << 30)) << 30)}"
+    needed = needed_memory(limit, (step.memory_mb << 20) if step else 0, expected)
+    more = f"give it more:  trimtab resume {handle} --backend-option memory={show_size(needed)}"
     remedy = more if limit else f"end other work on the machine, then {again(handle)}"
     facts = ", ".join([bound, *seen, when])
     return f"out of memory, killed {facts}" + (f" ({cause.splitlines()[0].rstrip('.')})" if cause else "") + f"; {remedy}"

@@ -33,6 +33,7 @@ from trimtab.backends.container import (
     Limits,
     choices,
     container_body,
+    expected_memory,
     has_gpu_runtime,
     on_another_machine,
     out_of_memory,
@@ -179,8 +180,9 @@ class DockerBackend(LocalRuns):
         host, there, ended = nodes.to_blame(folder, ended)
         cause = JobDir(there).cause()
         if ended.oom_killed and ended.exit_code == _KILLED:
-            limit = read_json(folder / "run.json")["request"]["container"]["HostConfig"].get("Memory", 0)
-            cause = out_of_memory(handle, cause, told, limit)
+            request = read_json(folder / "run.json")["request"]
+            limit = request["container"]["HostConfig"].get("Memory", 0)
+            cause = out_of_memory(handle, cause, told, limit, expected_memory(request))
         if host != nodes.FIRST:
             cause = f"{host}: {cause or _silence(handle, there, ended)[1]}"
         return run_folder.over(told, cause, lambda: _silence(handle, folder, ended))
