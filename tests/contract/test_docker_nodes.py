@@ -105,6 +105,8 @@ def test_a_stop_reaches_both_and_a_resume_goes_on_from_the_checkpoint_of_the_fir
     assert saved == status.step.step
     assert names(client, handle) == ([], [])
 
+    with pytest.raises(SpecError, match="leave network=bridge out"):
+        DockerBackend(backend.home, client=client, network="bridge").resume(handle)
     backend.resume(handle)
     until_step(backend, handle, saved + 2)
     lines = list(backend.logs(handle))
