@@ -36,8 +36,8 @@ CEILINGS = {
     "size of the GPU image": (6000.0, "MB"),
     "build from nothing": (600.0, "s"),
     "build when nothing changed": (5.0, "s"),
-    "start to the usage line": (10.0, "s"),
-    "start to the first step": (60.0, "s"),
+    "start to the usage line": (5.0, "s"),
+    "start to the first step": (20.0, "s"),
 }
 
 
