@@ -1,6 +1,6 @@
 """`python -m trimtab_runtime generate|prepare|train|evaluate|serve`: read the spec, call, write the result or the failure, exit.
 
-Exit codes: 0 done; 1 failed, the cause first in output/failure; 2 usage; 143 stopped by SIGTERM after a checkpoint.
+Exit codes: 0 done; 1 failed, the cause first in output/failure; 2 usage; 143 stopped by SIGTERM with a checkpoint and an artifact.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from trimtab.errors import SpecError, TrimtabError
 from trimtab.events import EventLog, Finished, Phase, Progress
-from trimtab.layout import JobDir
+from trimtab.layout import EVENTS_VARIABLE, JobDir
 from trimtab.spec import TrainSpec
 
 STOPPED = 143  # 128 + SIGTERM, as a shell reports it
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
         job.make()
         with _only_one(job.root):
             job.failure.unlink(missing_ok=True)
-            events = EventLog(job.events)
+            events = EventLog(job.events, _say if os.environ.get(EVENTS_VARIABLE) == "log" else None)
             try:
                 code = commands[arguments[0]](job, events)
             except BaseException as exc:

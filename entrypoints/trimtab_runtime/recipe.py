@@ -33,7 +33,7 @@ class Diverged(TrimtabError):
 def train(
     job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], None], stop_requested: Callable[[], bool], team: Team = ALONE
 ) -> str:
-    """Train adapters on channel `train` and write the artifact. Returns "succeeded", or "stopped" when asked to stop.
+    """Train adapters on channel `train` and write the artifact. Returns "succeeded", or "stopped" when asked to stop before the end.
 
     Every machine of a team runs this; each step's rows are shared out, and only the first machine writes what stays.
     Raises SpecError and StagingError for inputs that do not fit, Diverged when the loss is not finite, HostLost for a machine that is.
@@ -99,7 +99,7 @@ def train(
     events.write(Phase(name="train", at=time.time(), detail=f"{steps} steps"))
     saved_at = loop_began = time.monotonic()
     seconds: list[float] = []
-    ended_by = ""
+    ending, ended_by = "succeeded", ""
     while done < steps:
         step_began = time.monotonic()
         rate = learning_rate(done, steps, peak=spec.learning_rate, warmup_ratio=spec.warmup_ratio, schedule=spec.lr_schedule)
@@ -150,9 +150,10 @@ def train(
         # checkpoints: every so many steps, every so many minutes, when stopped, when time is up
         late = spec.max_minutes is not None and time.monotonic() - began >= spec.max_minutes * 60
         late, stopping = team.any(late, stop_requested())
-        if stopping:
-            save("asked to stop")
-            return "stopped"
+        if stopping and done < steps:
+            ending, ended_by = "stopped", f"asked to stop after step {done} of {steps}"
+            save("asked to stop")  # first: what asked may not wait for the rest
+            break
         if late and done < steps:
             ended_by = f"time limit of {spec.max_minutes:g} minutes after step {done} of {steps}"
             save(ended_by)
@@ -167,7 +168,7 @@ def train(
     # what stays
     if not team.is_first:
         say(f"done: {team.place.hosts[0]} writes the artifact")
-        return "succeeded"
+        return ending
     events.write(Phase(name="save", at=time.time(), detail=ended_by))
     metrics = {
         "steps": done, "of": steps, "nodes": team.world, "first_loss": losses[0], "last_loss": losses[-1],
@@ -175,7 +176,7 @@ def train(
     }  # fmt: skip
     artifact.write(job, spec, model, rows.ledger, metrics)
     say(f"artifact: {job.model}" + (f" ({ended_by})" if ended_by else ""))
-    return "succeeded"
+    return ending
 
 
 def rows_of_step(step: int, rounds: Sequence[int], spec: TrainSpec, nodes: int = 1) -> list[int]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -117,9 +117,10 @@ def read_from(path: Path, start: int) -> tuple[list[Event], int]:
 
 
 class EventLog:
-    """Appends events to a file, each flushed as it comes, so that a killed run loses none."""
+    """Appends events to a file, each flushed as it comes, so that a killed run loses none; `also` gets each line, too."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, also: Callable[[str], None] | None = None) -> None:
+        self._also = also
         path.parent.mkdir(parents=True, exist_ok=True)
         # the line a kill cut short stays unreadable by itself; it must not swallow the next one
         torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
@@ -128,8 +129,10 @@ class EventLog:
             self._file.write("\n")
 
     def write(self, event: Event) -> None:
-        data: dict[str, Any] = event.model_dump(mode="json")
-        self._file.write(json.dumps(data) + "\n")
+        line = json.dumps(event.model_dump(mode="json"))
+        self._file.write(line + "\n")
+        if self._also is not None:
+            self._also(line)
 
     def close(self) -> None:
         self._file.close()

@@ -19,6 +19,7 @@ import torch
 import trimtab
 import trimtab_runtime
 from support.job_tree import PAGES, losses, make_job, run, start, train_here
+from trimtab.artifact import Artifact
 from trimtab.errors import SpecError, StagingError
 from trimtab.events import Checkpoint, Finished, Step, read
 from trimtab.layout import JobDir
@@ -161,7 +162,7 @@ def test_sigterm_writes_a_checkpoint_and_one_process_alone_goes_on_from_it(tmp_p
     assert events[-1].state == "stopped"
     saved = next(event.step for event in reversed(events) if isinstance(event, Checkpoint))
     assert saved == max(losses(job))
-    assert not (job.model / "trimtab.json").exists()
+    assert Artifact(job.model).manifest["metrics"]["ended_by"].startswith(f"asked to stop after step {saved} of ")
 
     process = start(job, "train")
     try:
