@@ -1,0 +1,1 @@
+"""All that speaks to AWS. boto3 is imported when it is used; it is the extra `aws`."""
