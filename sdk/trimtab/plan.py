@@ -1,19 +1,96 @@
-"""What a job would do, from its spec and its ledger: how many tokens and steps, and why."""
+"""What a job would do, from its spec, its ledger and the place it would run in: tokens, steps, memory, time, price, and why."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
-from trimtab.estimate import PeakMemory, optimiser_steps
+from trimtab.estimate import ModelFacts, PeakMemory, optimiser_steps
 from trimtab.ledger import Ledger
+from trimtab.progress import clock
 from trimtab.spec import TrainSpec
+
+Source = Literal["dry run", "rates measured on this machine", "stated table"]
+
+_WIDTH = 13  # of the column of section names
+_SECTION = {"tokens": "data", "instance": "place", "money": "price"}  # of a reason whose first word is no section's name
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that a job needs: there (True), not there (False, and `remedy` is what to type), or not known (None)."""
+
+    name: str
+    ok: bool | None
+    detail: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.detail}" + (f"  ->  {self.remedy}" if self.remedy else "")
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds from the start of the place to the end of the run: the likeliest, and from `low` to `high`; `source` says by what."""
+
+    seconds: float
+    low: float
+    high: float
+    source: Source
+
+    def __str__(self) -> str:
+        return f"about {clock(self.seconds)} ({clock(self.low)} to {clock(self.high)}), by {_BY[self.source]}"
+
+
+_BY: dict[Source, str] = {
+    "dry run": "two steps that were run",
+    "rates measured on this machine": "rates measured on this machine",
+    "stated table": "stated rates, which were not measured: --dry-run measures",
+}
+
+
+@dataclass(frozen=True)
+class Price:
+    """USD, all machines together, from `low` to `high`."""
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        low, high = (f"${usd:,.2f}" for usd in (self.low, self.high))
+        return low if low == high else f"{low} to {high}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is known of a job's work when its data is prepared. `model` is None where its configuration does not name its sizes;
+    `model_mb` (2^20 bytes) is what its files take."""
+
+    ledger: Ledger
+    model: ModelFacts | None
+    model_mb: int = 0
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What a place says of a job before anything is sent: `instance` is the machine's type where it has types, `memory` what training
+    takes on one; None is what it cannot say. Each reason begins with its subject: place, instance, memory, time, price or money."""
+
+    instance: str | None = None
+    memory: PeakMemory | None = None
+    time: Time | None = None
+    price: Price | None = None
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`steps` optimiser steps over `rows` rows see `tokens` tokens, each pass counted; `reasons` says where the figures come from.
+    """`steps` optimiser steps over `rows` rows see `tokens` tokens, each pass counted; `reasons` says where every figure comes from.
 
-    `memory_mb` (2^20 bytes) is an estimate of what training takes on each machine; None where the model's sizes are not known.
+    `memory_mb` (2^20 bytes) is an estimate of what training takes on each machine, and `memory` its parts; None where the model's sizes
+    are not known. `time` is the whole job's, `price` the whole job's on `nodes` machines of type `instance`; None where nobody can say.
+    `findings` is what the place was asked for, such as permissions and quotas; `missing` what would stop the job, each with what to type.
     """
 
     rows: int
@@ -21,10 +98,54 @@ class Plan:
     steps: int
     reasons: tuple[str, ...]
     memory_mb: int | None = None
+    memory: PeakMemory | None = None
+    nodes: int = 1
+    instance: str | None = None
+    time: Time | None = None
+    price: Price | None = None
+    findings: tuple[Finding, ...] = ()
+    missing: tuple[str, ...] = field(default=())
+
+    def lines(self) -> list[str]:
+        """The plan as a person reads it, in sections: data, steps, memory, time, place, price, permissions, missing."""
+        sections: dict[str, list[str]] = {
+            name: [] for name in ("data", "steps", "memory", "time", "place", "price", "permissions", "missing")
+        }
+        sections["data"].append(f"{self.rows:,} rows")
+        if self.time is not None:
+            sections["time"].append(str(self.time))
+        if self.price is not None:
+            sections["price"].append(str(self.price))
+        for reason in self.reasons:
+            subject, _, rest = reason.partition(" ")
+            name = _SECTION.get(subject, subject)
+            sections[name].append(rest if subject in sections or subject == "instance" else reason)
+        allowed = [finding.name.removeprefix("permission ") for finding in self.findings if finding.ok]
+        if allowed:
+            sections["permissions"].append(f"there: {', '.join(allowed)}")
+        sections["permissions"] += [f"not known: {finding}" for finding in self.findings if finding.ok is None]
+        sections["missing"] += self.missing or ["nothing that is known"]
+        return [
+            f"{name if first else '':<{_WIDTH}}{line}"
+            for name, lines in sections.items()
+            for first, line in zip([True] + [False] * len(lines), lines, strict=False)
+        ]
 
 
-def plan(spec: TrainSpec, ledger: Ledger, nodes: int = 1, memory: PeakMemory | None = None) -> Plan:
-    """The rows of one step are `batch_rows * accumulation` on each machine; the last step of an epoch takes what is left."""
+def plan(
+    spec: TrainSpec,
+    ledger: Ledger,
+    nodes: int = 1,
+    memory: PeakMemory | None = None,
+    foreseen: Foreseen | None = None,
+    findings: Sequence[Finding] = (),
+) -> Plan:
+    """The rows of one step are `batch_rows * accumulation` on each machine; the last step of an epoch takes what is left.
+
+    What `foreseen` says of the place comes before `memory`, which is an estimate for this machine.
+    """
+    foreseen = foreseen or Foreseen()
+    memory = foreseen.memory or memory
     steps, whole = optimiser_steps(spec, ledger.rounds, nodes)
     in_step, per_row = spec.batch_rows * spec.accumulation * nodes, ledger.total.trained / max(1, ledger.rows)
     rows = sum(ledger.rounds[epoch % len(ledger.rounds)] for epoch in range(spec.epochs))
@@ -42,4 +163,17 @@ def plan(spec: TrainSpec, ledger: Ledger, nodes: int = 1, memory: PeakMemory | N
             f"{spec.max_seq_len:,} tokens up to {memory.activations:,}, logits {memory.logits:,}, libraries {memory.runtime:,}; "
             "--dry-run measures it"
         )
-    return Plan(ledger.rows, tokens, steps, tuple(reasons), memory.total if memory is not None else None)
+    return Plan(
+        rows=ledger.rows,
+        tokens=tokens,
+        steps=steps,
+        reasons=(*reasons, *foreseen.reasons),
+        memory_mb=memory.total if memory is not None else None,
+        memory=memory,
+        nodes=nodes,
+        instance=foreseen.instance,
+        time=foreseen.time,
+        price=foreseen.price,
+        findings=tuple(findings),
+        missing=tuple(str(finding) for finding in findings if finding.ok is False),
+    )

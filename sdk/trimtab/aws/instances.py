@@ -15,6 +15,7 @@ from importlib.resources import files
 from typing import Any
 
 from trimtab.errors import SpecError
+from trimtab.plan import Price
 from trimtab.spec import JobSpec
 
 HEADROOM = 1.15  # an estimate of memory is that far from what is measured
@@ -80,18 +81,6 @@ class Chosen:
     @property
     def name(self) -> str:
         return self.instance.name
-
-
-@dataclass(frozen=True)
-class Price:
-    """USD, all machines together, from `low` to `high`."""
-
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        low, high = f"${self.low:,.2f}", f"${self.high:,.2f}"
-        return low if low == high else f"{low} to {high}"
 
 
 @dataclass(frozen=True)
@@ -162,7 +151,7 @@ def choose(spec: JobSpec, memory_mb: int | None, *, ask: str | None = None, seco
         return _check(find(ask), gpu, memory_mb, fitting)
     if memory_mb is None:
         unknown = find("ml.g6e.2xlarge" if gpu else "ml.m7i.4xlarge")
-        why = "what the job needs is not known (its model does not name its sizes), so a middle one; name another with instance=TYPE"
+        why = "its model does not name its sizes, so a middle one; name another with  --backend-option instance_type=TYPE"
         return Chosen(unknown, f"instance {unknown.name}, {unknown.price}: {_holds(unknown)}; {why}")
     if not fitting:
         raise SpecError(_too_much(memory_mb, gpu))

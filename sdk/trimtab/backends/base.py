@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from trimtab.errors import RunNotFound
 from trimtab.events import Event, Step
 from trimtab.ledger import Ledger
+from trimtab.plan import Finding, Foreseen, Work
 from trimtab.spec import JobSpec
 
 _HANDLE = re.compile(r"([a-z]+)://([A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?)")
@@ -117,6 +118,22 @@ class Preflight(Protocol):
 
     def check(self, spec: JobSpec) -> None:
         """Raises BackendUnavailable or SpecError with the remedy."""
+        ...
+
+
+@runtime_checkable
+class Priced(Protocol):
+    """A backend that is paid for, and can say before what a job would take there."""
+
+    def foresee(self, spec: JobSpec, work: Work) -> Foreseen:
+        """The machine, memory, time and price, with the reason of each choice. Nothing is asked of anyone.
+
+        Raises SpecError for a job that cannot run there.
+        """
+        ...
+
+    def findings(self, spec: JobSpec, foreseen: Foreseen) -> list[Finding]:
+        """The permissions and quotas that the job needs there, as far as the place tells. Raises nothing for what it does not tell."""
         ...
 
 
