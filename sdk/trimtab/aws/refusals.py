@@ -127,9 +127,10 @@ def asking(what: str, *, action: str | None = None, error: type[TrimtabError] = 
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
         from botocore.parsers import ResponseParserError
+        from s3transfer.exceptions import RetriesExceededError
     try:
         yield
-    except (ClientError, BotoCoreError, Boto3Error, ResponseParserError, ConnectionError, TimeoutError) as exc:
+    except (ClientError, BotoCoreError, Boto3Error, RetriesExceededError, ResponseParserError, ConnectionError, TimeoutError) as exc:
         names = _names(_cause(exc))
         gone = _is_silence(names) or bool(names & (_NO_CREDENTIALS | _EXPIRED))
         kind = BackendUnavailable if gone and issubclass(BackendUnavailable, error) else error
@@ -151,15 +152,18 @@ def _response(exc: BaseException) -> dict[str, Any]:
 
 
 def _cause(exc: BaseException) -> BaseException:
-    """The error of AWS behind one of the transfer libraries, which wrap it."""
-    found: BaseException | None = exc
-    while found is not None and not _response(found):
-        found = getattr(found, "last_exception", None) or found.__cause__ or found.__context__
-    return found or exc
+    """The error behind one of boto3's transfer libraries, which wrap it."""
+    while type(exc).__module__.partition(".")[0] in ("boto3", "s3transfer"):
+        inner = getattr(exc, "last_exception", None) or exc.__cause__ or exc.__context__
+        if inner is None:
+            break
+        exc = inner
+    return exc
 
 
 def _names(exc: BaseException) -> set[str]:
-    return {error_code(exc), *(cls.__name__ for cls in type(exc).__mro__)} - {"Exception", "BaseException", "object", "ClientError"}
+    status = _response(exc).get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return {error_code(exc), f"HTTP{status}", *(cls.__name__ for cls in type(exc).__mro__)}
 
 
 def _is_silence(names: set[str]) -> bool:
@@ -254,6 +258,10 @@ _REMEDIES: list[tuple[frozenset[str], str | Callable[[_Fact], str]]] = [
         "aws account list-regions",
     ),
     (
+        frozenset({"ValueError", "InvalidEndpointConfigurationError"}),
+        "AWS_ENDPOINT_URL and the endpoint_url of a profile begin with http:// or https:// : correct or unset them",
+    ),
+    (
         frozenset({"KMSAccessDeniedException", "KMS.AccessDeniedException"}),
         _KEY,
     ),
@@ -277,6 +285,15 @@ _REMEDIES: list[tuple[frozenset[str], str | Callable[[_Fact], str]]] = [
         "the name is taken, or what it names is changing: wait for it, or choose another name, and see  trimtab list",
     ),
     (frozenset({"ResourceNotFound", "ResourceNotFoundException"}), "check the name and the region; runs are shown by  trimtab list"),
+    (
+        frozenset({"HTTP501", "NotImplemented", "UnknownOperationException"}),
+        "what answers there does not offer this: unset AWS_ENDPOINT_URL, or give the service's own address with "
+        "AWS_ENDPOINT_URL_<SERVICE>, such as AWS_ENDPOINT_URL_SAGEMAKER",
+    ),
+    (
+        frozenset({"FlexibleChecksumError", "ChecksumError", "BadDigest", "XAmzContentChecksumMismatch"}),
+        "the data was changed on its way: repeat the command, which sends or fetches it again",
+    ),
     (frozenset({"ValidationException", "ValidationError", "ParamValidationError"}), _invalid),
     (
         frozenset({"SSLError"}),
