@@ -8,6 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 from trimtab.errors import SpecError
+from trimtab.estimate import BF16_FLAGS, dtype_of
+
+_BF16 = {
+    "gpu_bf16": "this GPU multiplies bf16",
+    "amx_bf16": "this processor has AMX (amx_bf16)",
+    "avx512_bf16": "this processor has avx512_bf16",
+}
+_NO_BF16 = "this processor has no bf16 instructions; emulated bf16 would be slower"
 
 
 @dataclass(frozen=True)
@@ -52,16 +60,11 @@ def pick_device(asked: str, gpus: int, nodes: int = 1) -> Choice:
 
 
 def pick_dtype(asked: str, flags: frozenset[str]) -> Choice:
-    """bf16 where the processor multiplies it; elsewhere it would be emulated and slower than fp32. A GPU's only flag is gpu_bf16."""
+    """What `dtype_of` says, by which a plan goes too, and why."""
+    dtype = dtype_of(asked, flags)
     if asked != "auto":
-        return Choice(asked, "asked for")
-    if "gpu_bf16" in flags:
-        return Choice("bfloat16", "this GPU multiplies bf16")
-    if "amx_bf16" in flags:
-        return Choice("bfloat16", "this processor has AMX (amx_bf16)")
-    if "avx512_bf16" in flags:
-        return Choice("bfloat16", "this processor has avx512_bf16")
-    return Choice("float32", "this processor has no bf16 instructions; emulated bf16 would be slower")
+        return Choice(dtype, "asked for")
+    return Choice(dtype, next((_BF16[flag] for flag in BF16_FLAGS if flag in flags), _NO_BF16))
 
 
 def learning_rate(step: int, steps: int, *, peak: float, warmup_ratio: float, schedule: Literal["cosine", "linear", "constant"]) -> float:

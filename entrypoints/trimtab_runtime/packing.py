@@ -1,5 +1,7 @@
 """Best-fit decreasing over the whole data set: long samples first, each into the fullest row that still has room.
 
+And which samples of a row are attended to together.
+
 Source: D. S. Johnson, "Near-optimal bin packing algorithms" (1973), best-fit decreasing.
 """
 
@@ -42,3 +44,17 @@ def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
             with_room[free - length].append(row)
             bits |= 1 << (free - length)
     return rows
+
+
+def alike(lengths: Sequence[int], *, slack: float = 0.25) -> list[list[int]]:
+    """The samples of one row (their indices) in groups of similar length, each group's longest first.
+
+    None is shorter than its group's longest by more than `slack` of that and 4 tokens.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], -i)):
+        if groups and lengths[index] >= lengths[groups[-1][0]] * (1 - slack) - 4:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups

@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimtab.errors import StagingError
+from trimtab.estimate import RowFacts, RowShape
 from trimtab.ledger import Account, Ledger
 from trimtab_runtime import manifest
 from trimtab_runtime.examples import Sample
-from trimtab_runtime.packing import pack, split
+from trimtab_runtime.packing import alike, pack, split
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Row:
 
 
 Predictions = tuple[NDArray[np.int32], NDArray[np.float16]]
+Piece = tuple[str, list[int], list[bool], list[int]]  # a sample that fits into a row: kind, tokens, which are learned, the teacher's
 NO_PREDICTIONS: Predictions = (np.zeros((0, 1), dtype=np.int32), np.zeros((0, 1), dtype=np.float16))
 
 
@@ -49,7 +51,7 @@ def write_rows(
     folder: Path, rounds: Sequence[Sequence[Sample]], row_tokens: int, facts: dict[str, object], predictions: Predictions = NO_PREDICTIONS
 ) -> Ledger:
     """Split, pack and write the samples of each round; the manifest comes last. Returns the account of every token."""
-    pieces: list[tuple[str, list[int], list[bool], list[int]]] = []
+    pieces: list[Piece] = []
     rows: list[list[int]] = []
     in_round = []
     for samples in rounds:
@@ -82,8 +84,18 @@ def write_rows(
     if written != ledger.total.trained:
         raise StagingError(f"{ledger.total.trained} tokens were packed and {written} were written: make room on the disk and try again")
     manifest.write_json(folder / "ledger.json", ledger.model_dump(mode="json"))
-    manifest.write(folder, facts)
+    manifest.write(folder, {**facts, "shape": shape_of(pieces, rows).model_dump(mode="json")})
     return ledger
+
+
+def shape_of(pieces: Sequence[Piece], rows: Sequence[Sequence[int]]) -> RowFacts:
+    """What memory and time depend on: of rows of these pieces, which they name."""
+    shapes = []
+    for row in rows:
+        lengths = [len(pieces[index][1]) for index in row]
+        learned = sum(sum(pieces[index][2][1:]) for index in row)  # nothing predicts a first token
+        shapes.append(RowShape.of([[lengths[place] for place in group] for group in alike(lengths)], learned))
+    return RowFacts.of(shapes, len({token for _, ids, _, _ in pieces for token in ids}))
 
 
 def _accounts(samples: Sequence[Sample], packed: Sequence[tuple[str, int]]) -> dict[str, Account]:

@@ -1,13 +1,24 @@
-"""What a spec costs before it runs, from facts alone. Pure; both sides of the wall use it."""
+"""What a spec costs before it runs, from facts alone: memory and seconds of a step. Pure; both sides of the wall use it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trimtab.spec import TrainSpec
+
+EXPLICIT_UP_TO = 512
+"""Tokens of a sample whose attention weights are computed and kept; a longer one goes to the flash kernel, which computes them again."""
+
+LOGITS_AT_ONCE = 512
+"""Tokens whose logits exist at once."""
+
+BF16_FLAGS = ("gpu_bf16", "amx_bf16", "avx512_bf16")
+"""For which a run that may choose computes in bf16: a GPU's only flag, and what Linux calls the processors' instructions."""
 
 
 def optimiser_steps(spec: TrainSpec, rounds: Sequence[int], nodes: int = 1) -> tuple[int, int]:
@@ -24,14 +35,14 @@ def epoch_steps(spec: TrainSpec, rounds: Sequence[int], epoch: int, nodes: int =
     return math.ceil(rounds[epoch % len(rounds)] / (spec.batch_rows * spec.accumulation * nodes))
 
 
-BF16_FLAGS = ("amx_bf16", "avx512_bf16")
-"""What Linux calls the instructions for which a run that may choose computes in bf16."""
+def dtype_of(asked: str, flags: Collection[str]) -> str:
+    """What a run computes in when `asked` is a spec's dtype and `flags` what the processor can do: bf16 where it multiplies it.
 
-_RUNTIME_MB = 400  # torch, transformers, peft and bitsandbytes, imported
-_SLACK = 1.45  # of activations: the heap keeps the gaps that temporaries leave (measured 1.25 to 1.65)
-_EXPLICIT_UP_TO = 512  # tokens of a sample whose attention weights are kept; those of longer ones are computed again
-_CHUNK = 512  # tokens whose logits exist at once
-_NF4 = 0.53  # bytes for a weight: 4 bits, and the scales of each 64 in 8 bits (arXiv:2305.14314, double quantisation)
+    Elsewhere bf16 would be emulated, and slower than fp32.
+    """
+    if asked != "auto":
+        return asked
+    return "bfloat16" if any(flag in flags for flag in BF16_FLAGS) else "float32"
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,7 @@ class ModelFacts:
     head_width: int
     vocabulary: int
     tied: bool
+    stored: int = 2  # bytes a weight has in its file
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelFacts | None:
@@ -57,7 +69,8 @@ class ModelFacts:
             kv_heads, width = int(config.get("num_key_value_heads") or heads), int(config.get("head_dim") or hidden // heads)
         except (KeyError, TypeError, ValueError, ZeroDivisionError):
             return None
-        return cls(layers, hidden, intermediate, heads, kv_heads, width, vocabulary, bool(config.get("tie_word_embeddings", False)))
+        stored = 4 if config.get("dtype", config.get("torch_dtype")) in (None, "float32") else 2
+        return cls(layers, hidden, intermediate, heads, kv_heads, width, vocabulary, bool(config.get("tie_word_embeddings", False)), stored)
 
     @property
     def linear(self) -> int:
@@ -70,67 +83,187 @@ class ModelFacts:
         """All weights, norms too; tied ones count once."""
         return self.linear + self.vocabulary * self.hidden * (1 if self.tied else 2) + (2 * self.layers + 1) * self.hidden
 
+    @property
+    def largest(self) -> int:
+        """Weights of the largest linear map of a layer."""
+        return self.hidden * max(self.intermediate, self.heads * self.head_width)
+
     def adapter(self, rank: int) -> int:
         """Weights of adapters of this rank on every linear map of the layers."""
         query, keys = self.heads * self.head_width, self.kv_heads * self.head_width
         return self.layers * rank * (2 * (self.hidden + query) + 2 * (self.hidden + keys) + 3 * (self.hidden + self.intermediate))
 
 
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class RowShape(_Facts):
+    """What of a packed row costs memory and time; a mean of several need not be whole. `learned` places have their logits computed.
+
+    Attention gathers samples of like length into groups, each padded to its longest: `groups` of them, with `padded` places,
+    `explicit` pairs of places in those of up to 512 tokens, and `flash` pairs in longer ones.
+    """
+
+    tokens: float = Field(ge=0)
+    learned: float = Field(ge=0)
+    groups: float = Field(ge=0)
+    padded: float = Field(ge=0)
+    explicit: float = Field(ge=0)
+    flash: float = Field(ge=0)
+
+    @classmethod
+    def of(cls, groups: Sequence[Sequence[int]], learned: int) -> RowShape:
+        """Of a row whose samples, by their tokens, are attended to in these groups."""
+        squares = [(len(group), max(group)) for group in groups]
+        return cls(
+            tokens=sum(sum(group) for group in groups),
+            learned=learned,
+            groups=len(groups),
+            padded=sum(count * longest for count, longest in squares),
+            explicit=sum(count * longest**2 for count, longest in squares if longest <= EXPLICIT_UP_TO),
+            flash=sum(count * longest**2 for count, longest in squares if longest > EXPLICIT_UP_TO),
+        )
+
+    def times(self, factor: float) -> RowShape:
+        """That many such rows as one."""
+        return RowShape(**{name: value * factor for name, value in self.model_dump().items()})
+
+
+class RowFacts(_Facts):
+    """The packed rows of a channel: their `mean`, and a row that has the `most` of each. `distinct`: how many different tokens occur."""
+
+    mean: RowShape
+    most: RowShape
+    distinct: int = Field(ge=0)
+
+    @classmethod
+    def of(cls, rows: Sequence[RowShape], distinct: int) -> RowFacts:
+        """Of one row at least."""
+        each = [row.model_dump() for row in rows]
+        columns = {name: [one[name] for one in each] for name in each[0]}
+        mean = {name: round(math.fsum(column) / len(column), 3) for name, column in columns.items()}
+        return cls(mean=RowShape(**mean), most=RowShape(**{name: max(column) for name, column in columns.items()}), distinct=distinct)
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any]) -> RowFacts | None:
+        """From the parsed manifest.json of a channel `train`; None where it tells nothing of its rows."""
+        try:
+            return cls.model_validate(manifest["shape"])
+        except (KeyError, TypeError, ValidationError):
+            return None
+
+    @classmethod
+    def worst(cls, spec: TrainSpec) -> RowFacts:
+        """Where no rows are known: every row full, all of it learned, each sample as long as costs most memory."""
+        tokens, longest = spec.max_seq_len, min(EXPLICIT_UP_TO, spec.max_seq_len)
+        row = RowShape(tokens=tokens, learned=tokens, groups=1, padded=tokens, explicit=tokens * longest, flash=0)
+        return cls(mean=row, most=row, distinct=1 << 31)
+
+
 @dataclass(frozen=True)
 class PeakMemory:
-    """The parts of a training process' peak resident set on a CPU, in MB (2^20 bytes)."""
+    """The parts of a training process' peak, in MB (2^20 bytes): of its resident set on a CPU, of the GPU's memory on a GPU."""
 
     runtime: int
     base: int
     adapters: int
     activations: int
     logits: int
+    loading: int = 0  # what loading and quantising take beyond all that
 
     @property
     def total(self) -> int:
-        return self.runtime + self.base + self.adapters + self.activations + self.logits
+        return self.runtime + self.base + self.adapters + self.activations + self.logits + self.loading
 
 
-def peak_memory(spec: TrainSpec, model: ModelFacts, dtype: str) -> PeakMemory:
-    """What training takes on each machine when it computes in `dtype` ("bfloat16" or "float32"), for the costliest row there can be.
+_RUNTIME_MB = 430  # torch, transformers, peft and bitsandbytes, imported and used
+_NF4 = 0.53  # bytes for a weight: 4 bits, and the scales of each 64 in 8 bits (arXiv:2305.14314, double quantisation)
+_GAPS = 1.5  # of activations: the heap keeps the gaps that temporaries leave
 
-    With s bytes a number, n tokens in one forward pass, L layers, h hidden, f intermediate, a heads, d the width of one, k the width of
-    all keys, r the rank, and t = min(512, max_seq_len) tokens of the longest sample whose attention is computed explicitly:
 
-        base         parameters * s, pages of the mapped file included; with qlora 0.53 bytes more for each weight of the layers
-        adapters     16 bytes a weight: fp32 value, gradient and AdamW's two moments
-        activations  1.45 * n * L * (8 h + 3 s h + 4 s f + s (a d + 2 k) + 7 s r + a t (4 and, in bf16, 2 more))
-        logits       (8 + s) * vocabulary * min(n, 512)
-
-    The sums are of what the layers save for their backward pass, counted with hooks on saved tensors; 1.45 is what the heap takes for
-    each byte of it. Runs of a random 2M and a 135M Llama, rows of 128 to 2,048 tokens, took 0.68 to 1.11 times as much: the less, the
-    fewer of their samples are as long as t. Not counted: the file's pages while it is loaded in another dtype.
-    """
+def peak_memory(
+    spec: TrainSpec, model: ModelFacts, dtype: str, rows: RowFacts | None = None, device: Literal["cpu", "gpu"] = "cpu"
+) -> PeakMemory:
+    """What training takes on each machine when it computes in `dtype` on these rows; without them, on the costliest there can be."""
     size = 2 if dtype == "bfloat16" else 4
-    tokens, longest = spec.batch_rows * spec.max_seq_len, min(_EXPLICIT_UP_TO, spec.max_seq_len)
-    query, keys = model.heads * model.head_width, model.kv_heads * model.head_width
-    saved = (
-        (8 + 3 * size) * model.hidden
-        + 4 * size * model.intermediate
-        + size * (query + 2 * keys)
-        + 7 * size * spec.lora_rank
-        + model.heads * longest * (6 if size == 2 else 4)
-    )
+    rows = rows or RowFacts.worst(spec)
+    row = rows.most.times(spec.batch_rows)
+    gaps = _GAPS if device == "cpu" else 1.0
     quantised = _NF4 * model.linear if spec.method == "qlora" else 0
     return PeakMemory(
         runtime=_RUNTIME_MB,
         base=_mb(size * model.parameters + quantised),
         adapters=_mb(16 * model.adapter(spec.lora_rank)),
-        activations=_mb(_SLACK * tokens * model.layers * saved),
-        logits=_mb((8 + size) * model.vocabulary * min(tokens, _CHUNK)),
+        activations=_mb(gaps * saved_bytes(spec, model, size, row)),
+        logits=_mb((8 + size) * model.vocabulary * min(row.learned, LOGITS_AT_ONCE)),
     )
 
 
-def dtype_of(asked: str, flags: Collection[str]) -> str:
-    """What a run computes in when `asked` is a spec's dtype and `flags` what the processor can do: the rule that the run follows."""
-    if asked != "auto":
-        return asked
-    return "bfloat16" if any(flag in flags for flag in BF16_FLAGS) else "float32"
+def saved_bytes(spec: TrainSpec, model: ModelFacts, size: int, row: RowShape) -> float:
+    """What the forward pass of a row keeps for its backward pass, in numbers of `size` bytes: counted with hooks on saved tensors."""
+    query, keys = model.heads * model.head_width, model.kv_heads * model.head_width
+    a_token = 8 * model.hidden + size * (2 * model.hidden + 4 * model.intermediate + 7 * spec.lora_rank) + 16
+    a_place = size * (2 * query + 2 * keys) + (0 if row.groups <= spec.batch_rows else size * query)
+    a_score = 4 + (2 if size == 2 else 0)
+    kept = row.tokens * a_token + row.padded * a_place + row.explicit * model.heads * a_score
+    return model.layers * kept + (size * model.adapter(spec.lora_rank) if size == 2 else 0) + 2 * row.learned * model.hidden * size
+
+
+class Rates(_Facts):
+    """What a machine does in a second when it computes in `dtype` with all that it has: measured there at a model's own shapes
+    (`python -m trimtab_runtime measure`), or stated. JSON both ways (pydantic).
+    """
+
+    dtype: Literal["bfloat16", "float32"]
+    linear: float = Field(gt=0, description="FLOP/s of the frozen linear maps")
+    adapters: float = Field(gt=0, description="FLOP/s of the low-rank products")
+    explicit: float = Field(gt=0, description="attention weights, forward and backward, of samples up to 512 tokens")
+    flash: float = Field(gt=0, description="the same of longer samples, masked ones counted")
+    logits: float = Field(gt=0, description="logits turned into loss and gradient, products not counted")
+    dequantised: float = Field(gt=0, description="4-bit weights made into numbers")
+    bandwidth: float = Field(gt=0, description="bytes that elementwise operations read and write")
+    layer_seconds: float = Field(ge=0, description="seconds that a layer takes forward and backward, however few its tokens")
+    group_seconds: float = Field(ge=0, description="the same of each group of samples in attention")
+    network: float | None = Field(None, gt=0, description="bytes between two machines; None: not known, not counted")
+
+    @classmethod
+    def stated(cls, dtype: Literal["bfloat16", "float32"], flops: float, bandwidth: float, network: float | None = None) -> Rates:
+        """From two figures of a machine's description: FLOP/s of a large product in `dtype`, and bytes a second from memory.
+
+        The shares of them that a run gets are those measured on two cores with avx512_bf16.
+        """
+        return cls(
+            dtype=dtype, linear=flops * 0.7, adapters=flops * 0.1, explicit=bandwidth / 30, flash=flops / 1000, logits=bandwidth / 24,
+            dequantised=bandwidth / 4, bandwidth=bandwidth * 0.5, layer_seconds=1e-3, group_seconds=2e-4, network=network,
+        )  # fmt: skip
+
+
+def step_seconds(spec: TrainSpec, model: ModelFacts, rates: Rates, rows: RowFacts | None = None, nodes: int = 1) -> float:
+    """Seconds of one optimiser step on the mean row, without checkpoints; `nodes` machines alike, each with its own rows."""
+    size = 2 if rates.dtype == "bfloat16" else 4
+    row = (rows or RowFacts.worst(spec)).mean.times(spec.batch_rows)
+    low_rank = model.adapter(spec.lora_rank)
+    forward_and_backward = (
+        row.tokens * 4 * model.linear / rates.linear
+        + row.tokens * 6 * low_rank / rates.adapters
+        + row.explicit * model.heads * model.layers / rates.explicit
+        + row.flash * model.heads * model.layers / rates.flash
+        + row.learned * model.vocabulary * (4 * model.hidden / rates.linear + 1 / rates.logits)
+        + row.tokens * model.layers * elementwise_bytes(model, size) / rates.bandwidth
+        + model.layers * (rates.layer_seconds + row.groups * rates.group_seconds)
+    )
+    if spec.method == "qlora":
+        forward_and_backward += 2 * model.linear / rates.dequantised
+    update = 40 * low_rank / rates.bandwidth  # AdamW reads and writes values, moments and gradients, which were clipped before
+    shared = 8 * low_rank * (nodes - 1) / nodes / rates.network if rates.network else 0.0
+    return spec.accumulation * forward_and_backward + update + shared
+
+
+def elementwise_bytes(model: ModelFacts, size: int) -> int:
+    """What a layer reads and writes a token outside its products, forward and backward: norms and sums in fp32, rotation, gate."""
+    query, keys = model.heads * model.head_width, model.kv_heads * model.head_width
+    return model.hidden * (100 + 40 * size) + 14 * size * model.intermediate + 20 * size * (query + keys)
 
 
 def _mb(size: float) -> int:

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from trimtab.estimate import EXPLICIT_UP_TO
+from trimtab_runtime.packing import alike
+
 NAME = "trimtab_packed"
-_EXPLICIT_UP_TO = 512  # longer samples go to the flash kernel, whose memory does not grow with the square
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,8 @@ def plan_groups(lengths: list[int], *, slack: float = 0.25) -> list[Group]:
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    groups: list[list[int]] = []
-    for index in reversed(order):
-        if groups and lengths[index] >= lengths[groups[-1][0]] * (1 - slack) - 4:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
     planned = []
-    for members in groups:
+    for members in alike(lengths, slack=slack):
         longest = lengths[members[0]]
         columns = torch.arange(longest)
         begin = torch.tensor([starts[i] for i in members])[:, None]
@@ -93,7 +88,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     samples, length, heads, width = query.shape
     kv_heads = key.shape[2]
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-    if length > _EXPLICIT_UP_TO:
+    if length > EXPLICIT_UP_TO:  # the flash kernel, whose memory does not grow with the square
         out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=kv_heads != heads)
         return out.transpose(1, 2)
     # query heads that share a key head stand as rows of one product: [samples, kv, repeat * length, width]

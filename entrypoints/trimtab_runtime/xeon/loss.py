@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK = 512
+from trimtab.estimate import LOGITS_AT_ONCE
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -21,11 +21,11 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, wanted: Callable[[Tensor, int], Tensor], scale: float) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), _CHUNK):
-            logits = torch.mm(hidden[start : start + _CHUNK], head.t()).float()
+        for start in range(0, len(hidden), LOGITS_AT_ONCE):
+            logits = torch.mm(hidden[start : start + LOGITS_AT_ONCE], head.t()).float()
             total += wanted(logits, start)  # and its gradient stands in the place of the logits
             if grad is not None:
-                torch.mm(logits.mul_(scale).to(head.dtype), head, out=grad[start : start + _CHUNK])
+                torch.mm(logits.mul_(scale).to(head.dtype), head, out=grad[start : start + LOGITS_AT_ONCE])
         if grad is not None:
             ctx.save_for_backward(grad)
         return total * scale
