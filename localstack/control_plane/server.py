@@ -1,0 +1,160 @@
+"""The control plane over HTTP: JSON 1.1 for SageMaker and Service Quotas, REST for SageMaker's runtime, one port for all.
+
+Signatures are not checked, but a request must be signed: the account and the region are those of its credential, as LocalStack has it (an
+access key id of twelve digits is the account).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import socket
+import tempfile
+import threading
+from collections.abc import Sequence
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Literal
+
+from control_plane.exchange import Exchange
+from control_plane.faults import Fault, Faults
+from control_plane.runners import Place
+from control_plane.store import Request, Store
+
+ACCOUNT = "000000000000"
+
+
+class ControlPlane:
+    """The server and everything it knows, for `with`; `url` is where it listens.
+
+    `aws_url` is where S3 and Logs are (LocalStack), `runner` what training jobs and endpoints run in: "docker", "process" (`command`), or
+    None for nothing at all, when whoever holds the store moves the jobs. `work` is a folder for what they need meanwhile (default: a
+    temporary one, removed at the end). `port` 0 is any free one.
+    """
+
+    def __init__(
+        self,
+        aws_url: str = "http://127.0.0.1:4566",
+        runner: Literal["docker", "process"] | None = "docker",
+        command: Sequence[str] | None = None,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        region: str = "us-east-1",
+        account: str = ACCOUNT,
+        work: str | Path | None = None,
+    ) -> None:
+        self.aws_url, self.runner, self.command = aws_url, runner, list(command) if command is not None else None
+        self.region, self.account = region, account
+        self.faults = Faults()
+        self.requests: list[tuple[str, Request]] = []  # every operation asked for and its request as received, in order
+        self.closing = threading.Event()
+        self._lock = threading.RLock()
+        self._places: dict[tuple[str, str], Place] = {}
+        self._own_work = tempfile.TemporaryDirectory(prefix="control-plane-") if work is None else None
+        self.work = Path(self._own_work.name if self._own_work is not None else str(work))
+        self._server = _Server((host, port), Exchange, self)
+        self.url = f"http://{host}:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="control plane")
+
+    @property
+    def store(self) -> Store:
+        """The state of the account and region that it was started with."""
+        return self.place(self.account, self.region).store
+
+    def place(self, account: str, region: str) -> Place:
+        """An account in a region; its runners are made with it."""
+        with self._lock:
+            if (account, region) not in self._places:
+                self._places[account, region] = self._new_place(account, region)
+            return self._places[account, region]
+
+    def _new_place(self, account: str, region: str) -> Place:
+        place = Place(Store(account, region), faults=self.faults)
+        if self.runner is not None:  # loaded when used: docker and boto3 are theirs
+            settings: dict[str, Any] = {
+                "aws_url": self.aws_url,
+                "region": region,
+                "work": self.work / account / region,
+                "runner": self.runner,
+                "command": self.command,
+            }
+            place.training = importlib.import_module("control_plane.training").TrainingRunner(**settings)
+            place.hosting = importlib.import_module("control_plane.hosting").HostingRunner(**settings)
+        return place
+
+    def fault(self, **members: Any) -> None:
+        """Adds a fault; its members are Fault's. Raises ValueError for one that is none."""
+        self.faults.add(Fault.read(members))
+
+    def set_quota(self, name: str, value: float, region: str | None = None) -> None:
+        """Raises ValueError for a name that is none."""
+        self.place(self.account, region or self.region).store.quotas.set(name, value)
+
+    def interrupt(self, job: str) -> None:
+        """Takes the spot instances of a job away now. Raises LookupError when no such job runs on spot instances."""
+        with self._lock:
+            stores = [each.store for each in self._places.values()]
+        for store in stores:
+            found = store.jobs.get(job)
+            if found is not None and found.spot and not found.ended.is_set():
+                found.interrupt()
+                return
+        raise LookupError(f"no job {job} runs on spot instances")
+
+    def start(self) -> ControlPlane:
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Ends connections, jobs and endpoints."""
+        self.closing.set()
+        self._server.shutdown()
+        self._server.end_connections()
+        self._thread.join()
+        with self._lock:
+            places = list(self._places.values())
+        for place in places:
+            if place.training is not None:
+                place.training.close()
+            if place.hosting is not None:
+                place.hosting.close()
+        self._server.server_close()
+        if self._own_work is not None:
+            self._own_work.cleanup()
+
+    def __enter__(self) -> ControlPlane:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Server(ThreadingHTTPServer):
+    """A thread for each connection; all are ended with it, so that none outlives `close`."""
+
+    daemon_threads = False
+    block_on_close = True
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], handler: type[Exchange], plane: ControlPlane) -> None:
+        self.plane = plane
+        self._open: set[Any] = set()
+        self._guard = threading.Lock()
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._guard:
+            self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._guard:
+            self._open.discard(request)
+        super().shutdown_request(request)
+
+    def end_connections(self) -> None:
+        with self._guard:
+            for each in self._open:
+                with contextlib.suppress(OSError):  # the client was quicker
+                    each.shutdown(socket.SHUT_RDWR)
