@@ -26,7 +26,7 @@ from trimtab.errors import EndpointError, TrimtabError
 from trimtab.image_cli import image
 from trimtab.job import OPTIONS, Job
 from trimtab.progress import clock, display
-from trimtab.run import Run
+from trimtab.run import Run, detach_or_stop
 
 if TYPE_CHECKING:
     from trimtab.endpoint import Endpoint
@@ -281,7 +281,7 @@ def resume(handle: str, settings: tuple[str, ...], detach: bool) -> None:
             with display() as screen:
                 run.wait(progress=screen)
         except KeyboardInterrupt:
-            print(f"\nThe run goes on:  trimtab logs -f {handle}   or end it:  trimtab stop {handle}", file=sys.stderr)
+            detach_or_stop(run)
             raise
     print(run.handle)
 

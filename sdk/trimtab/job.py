@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from trimtab.backends import check_name, load_backend
-from trimtab.backends.base import Backend, Preflight
+from trimtab.backends.base import Backend, Preflight, Uploading
 from trimtab.catalog import lookup
 from trimtab.errors import SpecError
 from trimtab.estimate import ModelFacts, PeakMemory, dtype_of, peak_memory
@@ -68,7 +67,7 @@ class Job:
 
         Raises any TrimtabError; RunFailed when the run fails while it is waited for.
         """
-        from trimtab.run import Run
+        from trimtab.run import Run, detach_or_stop
 
         if dry_run not in (True, False, "render"):
             raise SpecError(f"there is no dry_run={dry_run!r}: True runs two steps, 'render' returns the request")
@@ -83,6 +82,8 @@ class Job:
                 found = self._plan(staged)
                 for line in found.reasons:
                     screen.say(line)
+                if isinstance(backend, Uploading):
+                    backend.upload(staged.channels, screen.show)
                 if dry_run:
                     from trimtab.dry_run import try_out
 
@@ -94,7 +95,7 @@ class Job:
                 return run
         except KeyboardInterrupt:
             if run is not None:
-                print(f"\nThe run goes on:  trimtab logs -f {run.handle}   or end it:  trimtab stop {run.handle}", file=sys.stderr)
+                detach_or_stop(run)
             raise
 
     def plan(self, *, progress: bool = True) -> Plan:

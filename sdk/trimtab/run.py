@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ from trimtab.progress import Display, Silent
 if TYPE_CHECKING:
     from trimtab.endpoint import Endpoint
 
-_POLL = 0.25
 _LOG_TAIL = 20
 
 
@@ -67,7 +67,7 @@ class Run:
                 break
             if deadline is not None and time.monotonic() >= deadline:
                 raise WaitTimeout(f"{self.handle} is still {status.state} after {timeout:g} s; it goes on:  trimtab logs -f {self.handle}")
-            time.sleep(_POLL)
+            time.sleep(self.backend.poll_seconds)
         if status.state is RunState.FAILED:
             raise RunFailed(self.handle, status.reason, list(self.logs())[-_LOG_TAIL:])
         return status
@@ -131,3 +131,24 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.handle)!r})"
+
+
+def detach_or_stop(run: Run) -> None:
+    """After Ctrl-C while a run was watched: ask a person at a terminal whether it goes on or ends, and tell others how to do either.
+
+    Another Ctrl-C, the end of the input and any other answer let it go on.
+    """
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        print(
+            f"\n{run.handle}: [d]etach, it goes on, or [s]top it, with a checkpoint and an artifact?  ", end="", file=sys.stderr, flush=True
+        )
+        try:
+            answer = sys.stdin.readline().strip().lower()
+        except KeyboardInterrupt:
+            answer = ""
+        if answer in ("s", "stop"):
+            print("stopping it ...", file=sys.stderr)
+            run.stop()
+            print(f"The run is {run.status().state}. Go on with:  trimtab resume {run.handle}", file=sys.stderr)
+            return
+    print(f"\nThe run goes on:  trimtab logs -f {run.handle}   or end it:  trimtab stop {run.handle}", file=sys.stderr)

@@ -148,6 +148,9 @@ class JobSpec(_Spec):
     data: tuple[str, ...] = Field(min_length=1, description="URLs, files and folders")
     device: Literal["xeon", "gpu"] = Field("xeon", description="what the run computes on")
     nodes: int = Field(1, ge=1, le=64, description="machines that train together, each on batch_rows * accumulation rows a step")
+    max_usd: float | None = Field(
+        None, gt=0, le=1e6, description="stop before the run costs more US dollars, with a checkpoint and a usable artifact"
+    )
     on_error: Literal["fail", "skip"] = Field("fail", description="a source that cannot be read: fail before training, or skip it, named")
     allow_private_hosts: bool = Field(False, description="allow pages on private and loopback addresses")
     max_page_mb: float = Field(10.0, gt=0, le=1e6, description="largest page or file that is read, in MB (10^6 bytes) after unpacking")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from contract.backend_contract import finish
+from contract.backend_contract import finish, until
 from trimtab import Run, TrainSpec
 from trimtab.backends.base import RunHandle
 from trimtab.backends.process import ProcessBackend
@@ -123,6 +125,32 @@ def test_logs_follow_until_the_run_is_stopped(run_script, capsys):
     assert follower.communicate(timeout=20)[0].endswith("bye\n")
     assert follower.returncode == 0
     assert f"{handle} is stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("typed", "state"), [("s", "stopped"), ("d", "running")])
+def test_ctrl_c_asks_a_person_whether_to_leave_the_run_or_to_stop_it(run_script, tmp_path, typed, state):
+    again = f"[ -e {tmp_path}/again ]"
+    handle = run_script(f"if {again}; then trap exit TERM; touch {tmp_path}/up; while :; do sleep 0.05; done; fi; touch {tmp_path}/again")
+    person, terminal = pty.openpty()
+    command = [sys.executable, "-m", "trimtab", "resume", handle]
+    watching = subprocess.Popen(command, stdin=terminal, stderr=terminal, stdout=subprocess.PIPE)
+    os.close(terminal)
+    until(lambda: (tmp_path / "up").exists(), "the run to be up again")
+    time.sleep(0.5)  # it is watched by then, or will be as soon as the resume returns
+    watching.send_signal(signal.SIGINT)
+    seen = b""
+    while b"[s]top" not in seen:
+        seen += os.read(person, 1024)
+    os.write(person, f"{typed}\n".encode())
+    with contextlib.suppress(OSError):  # the end of a terminal that nobody holds any more
+        while piece := os.read(person, 1024):
+            seen += piece
+    os.close(person)
+    assert watching.communicate(timeout=30)[0] == b""
+    assert watching.returncode == 130
+    assert str(Run.attach(handle).status().state) in (state, "pending" if state == "running" else state)
+    assert (b"trimtab resume" if typed == "s" else b"trimtab stop") in seen
+    Run.attach(handle).stop()
 
 
 def test_a_reader_that_leaves_early_is_no_error(run_script):

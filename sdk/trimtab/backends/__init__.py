@@ -15,6 +15,7 @@ from trimtab.spec import refuse_unknown
 BACKENDS = {
     "process": ("trimtab.backends.process:ProcessBackend", "pip install 'trimtab[train]'"),
     "docker": ("trimtab.backends.docker:DockerBackend", "pip install 'trimtab[docker]'"),
+    "sagemaker": ("trimtab.backends.sagemaker:SageMakerBackend", "pip install 'trimtab[aws]'"),
 }
 
 

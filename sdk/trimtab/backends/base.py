@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -89,6 +89,11 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def poll_seconds(self) -> float:
+        """How often a run that is waited for is looked at."""
+        ...
+
     def render(self, spec: JobSpec, channels: Mapping[str, Path], run_id: str) -> dict[str, Any]:
         """The exact request, as JSON values. Pure."""
         ...
@@ -134,6 +139,15 @@ class Priced(Protocol):
 
     def findings(self, spec: JobSpec, foreseen: Foreseen) -> list[Finding]:
         """The permissions and quotas that the job needs there, as far as the place tells. Raises nothing for what it does not tell."""
+        ...
+
+
+@runtime_checkable
+class Uploading(Protocol):
+    """A backend whose runs read copies of the channels elsewhere."""
+
+    def upload(self, channels: Mapping[str, Path], show: Callable[[Event], None]) -> None:
+        """Bring the channels there; what is there already is not sent again. Raises StagingError; what arrived until then is kept."""
         ...
 
 

@@ -45,6 +45,7 @@ class LocalRuns(ABC):
     """
 
     name: str
+    poll_seconds = 0.25
 
     def __init__(self, home: str | Path | None) -> None:
         self.home = Path(home or os.environ.get("TRIMTAB_HOME") or Path.home() / ".trimtab").expanduser().absolute()

@@ -1,0 +1,125 @@
+"""A run's training jobs, one for each life (after a resume there is another), and what they said as far as it was read."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from trimtab.aws.logs import LogReader
+from trimtab.aws.refusals import asking
+from trimtab.aws.request import life_number
+from trimtab.aws.session import Aws
+from trimtab.aws.standing import DONE
+from trimtab.backends.base import RunHandle
+from trimtab.errors import RunNotFound
+from trimtab.events import Event, Finished, Phase, parse
+
+GROUP = "/aws/sagemaker/TrainingJobs"
+SETTLING = 10.0  # seconds after its end in which a job's last lines may still come
+FIRST_HOST = "algo-1"
+
+
+@dataclass
+class Life:
+    """A training job. `lines` are what its machines printed, but for events; `events` what the first machine said, and where it stood."""
+
+    name: str
+    reader: LogReader
+    described: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    transitions: int = 0
+    settled: bool = False
+    over_since: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        return self.described.get("TrainingJobStatus") in DONE
+
+
+class Lives:
+    """The lives of the run `handle`; `all` of those that were seen, the oldest first. What was read once is kept."""
+
+    def __init__(self, aws: Aws, handle: RunHandle) -> None:
+        self._aws, self.handle = aws, handle
+        self.all: list[Life] = []
+        self._events: list[Event] = []
+
+    def look(self) -> Life:
+        """Ask how the run stands: its newest life. Raises RunNotFound when there is none."""
+        if self.all and not self.all[-1].done:
+            self._describe(self.all[-1])
+        if not self.all or self.all[-1].done:  # else nobody can have begun another
+            known = {life.name for life in self.all}
+            for name in self._names():
+                if name not in known:
+                    life = Life(name, LogReader(self._aws.client("logs"), GROUP, name))
+                    self._describe(life)
+                    self.all.append(life)
+        if not self.all:
+            raise RunNotFound(
+                f"there is no run {self.handle} in account {self._aws.account}, region {self._aws.region}; "
+                "see which there are:  trimtab list --backend sagemaker"
+            )
+        return self.all[-1]
+
+    def exist(self) -> bool:
+        """Whether any training job of the run is there."""
+        return bool(self._names())
+
+    def read(self, *, settle: bool = True) -> list[Event]:
+        """Read what was said since the last time; every event of all lives. With `settle` an ended life's last lines are waited for."""
+        self.look()
+        for life in self.all:
+            while not life.settled:
+                self._read(life)
+                if life.settled or not (settle and life.done):
+                    break
+                time.sleep(0.2)
+        return self._events
+
+    def _read(self, life: Life) -> None:
+        done = life.done  # asked before reading: what was written until the end is read
+        new: list[Event] = []
+        for transition in life.described.get("SecondaryStatusTransitions", [])[life.transitions :]:
+            life.transitions += 1
+            said = ": ".join(part for part in (transition["Status"], transition.get("StatusMessage", "")) if part)
+            new.append(Phase(name=self.handle.backend, at=transition["StartTime"].timestamp(), detail=said))
+        found = life.reader.read()
+        for line in found:
+            event = parse(line.text)
+            if event is None:
+                life.lines.append(line.text if line.host == FIRST_HOST else f"[{line.host}] {line.text}")
+            elif line.host == FIRST_HOST:
+                new.append(event)
+        life.events += new
+        self._events += new
+        if done:
+            life.over_since = life.over_since or _since(life.described)
+            last = next((event for event in reversed(life.events) if getattr(event, "name", "") != self.handle.backend), None)
+            said_all = isinstance(last, Finished) and not found  # its failure is printed after its last word
+            late = time.monotonic() - life.over_since > SETTLING
+            life.settled = said_all or late or life.described.get("TrainingStartTime") is None
+
+    def _describe(self, life: Life) -> None:
+        client = self._aws.client("sagemaker")
+        with asking(f"how {life.name} stands", action="sagemaker:DescribeTrainingJob"):
+            life.described = client.describe_training_job(TrainingJobName=life.name)
+
+    def _names(self) -> list[str]:
+        """The training jobs of the run, by their numbers."""
+        pages = self._aws.client("sagemaker").get_paginator("list_training_jobs")
+        with asking(f"for the training jobs of {self.handle}", action="sagemaker:ListTrainingJobs"):
+            names = [job["TrainingJobName"] for page in pages.paginate(NameContains=self.handle.id) for job in page["TrainingJobSummaries"]]
+        return sorted(
+            (name for name in names if life_number(self.handle.id, name)), key=lambda name: life_number(self.handle.id, name) or 0
+        )
+
+
+def _since(described: dict[str, Any]) -> float:
+    """When the job ended, on this process' monotonic clock; clocks that differ count as now."""
+    ended = described.get("TrainingEndTime")
+    ago = (datetime.now(UTC) - ended).total_seconds() if ended else 0.0
+    return time.monotonic() - max(0.0, ago)
