@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from trimtab.estimate import ModelFacts, PeakMemory, optimiser_steps
+from trimtab.errors import StagingError
+from trimtab.estimate import ModelFacts, PeakMemory, RowFacts, optimiser_steps
 from trimtab.ledger import Ledger
 from trimtab.progress import clock
 from trimtab.spec import TrainSpec
@@ -64,24 +67,44 @@ class Price:
 
 @dataclass(frozen=True)
 class Work:
-    """What is known of a job's work when its data is prepared. `model` is None where its configuration does not name its sizes;
-    `model_mb` (2^20 bytes) is what its files take."""
+    """What is known of a job's work when its data is prepared. `model` is None where its configuration does not name its sizes, `rows`
+    where nothing tells their shape; `model_mb` (2^20 bytes) is what the model's files take."""
 
     ledger: Ledger
-    model: ModelFacts | None
+    model: ModelFacts | None = None
     model_mb: int = 0
+    rows: RowFacts | None = None
+
+    @classmethod
+    def read(cls, channels: Mapping[str, Path]) -> Work:
+        """From the folders `train` and `model`, as a backend gets them. Raises StagingError where the ledger cannot be read."""
+        try:
+            ledger = Ledger.model_validate_json((channels["train"] / "ledger.json").read_bytes())
+        except (OSError, ValueError) as exc:
+            raise StagingError(f"{channels['train']} holds no prepared rows ({exc}): run the same command again") from exc
+        sizes, files = _parsed(channels["model"] / "config.json"), channels["model"].rglob("*")
+        return cls(
+            ledger,
+            model=ModelFacts.from_config(sizes),
+            rows=RowFacts.from_manifest(_parsed(channels["train"] / "manifest.json")),
+            model_mb=sum(path.stat().st_size for path in files if path.is_file()) >> 20,
+        )
 
 
 @dataclass(frozen=True)
 class Foreseen:
-    """What a place says of a job before anything is sent: `instance` is the machine's type where it has types, `memory` what training
-    takes on one; None is what it cannot say. Each reason begins with its subject: place, instance, memory, time, price or money."""
+    """What a place says of a job before anything is sent; None is what it cannot say.
+
+    `instance` is the machine's type where it has types, `memory` what training takes on one, `max_seconds` the place's hard stop. Each
+    reason begins with its subject: place, instance, memory, time, price or money.
+    """
 
     instance: str | None = None
     memory: PeakMemory | None = None
     time: Time | None = None
     price: Price | None = None
     reasons: tuple[str, ...] = ()
+    max_seconds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +155,19 @@ class Plan:
         ]
 
 
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def plan(
     spec: TrainSpec,
     ledger: Ledger,
@@ -152,7 +188,11 @@ def plan(
     tokens = round(per_row * rows * steps / whole) if whole else 0
     reasons = [
         f"steps {steps:,}: "
-        + (f"max_steps, of {whole:,}" if steps < whole else f"{spec.epochs} epochs of {whole / spec.epochs:,.3g}, {in_step} rows in each"),
+        + (
+            f"max_steps, of {whole:,}"
+            if steps < whole
+            else f"{spec.epochs} epochs of {_short(whole / spec.epochs)}, {in_step} rows in each"
+        ),
         f"tokens {tokens:,}: what {steps:,} steps see, each pass counted",
     ]
     if spec.max_minutes is not None:
@@ -160,8 +200,9 @@ def plan(
     if memory is not None:
         reasons.append(
             f"memory about {memory.total:,} MB: model {memory.base:,}, adapters {memory.adapters:,}, activations of {spec.batch_rows} x "
-            f"{spec.max_seq_len:,} tokens up to {memory.activations:,}, logits {memory.logits:,}, libraries {memory.runtime:,}; "
-            "--dry-run measures it"
+            f"{spec.max_seq_len:,} tokens up to {memory.activations:,}, logits {memory.logits:,}, libraries {memory.runtime:,}"
+            + (f", loading {memory.loading:,}" if memory.loading else "")
+            + "; --dry-run measures it"
         )
     return Plan(
         rows=ledger.rows,

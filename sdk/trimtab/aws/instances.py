@@ -36,14 +36,17 @@ class Instance:
     """A training instance type. Memory in GiB (`gpu_memory_gib` of one GPU), price in USD an hour for one instance on demand.
 
     `estimated` tells that the price was computed by a rule and not found in a list; `usd` is the range that it stands for.
-    `tflops` is what training is taken to reach on it (10^12 operations a second; one GPU's): stated, not measured.
+    Stated, not measured: `flops` (operations a second) of a large matrix product, `bandwidth` (bytes a second) of memory, on one GPU where
+    it has some, and `network` between two such machines.
     """
 
     name: str
     vcpus: int
     memory_gib: float
     usd_per_hour: float
-    tflops: float
+    flops: float
+    bandwidth: float
+    network: float
     estimated: bool = False
     amx: bool = False
     gpus: int = 0
@@ -110,12 +113,15 @@ def instances() -> Mapping[str, Instance]:
     table = _table()
     stated, found = table["stated"], {}
     for name, row in table["types"].items():
-        gpu = table["gpus"][row["gpu"]] if "gpu" in row else None
-        if gpu:
-            reached = gpu["bf16_tflops"] * stated["share_of_gpu_peak"]
+        if "gpu" in row:
+            gpu, share = table["gpus"][row["gpu"]], stated["gpu"]
+            flops, bandwidth = gpu["tflops"] * share["share_of_tflops"], gpu["gb_per_second"] * share["share_of_bandwidth"]
+            row |= {"gpu_memory_gib": gpu["memory_gib"]}
         else:
-            reached = stated["amx_tflops_per_vcpu" if row["amx"] else "avx512_tflops_per_vcpu"] * row["vcpus"] ** stated["vcpus_to_the"]
-        found[name] = Instance(name, **row, tflops=reached, gpu_memory_gib=gpu["memory_gib"] if gpu else 0.0)
+            cores, memory = stated["amx" if row["amx"] else "avx512"], stated["memory"]
+            flops, bandwidth = cores["tflops"] * row["vcpus"] ** cores["power"], memory["gb_per_second"] * row["vcpus"] ** memory["power"]
+        rates = {"flops": flops * 1e12, "bandwidth": bandwidth * 1e9, "network": stated["network"]["gb_per_second"] * 1e9}
+        found[name] = Instance(name, **row, **rates)
     return found
 
 
@@ -156,7 +162,7 @@ def choose(spec: JobSpec, memory_mb: int | None, *, ask: str | None = None, seco
     if not fitting:
         raise SpecError(_too_much(memory_mb, gpu))
     if seconds is None:
-        best = min(fitting, key=lambda one: one.usd_per_hour / one.tflops)
+        best = min(fitting, key=lambda one: one.usd_per_hour / one.flops)
         why = f"the lowest price a step of {len(fitting)} that fit"
     else:
         whole = {one.name: one.usd_per_hour * (seconds(one) / 3600 + (START_MINUTES + SAVE_MINUTES) / 60) for one in fitting}
