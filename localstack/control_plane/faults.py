@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -29,8 +30,9 @@ class Fault:
     """One fault, for the next `times` calls of `operation` ("*": any operation), or, of the kind `capacity`, the next training jobs.
 
     `code`, `status`, `message`: the error answered (no code: no error, e.g. only `hang`). `after`: the operation is carried out first and
-    its answer replaced. `drop`: the connection is closed without any answer. `hang`: seconds before the answer. `instance_type`: of a
-    capacity fault, the only type that is not to be had. `times` below 0: until it is cleared.
+    its answer replaced. `drop`: the connection is closed without any answer. `hang`: seconds before the answer; of
+    a capacity fault, seconds until the instances are to be had (0: never, the job fails). `instance_type`: of a capacity fault, the only type
+    that is not to be had. `times` below 0: until it is cleared.
     """
 
     operation: str = "*"
@@ -94,14 +96,11 @@ class Faults:
         """The fault that a call meets, counted."""
         return self._take(lambda each: each.kind == "answer" and each.operation in ("*", operation))
 
-    def take_capacity(self, instance_types: set[str]) -> bool:
-        """Whether instances of these types are not to be had now, counted."""
-        return (
-            self._take(lambda each: each.kind == "capacity" and (not each.instance_type or each.instance_type in instance_types))
-            is not None
-        )
+    def take_capacity(self, instance_types: set[str]) -> Fault | None:
+        """The shortage that a job on these types meets, counted."""
+        return self._take(lambda each: each.kind == "capacity" and (not each.instance_type or each.instance_type in instance_types))
 
-    def _take(self, meets: Any) -> Fault | None:
+    def _take(self, meets: Callable[[Fault], bool]) -> Fault | None:
         with self._lock:
             for fault in self._waiting:
                 if fault.times != 0 and meets(fault):

@@ -115,7 +115,7 @@ def describe_endpoint_config(request: Request, place: Place) -> Answer:
 
 
 def delete_endpoint_config(request: Request, place: Place) -> Answer:
-    """Also one in use, as SageMaker does, whose reference only warns of it; the endpoint goes on with it."""
+    """Also one in use: SageMaker's reference only warns of it. The endpoint goes on with it, but cannot be updated any more."""
     with place.store.lock:
         config = _config(request["EndpointConfigName"], place.store)
         del place.store.configs[config.name]
@@ -190,6 +190,7 @@ def update_endpoint(request: Request, place: Place) -> Answer:
         with endpoint.lock:
             if endpoint.status in _BUSY:
                 raise invalid(f'Cannot update in-progress endpoint "{endpoint.arn}".')
+            _config(endpoint.config.name, store)  # the one it serves with must still be there, too
             _refuse_over_quota(config, store)
             endpoint.update(config)
     if place.hosting is not None:

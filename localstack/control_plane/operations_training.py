@@ -38,13 +38,18 @@ def create_training_job(request: Request, place: Place) -> Answer:
                 f" ({held.arn})",
             )
         pool = _matching_pool(request, store)
-        _refuse_over_quota(request, store, reuses=pool is not None)
+        _refuse_over_quota(request, store, pool)
+        granted = _has_room_for_pool(request, store, pool)
         job = store.add_job(request, tags)
+        job.pool_granted = granted
         if pool is not None and pool.warm_pool is not None:
             pool.warm_pool.reused_by, pool.warm_pool.ended = job.name, now()
-    if place.faults.take_capacity(set(instances(request))):
+    shortage = place.faults.take_capacity(set(instances(request)))
+    if shortage is not None and not shortage.hang:
         job.finish("Failed", failure_reason=CAPACITY)
-    elif place.training is not None:
+        return {"TrainingJobArn": job.arn}
+    job.shortage = shortage.hang if shortage is not None else 0.0
+    if place.training is not None:
         place.training.start(job)
     return {"TrainingJobArn": job.arn}
 
@@ -198,39 +203,42 @@ def _find(request: Request, store: Store, missing: Refused | None = None) -> Tra
 
 
 def _matching_pool(request: Request, store: Store) -> TrainingJob | None:
-    """The oldest job whose warm pool the request can take: same role, network and instances."""
-    if not request["ResourceConfig"].get("KeepAlivePeriodInSeconds"):
-        return None
+    """The oldest job whose warm pool the request takes: same role, network and instances."""
     for job in store.jobs.values():
         pool, resources = job.warm_pool, job.request["ResourceConfig"]
         alike = all(job.request.get(name) == request.get(name) for name in _POOL_MATCH)
         alike = alike and all(resources.get(name) == request["ResourceConfig"].get(name) for name in _POOL_MATCH_RESOURCES)
-        if alike and pool is not None and pool.status(now()) == "Available":
+        if alike and not request.get("EnableManagedSpotTraining") and pool is not None and pool.status(now()) == "Available":
             return job
     return None
 
 
-def _refuse_over_quota(request: Request, store: Store, *, reuses: bool) -> None:
-    """Raises ResourceLimitExceeded for the first quota that the job would exceed; a warm pool's instances are its own already."""
-    spot = bool(request.get("EnableManagedSpotTraining"))
-    keeps = bool(request["ResourceConfig"].get("KeepAlivePeriodInSeconds"))
-    usages: list[Usage] = ["spot training job" if spot else "training job"]
-    usages += ["training warm pool"] if keeps and not reuses else []
+def _refuse_over_quota(request: Request, store: Store, pool: TrainingJob | None) -> None:
+    """Raises ResourceLimitExceeded for the first quota that the job would exceed; the instances of `pool`, if it takes one, are its own."""
+    usage: Usage = "spot training job" if request.get("EnableManagedSpotTraining") else "training job"
     for instance_type, delta in instances(request).items():
-        for usage in usages:
-            refuse_over_quota(store, quota_name(instance_type, usage), used(store, instance_type, usage), delta)
+        refuse_over_quota(store, quota_name(instance_type, usage), used(store, instance_type, usage, without=pool), delta)
 
 
-def used(store: Store, instance_type: str, usage: Usage) -> int:
-    """Instances of a type that training takes now: by jobs that are not over, or kept or to be kept as warm pools."""
-    total = 0
+def _has_room_for_pool(request: Request, store: Store, pool: TrainingJob | None) -> bool:
+    """Without room in the quota a job runs, but keeps no warm pool (developer guide, warm pool resource limits)."""
+    return all(
+        used(store, instance_type, "training warm pool", without=pool) + delta
+        <= store.quotas.get(quota_name(instance_type, "training warm pool"))
+        for instance_type, delta in instances(request).items()
+    )
+
+
+def used(store: Store, instance_type: str, usage: Usage, without: TrainingJob | None = None) -> int:
+    """Instances of a type that training takes now: by jobs that are not over, and by warm pools, which count as training as well."""
+    total, at = 0, now()
     for job in store.jobs.values():
+        kept = job.warm_pool is not None and job.warm_pool.status(at) == "Available"
         if usage == "training warm pool":
-            pool = job.warm_pool
-            counts = bool(job.keep_alive) and (not job.ended.is_set() or (pool is not None and pool.status(now()) == "Available"))
+            counts = kept or (bool(job.keep_alive) and job.pool_granted and not job.ended.is_set())
         else:
-            counts = not job.ended.is_set() and job.spot == (usage == "spot training job")
-        total += instances(job.request).get(instance_type, 0) if counts else 0
+            counts = job.spot == (usage == "spot training job") and (kept or not job.ended.is_set())
+        total += instances(job.request).get(instance_type, 0) if counts and job is not without else 0
     return total
 
 

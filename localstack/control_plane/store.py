@@ -34,6 +34,7 @@ MESSAGES = {  # what SageMaker says with each secondary status (StatusMessage), 
     "MaxRuntimeExceeded": "Training job runtime exceeded MaxRuntimeInSeconds provided",
     "MaxWaitTimeExceeded": "Training job wait time exceeded MaxWaitTimeInSeconds provided",
 }
+_OWN_FAULT = ("AlgorithmError", "ClientError")  # failures after which the instances are as good as before, and are kept
 _ON_INSTANCES = ("Downloading", "Training", "Uploading")  # the statuses in which a job's instances are there, and paid for
 
 
@@ -64,7 +65,7 @@ class Metric:
 
 @dataclass
 class WarmPool:
-    """The instances that a finished job keeps, for `keep_alive` seconds since `since`, unless a job like it takes them."""
+    """The instances that a finished job keeps, for `keep_alive` seconds since `since` (0: it got none), unless a job like it takes them."""
 
     keep_alive: int
     since: datetime
@@ -104,6 +105,8 @@ class TrainingJob:
         self.billable_seconds: int | None = None
         self.failure_reason = ""
         self.artifacts_uri = ""
+        self.shortage = 0.0  # seconds after its creation before which its instances are not to be had
+        self.pool_granted = True  # whether the quota has room for its warm pool; else none is kept
         self.warm_pool: WarmPool | None = None
         self.keep_alive: int = request.get("ResourceConfig", {}).get("KeepAlivePeriodInSeconds", 0)
         self.metrics: dict[str, Metric] = {}
@@ -192,8 +195,8 @@ class TrainingJob:
                 self.training_seconds = max(1, round(on_instances) if training_seconds is None else training_seconds)
                 share = SPOT_SHARE if self.spot else 1.0
                 self.billable_seconds = max(1, math.ceil(self.training_seconds * share) if billable_seconds is None else billable_seconds)
-                if self.keep_alive and status != "Failed":
-                    self.warm_pool = WarmPool(self.keep_alive, ended)
+                if self.keep_alive and (status != "Failed" or failure_reason.startswith(_OWN_FAULT)):
+                    self.warm_pool = WarmPool(self.keep_alive if self.pool_granted else 0, ended)
             self.ended.set()
 
     def _paid(self) -> list[Transition]:
