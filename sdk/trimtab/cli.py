@@ -179,19 +179,22 @@ def fit(data: tuple[str, ...], backend: str, detach: bool, dry_run: str | None, 
 
 @trimtab.command()
 @_options
+@click.option("--dry-run", is_flag=True, help="run two steps of the job first, where it would run: time and memory are then measured")
 @_as_json
-def plan(data: tuple[str, ...], backend: str, as_json: bool, **options: Any) -> None:
-    """Say what `fit` would do with DATA: rows, tokens, steps, and why. Prepares the data, starts nothing.
+def plan(data: tuple[str, ...], backend: str, dry_run: bool, as_json: bool, **options: Any) -> int:
+    """Say what `fit` would do with DATA and what it would take.
+
+    Tokens, steps, memory, time, place, price, permissions and what is missing, each with its reason. Prepares the data, starts nothing.
+    A place that is paid for is asked what you may do there. Exit code 1 when something is missing that would stop the job.
 
     \b
     Example:
       trimtab plan notes/ --model smollm2-135m-instruct --epochs 4
+      trimtab plan notes/ --model smollm2-135m-instruct --dry-run
     """
-    found = _job(data, backend, options).plan()
-    if as_json:
-        print(json.dumps(asdict(found)))
-    else:
-        print("\n".join(found.reasons))
+    found = _job(data, backend, options).plan(dry_run=dry_run)
+    print(json.dumps(asdict(found)) if as_json else "\n".join(found.lines()))
+    return 1 if found.missing else 0
 
 
 @trimtab.command()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from trimtab.backends import check_name, load_backend
-from trimtab.backends.base import Backend, Preflight, Uploading
+from trimtab.backends.base import Backend, Preflight, Priced, Uploading
 from trimtab.catalog import lookup
-from trimtab.errors import SpecError
-from trimtab.estimate import ModelFacts, PeakMemory, dtype_of, peak_memory
-from trimtab.plan import Plan, plan
+from trimtab.errors import BackendUnavailable, SpecError
+from trimtab.estimate import PeakMemory, dtype_of, peak_memory
+from trimtab.plan import Finding, Foreseen, Plan, Work, measured, plan, room
 from trimtab.progress import Display, display
 from trimtab.spec import JobSpec, TrainSpec, refuse_unknown
 
@@ -79,7 +79,7 @@ class Job:
                 run_id = f"trim-{uuid.uuid4().hex[:8]}"
                 if dry_run == "render":
                     return backend.render(spec, staged.channels, run_id)
-                found = self._plan(staged)
+                found = self._plan(staged, backend)
                 for line in found.reasons:
                     screen.say(line)
                 if isinstance(backend, Uploading):
@@ -98,26 +98,42 @@ class Job:
                 detach_or_stop(run)
             raise
 
-    def plan(self, *, progress: bool = True) -> Plan:
-        """What `fit` would do: rows, tokens, steps, and why. Prepares the data, starts nothing."""
+    def plan(self, *, dry_run: bool = False, progress: bool = True) -> Plan:
+        """What `fit` would do and take: tokens, steps, memory, time, price, what is missing, and the reason for each. The data is
+        prepared; nothing is started, and nothing is sent to a place that is paid for, which is asked for permissions and quotas.
+
+        With `dry_run=True` two steps of the job are run first, where it would run (there they are paid for): time and memory are then
+        what these took.
+
+        Raises any TrimtabError but a backend's that is not there, which the plan says is missing.
+        """
+        from trimtab.staging import stage
+
+        tried = self.fit(dry_run=True, progress=progress) if dry_run else None
         with display(enabled=progress) as screen:
-            _, staged = self._stage(screen)
-            return self._plan(staged)
+            backend = load_backend(self.backend) if isinstance(self.backend, str) else self.backend
+            lacking = _lacking(backend, self.spec)
+            found = self._plan(stage(self.spec, say=screen.say, show=screen.show), backend, lacking)
+        return found if tried is None else measured(found, tried.seconds, tried.memory_mb)
 
-    def _plan(self, staged: Staged) -> Plan:
-        return plan(staged.train, staged.ledger, self.spec.nodes, memory=self._memory(staged))
+    def _plan(self, staged: Staged, backend: Backend, lacking: Sequence[Finding] | None = None) -> Plan:
+        """`lacking` is what the place lacks by its own word; None: it is not asked for anything."""
+        spec = self.spec.model_copy(update={"train": staged.train})
+        work = Work.read(staged.channels)
+        foreseen = backend.foresee(spec, work) if isinstance(backend, Priced) else Foreseen(memory=self._memory(work))
+        findings = list(lacking or ())
+        if lacking is not None and not findings:
+            findings = backend.findings(spec, foreseen) if isinstance(backend, Priced) else room(foreseen.memory)
+        found = plan(staged.train, staged.ledger, self.spec.nodes, foreseen=foreseen, findings=findings)
+        return replace(found, place=backend.name)
 
-    def _memory(self, staged: Staged) -> PeakMemory | None:
+    def _memory(self, work: Work) -> PeakMemory | None:
         """An estimate for a run on CPUs like this machine's; None for a GPU, and for a model that does not name its sizes."""
         from trimtab.doctor.look import cpu
 
-        try:
-            model = ModelFacts.from_config(json.loads((staged.model.folder / "config.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+        if work.model is None or self.spec.device != "xeon":
             return None
-        if model is None or self.spec.device != "xeon":
-            return None
-        return peak_memory(staged.train, model, dtype_of(staged.train.dtype, cpu().flags))
+        return peak_memory(self.spec.train, work.model, dtype_of(self.spec.train.dtype, cpu().flags), work.rows)
 
     def _stage(self, screen: Display) -> tuple[Backend, Staged]:
         from trimtab.staging import stage
@@ -130,3 +146,13 @@ class Job:
     def __repr__(self) -> str:
         place = self.backend if isinstance(self.backend, str) else self.backend.name
         return f"Job(model={self.spec.train.model!r}, data={list(self.spec.data)!r}, backend={place!r})"
+
+
+def _lacking(backend: Backend, spec: JobSpec) -> list[Finding]:
+    """That the backend cannot run the job now, or nothing. Raises SpecError for a job that it never can."""
+    try:
+        if isinstance(backend, Preflight):
+            backend.check(spec)
+    except BackendUnavailable as exc:
+        return [Finding(backend.name, False, str(exc))]
+    return []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,9 @@ from trimtab.spec import TrainSpec
 
 Source = Literal["dry run", "rates measured on this machine", "stated table"]
 
+_SECTIONS = ("data", "steps", "memory", "time", "place", "price", "permissions", "missing")
 _WIDTH = 13  # of the column of section names
+_DRY_RUN = 0.2  # the other steps may take so much more or less than the one that stands for them
 _SECTION = {"tokens": "data", "instance": "place", "money": "price"}  # of a reason whose first word is no section's name
 
 
@@ -112,7 +115,8 @@ class Plan:
     """`steps` optimiser steps over `rows` rows see `tokens` tokens, each pass counted; `reasons` says where every figure comes from.
 
     `memory_mb` (2^20 bytes) is an estimate of what training takes on each machine, and `memory` its parts; None where the model's sizes
-    are not known. `time` is the whole job's, `price` the whole job's on `nodes` machines of type `instance`; None where nobody can say.
+    are not known. `place` is the backend; `time` is the whole job's, `price` the whole job's on `nodes` machines of type `instance`; None
+    where nobody can say, and of a price where nothing is paid.
     `findings` is what the place was asked for, such as permissions and quotas; `missing` what would stop the job, each with what to type.
     """
 
@@ -123,6 +127,7 @@ class Plan:
     memory_mb: int | None = None
     memory: PeakMemory | None = None
     nodes: int = 1
+    place: str = ""
     instance: str | None = None
     time: Time | None = None
     price: Price | None = None
@@ -131,27 +136,27 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan as a person reads it, in sections: data, steps, memory, time, place, price, permissions, missing."""
-        sections: dict[str, list[str]] = {
-            name: [] for name in ("data", "steps", "memory", "time", "place", "price", "permissions", "missing")
-        }
-        sections["data"].append(f"{self.rows:,} rows")
-        if self.time is not None:
-            sections["time"].append(str(self.time))
-        if self.price is not None:
-            sections["price"].append(str(self.price))
+        sections: dict[str, list[str]] = {name: [] for name in _SECTIONS}
+        sections["data"].append(f"{self.rows:,} row{'s' if self.rows != 1 else ''}")
+        sections["time"].append(str(self.time) if self.time else "not known; --dry-run runs two steps of the job, and knows it by them")
+        sections["place"].append(f"{self.place}, {self.nodes} machines" if self.nodes > 1 else self.place)
+        sections["price"].append(str(self.price) if self.price else "nothing is paid")
         for reason in self.reasons:
             subject, _, rest = reason.partition(" ")
             name = _SECTION.get(subject, subject)
-            sections[name].append(rest if subject in sections or subject == "instance" else reason)
-        allowed = [finding.name.removeprefix("permission ") for finding in self.findings if finding.ok]
-        if allowed:
-            sections["permissions"].append(f"there: {', '.join(allowed)}")
-        sections["permissions"] += [f"not known: {finding}" for finding in self.findings if finding.ok is None]
+            sections[name].append(rest if subject in sections else reason)
+        asked = [finding for finding in self.findings if finding.name not in sections]
+        for finding in self.findings:
+            if finding.ok and finding.name in sections:
+                sections[finding.name].append(finding.detail)
+        if there := [finding.name.removeprefix("permission ") for finding in asked if finding.ok]:
+            sections["permissions"].append(f"there: {', '.join(there)}")
+        sections["permissions"] += [f"not known: {finding}" for finding in asked if finding.ok is None]
         sections["missing"] += self.missing or ["nothing that is known"]
         return [
-            f"{name if first else '':<{_WIDTH}}{line}"
+            f"{'' if number else name:<{_WIDTH}}{line}"
             for name, lines in sections.items()
-            for first, line in zip([True] + [False] * len(lines), lines, strict=False)
+            for number, line in enumerate(filter(None, lines))
         ]
 
 
@@ -218,3 +223,25 @@ def plan(
         findings=tuple(findings),
         missing=tuple(str(finding) for finding in findings if finding.ok is False),
     )
+
+
+def measured(found: Plan, seconds: float, memory_mb: int) -> Plan:
+    """The plan with what a dry run says of the whole job; a price goes with the time."""
+    time = Time(seconds, seconds * (1 - _DRY_RUN), seconds * (1 + _DRY_RUN), "dry run")
+    price = found.price
+    if price is not None and found.time is not None:
+        price = Price(price.low * time.low / found.time.low, price.high * time.high / found.time.high)
+    said = f"memory about {memory_mb:,} MB: what two steps took, or the estimate where rows of longer samples may take more"
+    reasons = (said, *(reason for reason in found.reasons if not reason.startswith("memory ")))
+    return replace(found, time=time, price=price, memory_mb=memory_mb, reasons=reasons)
+
+
+def room(memory: PeakMemory | None) -> list[Finding]:
+    """Whether this machine has the memory that training takes on it; nothing where that is not known."""
+    if memory is None:
+        return []
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    detail = f"{memory.total:,} MB needed, {there:,} MB in this machine"
+    if memory.total <= there:
+        return [Finding("memory", True, detail)]
+    return [Finding("memory", False, detail, "lower max_seq_len or batch_rows, or plan it elsewhere with  --backend sagemaker")]
