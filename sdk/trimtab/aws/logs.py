@@ -1,0 +1,259 @@
+"""CloudWatch Logs of a training job, followed: every line once, from every machine and every stream.
+
+SageMaker writes the streams `<job>/<host>-<epoch>`, one for each life of a machine's container. GetLogEvents pages forward by tokens,
+but a token forgets what arrives late behind it, and lines carry no id. So a look reads again what is at most a minute and 2,000 lines
+older than the newest line, to the end of the stream, and tells what it holds more often than was told before. The end is where a
+token comes back unchanged; an empty page is none (Amazon CloudWatch Logs API reference, GetLogEvents).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+from trimtab.aws.refusals import asking, is_passing
+from trimtab.errors import BackendError
+from trimtab.secrets import redact
+
+OVERLAP_MS, OVERLAP_LINES = 60_000, 2_000  # so late may a line come behind newer ones of its stream
+LOOK_EVERY = 5.0  # seconds between two questions for new streams: an account may ask 25 a second
+SHORTEST_WAIT, LONGEST_WAIT, LONGEST_REST = 1.0, 10.0, 60.0  # seconds: while lines come, when none come, after failures
+_EMPTY_PAGES = 5  # in a row, before the next look goes on behind them
+
+
+class LogLine(NamedTuple):
+    """A line of a machine's log. `host` is such as `algo-1`, `text` has no line end and no secret, `at` is in seconds since the epoch."""
+
+    host: str
+    text: str
+    at: float
+
+
+class _Told(NamedTuple):
+    """A message as the service gave it: `at` in milliseconds."""
+
+    at: int
+    message: str
+
+
+@dataclass
+class _Stream:
+    """A stream, and which of its newest messages were told. Pure: it decides, `LogReader` asks."""
+
+    name: str
+    host: str
+    since: int = 0  # milliseconds: no message older than this is asked for again
+    told: dict[int, Counter[str]] = field(default_factory=dict)  # by time, how often each message was told
+    met: dict[int, Counter[str]] = field(default_factory=dict)  # the same of the look that is going on
+    start: int = 0  # `since` when that look began; a token belongs to it
+    token: str | None = None  # where that look goes on; None: a new one begins
+    end: tuple[int, str] | None = None  # the start and the last token of the look before
+    wait: float = 0.0
+    due: float = 0.0
+
+    def begin(self) -> None:
+        self.met, self.start, self.token = {}, self.since, None
+
+    def take(self, events: list[dict[str, Any]]) -> list[_Told]:
+        """Those events of a page that were not told before. Pages come in the order of time."""
+        new = []
+        for event in events:
+            at, message = int(event["timestamp"]), str(event["message"])
+            mark = blake2b(message.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+            met, told = self.met.setdefault(at, Counter()), self.told.setdefault(at, Counter())
+            met[mark] += 1
+            if met[mark] > told[mark]:
+                told[mark] = met[mark]
+                new.append(_Told(at, message))
+        if new:
+            self._forget()
+        return new
+
+    def _forget(self) -> None:
+        """Move `since` on: what is older can no more be told twice, because it is not asked for."""
+        times, lines = sorted(self.told, reverse=True), 0
+        oldest = times[0]
+        for at in times:
+            if at < times[0] - OVERLAP_MS or lines >= OVERLAP_LINES:
+                break
+            oldest, lines = at, lines + self.told[at].total()
+        self.since = max(self.since, oldest)
+        for kept in (self.told, self.met):
+            for at in [at for at in kept if at < self.since]:
+                del kept[at]
+
+
+class LogReader:
+    """Reads the log of one training job, from where `cursor` (that of another reader, perhaps in another process) left off.
+
+    `client` is boto3's client of `logs`. Raises BackendError for a cursor that is none.
+    """
+
+    def __init__(self, client: Any, group: str, job_name: str, cursor: str | None = None) -> None:
+        self._client, self._group, self._job = client, group, job_name
+        self._streams: dict[str, _Stream] = {}
+        self._ready: deque[LogLine] = deque()  # read, and not yet handed on
+        self._looked = -LOOK_EVERY
+        if cursor is not None:
+            self._restore(cursor)
+
+    @property
+    def cursor(self) -> str:
+        """Where the reader stands, as JSON: a reader that is made with it goes on behind the last line that was handed on."""
+        streams = {stream.name: {"since": stream.since, "told": stream.told} for stream in self._streams.values()}
+        return json.dumps({"job": self._job, "streams": streams, "ready": list(self._ready)}, separators=(",", ":"))
+
+    def _restore(self, cursor: str) -> None:
+        try:
+            kept = json.loads(cursor)
+            if kept["job"] != self._job:
+                raise ValueError(f"it belongs to {kept['job']}")
+            for name, state in kept["streams"].items():
+                told = {int(at): Counter({str(mark): int(count) for mark, count in marks.items()}) for at, marks in state["told"].items()}
+                self._streams[name] = _Stream(name, self._host(name), since=int(state["since"]), told=told)
+            self._ready.extend(LogLine(str(host), str(text), float(at)) for host, text, at in kept["ready"])
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise BackendError(f"the kept place in the log of {self._job} cannot be read ({exc}): read the log from its beginning") from exc
+
+    def read(self) -> list[LogLine]:
+        """The lines since the last time, of all hosts and streams, by time; those of a host and of one moment as they came.
+
+        A group or a stream that is not there has no lines yet. Raises BackendError when AWS refuses or does not answer, after the
+        client's own retries; no line is lost by that, and what was read before it is returned first.
+        """
+        self._fetch(eager=True)
+        lines = list(self._ready)
+        self._ready.clear()
+        return lines
+
+    def follow(
+        self, done: Callable[[], bool], *, grace: float = 10.0, patience: float = 600.0, say: Callable[[str], None] = lambda line: None
+    ) -> Iterator[LogLine]:
+        """The lines as they come, until `done()` and then `grace` seconds without another (at most six times that in all).
+
+        Failures that may pass are waited out, `say` told of the first, until none of the questions of `patience` seconds was answered.
+        Raises BackendError then, and at once for a refusal that stays.
+        """
+        wait, failing_since = SHORTEST_WAIT, None
+        over_since = quiet_since = None
+        while True:
+            finished = done()  # asked before reading: what was written until then is read
+            now = time.monotonic()
+            try:
+                came = self._fetch(eager=finished)
+            except BackendError as exc:
+                if not (exc.__cause__ is not None and is_passing(exc.__cause__)) or now - (failing_since or now) > patience:
+                    raise
+                if failing_since is None:
+                    say(f"{exc} (it is tried again)")
+                failing_since = failing_since or now
+                time.sleep(jittered(wait := next_wait(wait, came=False, failed=True)))
+                continue
+            failing_since = None
+            while self._ready:
+                yield self._ready.popleft()
+            wait = next_wait(wait, came=came, failed=False)
+            if finished:
+                now = time.monotonic()
+                over_since = over_since or now
+                quiet_since = now if came or quiet_since is None else quiet_since
+                if now - quiet_since >= grace or now - over_since >= 6 * grace:
+                    return
+                wait = min(wait, max(grace / 5, 0.05), SHORTEST_WAIT)
+            time.sleep(jittered(wait))
+
+    def _fetch(self, *, eager: bool) -> bool:
+        """Put new lines to those that are ready; whether any are. With `eager` of every stream, else of those whose turn it is:
+        streams that say nothing are asked less and less often. A failure is raised when nothing was read before it."""
+        found: list[tuple[int, str, int, LogLine]] = []
+        try:
+            self._look_for_streams()
+            for number, stream in enumerate(self._streams.values()):
+                if eager or time.monotonic() >= stream.due:
+                    came = self._scan(stream, found, number)
+                    stream.wait = next_wait(stream.wait, came=came, failed=False)
+                    stream.due = time.monotonic() + (0.0 if came else stream.wait)
+        except BackendError:
+            if not found:
+                raise  # else it comes again with the next question
+        finally:  # also when it is interrupted: what was read counts as told
+            self._ready.extend(line for *_, line in sorted(found, key=lambda each: each[:3]))
+        return bool(self._ready)
+
+    def _look_for_streams(self) -> None:
+        now = time.monotonic()
+        if self._streams and now - self._looked < LOOK_EVERY:
+            return
+        with asking(f"for the log streams of {self._job}", action="logs:DescribeLogStreams"):
+            try:
+                pages = self._client.get_paginator("describe_log_streams").paginate(
+                    logGroupName=self._group, logStreamNamePrefix=f"{self._job}/", orderBy="LogStreamName"
+                )
+                names = [stream["logStreamName"] for page in pages for stream in page["logStreams"]]
+            except self._client.exceptions.ResourceNotFoundException:
+                names = []  # the first job of an account and region makes the group
+        for name in names:
+            self._streams.setdefault(name, _Stream(name, self._host(name)))
+        self._looked = now
+
+    def _scan(self, stream: _Stream, found: list[tuple[int, str, int, LogLine]], number: int) -> bool:
+        """Append the stream's new lines, up to its end, to `found`. Whether there were any."""
+        before, empty = len(found), 0
+        if stream.token is None:
+            stream.begin()
+        while True:
+            page = self._page(stream)
+            if page is None:
+                return len(found) > before
+            for told in stream.take(page["events"]):
+                for text in redact(told.message).removesuffix("\n").split("\n"):
+                    found.append((told.at, stream.host, number, LogLine(stream.host, text.rstrip("\r"), told.at / 1000)))
+            token = str(page["nextForwardToken"])
+            if token == stream.token or (stream.token is None and (stream.start, token) == stream.end):
+                stream.end, stream.token = (stream.start, token), None
+                return len(found) > before
+            stream.token = token
+            empty = 0 if page["events"] else empty + 1
+            if empty >= _EMPTY_PAGES:
+                return len(found) > before  # a gap in time; the next look goes on behind it
+
+    def _page(self, stream: _Stream) -> dict[str, Any] | None:
+        """The stream's next page; None for a stream that is gone, or whose look has to begin anew."""
+        place = {} if stream.token is None else {"nextToken": stream.token}
+        with asking(f"for the log of {self._job}", action="logs:GetLogEvents"):
+            try:
+                page: dict[str, Any] = self._client.get_log_events(
+                    logGroupName=self._group, logStreamName=stream.name, startFromHead=True, startTime=stream.start, **place
+                )
+            except self._client.exceptions.ResourceNotFoundException:
+                stream.token = None
+                return None
+            except self._client.exceptions.InvalidParameterException:
+                if stream.token is None:
+                    raise
+                stream.token = None  # a token lives for 24 hours, a suspended laptop longer
+                return None
+        return page
+
+    def _host(self, name: str) -> str:
+        match = re.fullmatch(r"(.+?)-\d+", name.removeprefix(f"{self._job}/"))
+        return match[1] if match else name.removeprefix(f"{self._job}/")
+
+
+def next_wait(wait: float, *, came: bool, failed: bool) -> float:
+    """Seconds until the next question: short while lines come, longer while none come, longest after failures. Pure."""
+    if came:
+        return SHORTEST_WAIT
+    return min(wait * 2, LONGEST_REST) if failed else min(max(wait * 1.5, SHORTEST_WAIT), LONGEST_WAIT)
+
+
+def jittered(wait: float) -> float:
+    """Between three quarters of a wait and all of it, so that many who follow do not ask together."""
+    return wait * random.uniform(0.75, 1.0)
