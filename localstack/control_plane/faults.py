@@ -31,8 +31,8 @@ class Fault:
 
     `code`, `status`, `message`: the error answered (no code: no error, e.g. only `hang`). `after`: the operation is carried out first and
     its answer replaced. `drop`: the connection is closed without any answer. `hang`: seconds before the answer; of
-    a capacity fault, seconds until the instances are to be had (0: never, the job fails). `instance_type`: of a capacity fault, the only type
-    that is not to be had. `times` below 0: until it is cleared.
+    a capacity fault, seconds until the instances are to be had (0: never, the job fails). `instance_type`: of a capacity fault, the only
+    type that is not to be had. `times` below 0: until it is cleared.
     """
 
     operation: str = "*"

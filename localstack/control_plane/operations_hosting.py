@@ -23,7 +23,7 @@ def create_model(request: Request, place: Place) -> Answer:
     _refuse_model(request, store.account)
     tags, arn = new_tags(request.get("Tags", [])), store.arn("model", request["ModelName"])
     with store.lock:
-        if request["ModelName"] in store.models:
+        if arn in store.tags:
             raise invalid(f'Cannot create already existing model "{arn}".')
         store.models[request["ModelName"]] = Model(request["ModelName"], arn, request)
         store.tags[arn] = tags
@@ -84,7 +84,7 @@ def create_endpoint_config(request: Request, place: Place) -> Answer:
     with store.lock:
         for each in variants:
             _model(each["ModelName"], store)
-        if name in store.configs:
+        if arn in store.tags:
             raise invalid(f'Cannot create already existing endpoint configuration "{arn}".')
         store.configs[name] = EndpointConfig(name, arn, request)
         store.tags[arn] = tags
@@ -135,7 +135,7 @@ def create_endpoint(request: Request, place: Place) -> Answer:
     arn, tags = store.arn("endpoint", name), new_tags(request.get("Tags", []))
     with store.lock:
         config = _config(request["EndpointConfigName"], store)
-        if name in store.endpoints:
+        if arn in store.tags:
             raise invalid(f'Cannot create already existing endpoint "{arn}".')
         models = _models(config, store)
         _refuse_over_quota(config, store)

@@ -30,12 +30,14 @@ def create_training_job(request: Request, place: Place) -> Answer:
     store = place.store
     refuse_contradictions(request, store.account)
     tags = new_tags(request.get("Tags", []))
+    if place.inputs is not None:
+        place.inputs.refuse_empty(request)
     with store.lock:
-        if held := store.jobs.get(request["TrainingJobName"]):
+        if (arn := store.arn("training-job", request["TrainingJobName"])) in store.tags:
             raise Refused(
                 "ResourceInUse",
                 "Training job names must be unique within an AWS account and region, and a training job with this name already exists"
-                f" ({held.arn})",
+                f" ({arn})",
             )
         pool = _matching_pool(request, store)
         _refuse_over_quota(request, store, pool)

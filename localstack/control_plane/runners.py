@@ -7,13 +7,20 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from control_plane.faults import Faults
-from control_plane.store import Endpoint, EndpointConfig, Model, Store, TrainingJob
+from control_plane.store import Endpoint, EndpointConfig, Model, Request, Store, TrainingJob
 
 
 class Trains(Protocol):
     """training.py's TrainingRunner."""
 
     def start(self, job: TrainingJob) -> None: ...
+    def close(self) -> None: ...
+
+
+class LooksAtInputs(Protocol):
+    """inputs.py's Inputs."""
+
+    def refuse_empty(self, request: Request) -> None: ...
     def close(self) -> None: ...
 
 
@@ -28,9 +35,10 @@ class Hosts(Protocol):
 
 @dataclass
 class Place:
-    """One account in one region: its state, and what runs its jobs and endpoints (None: nothing does)."""
+    """One account in one region: its state, and what runs its jobs and endpoints and looks at their data (None: nothing does)."""
 
     store: Store
     training: Trains | None = None
     hosting: Hosts | None = None
+    inputs: LooksAtInputs | None = None
     faults: Faults = field(default_factory=Faults)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from control_plane.exchange import Exchange
 from control_plane.faults import Fault, Faults
+from control_plane.inputs import Inputs
 from control_plane.runners import Place
 from control_plane.store import Request, Store
 
@@ -28,7 +29,8 @@ class ControlPlane:
     """The server and everything it knows, for `with`; `url` is where it listens.
 
     `aws_url` is where S3 and Logs are (LocalStack), `runner` what training jobs and endpoints run in: "docker", "process" (`command`), or
-    None for nothing at all, when whoever holds the store moves the jobs. `work` is a folder for what they need meanwhile (default: a
+    None for nothing at all, when whoever holds the store moves the jobs. `check_inputs`: whether a job whose channels are empty is refused, as
+    SageMaker does (default: when something runs). `work` is a folder for what they need meanwhile (default: a
     temporary one, removed at the end). `port` 0 is any free one.
     """
 
@@ -43,9 +45,11 @@ class ControlPlane:
         region: str = "us-east-1",
         account: str = ACCOUNT,
         work: str | Path | None = None,
+        check_inputs: bool | None = None,
     ) -> None:
         self.aws_url, self.runner, self.command = aws_url, runner, list(command) if command is not None else None
         self.region, self.account = region, account
+        self.check_inputs = runner is not None if check_inputs is None else check_inputs
         self.faults = Faults()
         self.requests: list[tuple[str, Request]] = []  # every operation asked for and its request as received, in order
         self.closing = threading.Event()
@@ -71,6 +75,8 @@ class ControlPlane:
 
     def _new_place(self, account: str, region: str) -> Place:
         place = Place(Store(account, region), faults=self.faults)
+        if self.check_inputs:
+            place.inputs = Inputs(self.aws_url, account, region)
         if self.runner is not None:  # loaded when used: docker and boto3 are theirs
             settings: dict[str, Any] = {
                 "aws_url": self.aws_url,
@@ -115,10 +121,9 @@ class ControlPlane:
         with self._lock:
             places = list(self._places.values())
         for place in places:
-            if place.training is not None:
-                place.training.close()
-            if place.hosting is not None:
-                place.hosting.close()
+            for each in (place.training, place.hosting, place.inputs):
+                if each is not None:
+                    each.close()
         self._server.server_close()
         if self._own_work is not None:
             self._own_work.cleanup()

@@ -290,12 +290,12 @@ class Store:
         self.models: dict[str, Model] = {}
         self.configs: dict[str, EndpointConfig] = {}
         self.endpoints: dict[str, Endpoint] = {}
-        self.tags: dict[str, dict[str, str]] = {}  # by ARN, for what exists
+        self.tags: dict[str, dict[str, str]] = {}  # by ARN, for all that exists: names that differ in case alone are taken, too
         self.quotas = Quotas(account, region)
 
     def arn(self, kind: str, name: str) -> str:
-        """`kind` as ARNs spell it: training-job, model, endpoint-config, endpoint."""
-        return f"arn:aws:sagemaker:{self.region}:{self.account}:{kind}/{name}"
+        """`kind` as ARNs spell it: training-job, model, endpoint-config, endpoint. The name is in small letters, as in AWS's ARNs."""
+        return f"arn:aws:sagemaker:{self.region}:{self.account}:{kind}/{name.lower()}"
 
     def add_job(self, request: Request, tags: dict[str, str] | None = None) -> TrainingJob:
         """Takes a new job in; its name must be free."""

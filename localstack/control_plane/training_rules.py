@@ -96,7 +96,7 @@ def _time(request: Request) -> Iterator[str]:
     if spot and (wait is None or wait < longest):
         yield "Invalid MaxWaitTimeInSeconds. It must be present and be greater than or equal to MaxRuntimeInSeconds"
     if not spot and wait is not None:
-        yield "MaxWaitTimeInSeconds can only be specified with EnableManagedSpotTraining set to true."
+        yield "Invalid MaxWaitTimeInSeconds. It is only supported when EnableManagedSpotTraining is set to true"
     if spot and request["ResourceConfig"].get("KeepAlivePeriodInSeconds"):
         yield "KeepAlivePeriodInSeconds is not supported with EnableManagedSpotTraining."
 
