@@ -1,0 +1,322 @@
+"""Runs endpoints for real: the model's data in `/opt/ml/model`, its container started with `serve`, its port reached.
+
+Source: "Custom Inference Code with Hosting Services" (developer guide): port 8080, `GET /ping` answers 200 within 2 s, `POST /invocations`
+answers within 60 s; a container that is to end gets SIGTERM, and SIGKILL 30 s later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import shutil
+import socket
+import sys
+import tarfile
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from control_plane import channels, cloudwatch
+from control_plane.container import Asked, Container, Engine, Network
+from control_plane.instance import Instance, StartFailed
+from control_plane.layout import INSIDE, Tree
+from control_plane.objects import Objects, TransferFailed, client_of, split_uri
+from control_plane.process_place import Process
+from control_plane.store import Endpoint, EndpointConfig, Model
+from control_plane.training import Settings
+
+PORT = 8080
+GRACE = 30.0  # seconds from SIGTERM to SIGKILL
+ANSWER = 60.0  # seconds that a container has to answer
+STARTUP = 480  # seconds until /ping must have answered 200, where the variant says nothing
+_PING = 2.0
+_POLL = 0.1
+
+
+@dataclass
+class _Serving:
+    """What serves an endpoint, one start of it."""
+
+    version: int
+    folder: Path
+    instance: Instance
+    address: tuple[str, int]
+    log: cloudwatch.LogStream
+    reader: threading.Thread
+    network: Network | None = None
+
+
+class HostingRunner:
+    """Endpoints in containers ("docker") or as processes of `command` ("process"). `work` is a folder of its own."""
+
+    def __init__(
+        self,
+        aws_url: str,
+        region: str,
+        work: Path,
+        runner: Literal["docker", "process"] = "docker",
+        command: Sequence[str] | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        if runner == "process" and not command:
+            raise ValueError("the process runner needs a command: what the image's ENTRYPOINT would be")
+        self.region, self.work, self.runner, self.command = region, work, runner, list(command or ())
+        self.settings = settings or Settings()
+        self.objects = Objects(aws_url, region)
+        self.logs = client_of("logs", aws_url, region)
+        self.closing = threading.Event()
+        self._lock = threading.Lock()
+        self._serving: dict[str, _Serving] = {}
+        self._threads: list[threading.Thread] = []
+
+    @cached_property
+    def engine(self) -> Engine:
+        return self.settings.engine()
+
+    def start(self, endpoint: Endpoint, model: Model, config: EndpointConfig) -> None:
+        """Returns at once; the endpoint is told when it serves, or why not. What served it before goes on until then."""
+        version = endpoint.version
+        thread = threading.Thread(
+            target=self._start, args=(endpoint, model, config, version), name=f"endpoint {endpoint.name}", daemon=True
+        )
+        self._threads = [each for each in self._threads if each.is_alive()] + [thread]
+        thread.start()
+
+    def stop(self, endpoint: Endpoint) -> None:
+        """Ends what serves it; returns when that has ended."""
+        with self._lock:
+            serving = self._serving.pop(endpoint.name, None)
+        if serving is not None:
+            self._end(serving)
+
+    def invoke(self, endpoint_name: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, Mapping[str, str], Iterator[bytes]]:
+        """What the container answers: status, headers (names in lower case) and its body as it comes; read it to its end, or close it.
+
+        Raises TimeoutError when the container does not answer, or goes on, within 60 s, and ConnectionError when nothing serves it or the
+        container breaks off. The iterator raises these, too.
+        """
+        with self._lock:
+            serving = self._serving.get(endpoint_name)
+        if serving is None:
+            raise ConnectionError(f"nothing serves {endpoint_name}")
+        connection = http.client.HTTPConnection(*serving.address, timeout=ANSWER)
+        try:
+            connection.request("POST", "/invocations", body, dict(headers))
+            answer = connection.getresponse()
+        except (OSError, http.client.HTTPException) as exc:
+            connection.close()
+            raise _broken(exc) from exc
+
+        def pieces() -> Iterator[bytes]:
+            try:
+                while piece := answer.read1(65_536):
+                    yield piece
+            except (OSError, http.client.HTTPException) as exc:
+                raise _broken(exc) from exc
+            finally:
+                answer.close()
+                connection.close()
+
+        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, pieces()
+
+    def close(self) -> None:
+        """Ends everything at once, and waits for that."""
+        self.closing.set()
+        for thread in self._threads:
+            thread.join()
+        with self._lock:
+            found, self._serving = list(self._serving.values()), {}
+        for serving in found:
+            self._end(serving, grace=0.0)
+        self.engine.close()
+        self.objects.close()
+        self.logs.close()
+
+    def _start(self, endpoint: Endpoint, model: Model, config: EndpointConfig, version: int) -> None:
+        variant = config.variants[0]
+        folder = self.work / "endpoints" / f"{endpoint.name}-{version}-{uuid.uuid4().hex[:8]}"
+        serving: _Serving | None = None
+        try:
+            tree = Tree(folder).make()
+            self._fetch(model, tree)
+            serving = self._run(endpoint, model, variant, tree, version)
+            if not self._healthy(endpoint, serving, variant, version):
+                name = variant.get("VariantName", "AllTraffic")
+                raise StartFailed(
+                    f"The primary container for production variant {name} did not pass the ping health check. "
+                    "Please check CloudWatch logs for this endpoint."
+                )
+        except (StartFailed, TransferFailed, channels.ChannelRefused) as exc:
+            self._give_up(endpoint, serving, folder, version, str(exc))
+        except Exception:  # noqa: BLE001  an endpoint must not stay in creation for ever, whatever went wrong here
+            traceback.print_exc(file=sys.stderr)
+            self._give_up(endpoint, serving, folder, version, "We encountered an internal error. Please try again.")
+        else:
+            self._take_over(endpoint, serving, version)
+
+    def _give_up(self, endpoint: Endpoint, serving: _Serving | None, folder: Path, version: int, reason: str) -> None:
+        if serving is not None:
+            self._end(serving, grace=0.0)
+        shutil.rmtree(folder, ignore_errors=True)
+        if endpoint.version == version:
+            endpoint.fail(reason)
+
+    def _take_over(self, endpoint: Endpoint, serving: _Serving, version: int) -> None:
+        with self._lock:
+            current = endpoint.version == version and endpoint.status != "Deleting" and not self.closing.is_set()
+            old = self._serving.get(endpoint.name)
+            if current:
+                self._serving[endpoint.name] = serving
+        if not current:
+            self._end(serving, grace=0.0)
+            return
+        endpoint.move("InService")
+        if old is not None:
+            self._end(old)
+
+    def _fetch(self, model: Model, tree: Tree) -> None:
+        """The model's data. Raises StartFailed."""
+        container = model.container
+        source = container.get("ModelDataSource", {}).get("S3DataSource", {})
+        uri = source.get("S3Uri") or container.get("ModelDataUrl")
+        if not uri:
+            return
+        packed = source.get("CompressionType", "Gzip") == "Gzip"
+        try:
+            bucket, key = split_uri(uri)
+            if source.get("S3DataType") == "S3Prefix" and not packed:
+                found = {channels.relative(each.key, key): each.key for each in self.objects.find(bucket, key)}
+                if not found:
+                    raise TransferFailed("no objects")
+                self.objects.fetch(bucket, {key: tree.model / place for place, key in found.items()})
+                return
+            here = tree.root / "model.tar.gz" if packed else tree.model / key.rpartition("/")[2]
+            self.objects.fetch(bucket, {key: here})
+        except (TransferFailed, OSError) as exc:
+            raise StartFailed(
+                f'Failed to download model data for container "container_1" from URL: "{uri}". Please ensure that there is an object '
+                f"located at the URL and that the role passed to CreateModel has permissions to download the object. ({exc})"
+            ) from exc
+        if packed:
+            try:
+                with tarfile.open(here) as tar:
+                    tar.extractall(tree.model, filter="data")
+            except (tarfile.TarError, OSError) as exc:
+                raise StartFailed(
+                    f'Failed to extract model data archive for container "container_1" from URL "{uri}". Please ensure that the object '
+                    f"located at the URL is a valid tar.gz archive. ({exc})"
+                ) from exc
+            here.unlink()
+
+    def _run(self, endpoint: Endpoint, model: Model, variant: Mapping[str, Any], tree: Tree, version: int) -> _Serving:
+        group, name = f"{cloudwatch.ENDPOINTS}/{endpoint.name}", variant.get("VariantName", "AllTraffic")
+        environment = {**model.container.get("Environment", {}), "AWS_REGION": endpoint.region}
+        log = cloudwatch.LogStream(self.logs, group, f"{name}/i-{uuid.uuid4().hex[:17]}")
+        network: Network | None = None
+        try:
+            instance: Instance
+            if self.runner == "process":
+                address = ("127.0.0.1", _free_port())
+                own = {self.settings.root_variable: str(tree.root), self.settings.port_variable: str(address[1])}
+                instance = Process([*self.command, "serve"], environment | own, tree.root)
+            else:
+                isolated = model.request.get("EnableNetworkIsolation", False)
+                network = self.engine.network(endpoint.name, internal=True) if isolated else None
+                instance = self._container(endpoint, model, tree, environment, network)
+                address = _address(instance)
+        except StartFailed as exc:
+            log.write(f"{exc}\n".encode())
+            log.close()
+            if network is not None:
+                self.engine.remove_network(network.name)
+            raise
+        reader = threading.Thread(target=_read, args=(instance.output(), log), name=f"output {endpoint.name}", daemon=True)
+        reader.start()
+        return _Serving(version, tree.root, instance, address, log, reader, network)
+
+    def _container(
+        self, endpoint: Endpoint, model: Model, tree: Tree, environment: Mapping[str, str], network: Network | None
+    ) -> Container:
+        name = model.container.get("Image", "")
+        image = self.engine.image(name)
+        if image is None:
+            raise StartFailed(f"The image '{name}' does not exist, or the role passed to CreateModel has no permissions to pull it.")
+        return self.engine.start(
+            Asked(
+                name=f"sagemaker-{endpoint.name}",
+                image=image,
+                command=["serve"],
+                environment=environment,
+                mounts={INSIDE / "model": tree.model},
+                network=network or Network("bridge"),
+                hostname="model",
+                port=PORT,
+            )
+        )
+
+    def _healthy(self, endpoint: Endpoint, serving: _Serving, variant: Mapping[str, Any], version: int) -> bool:
+        """Whether it answers the ping in time; not when it ends, or nobody waits for it any more."""
+        until = time.monotonic() + variant.get("ContainerStartupHealthCheckTimeoutInSeconds", STARTUP)
+        while time.monotonic() < until:
+            if serving.instance.poll() is not None or self.closing.is_set() or endpoint.version != version or endpoint.status == "Deleting":
+                return False
+            if _ping(serving.address):
+                return True
+            time.sleep(_POLL)
+        return False
+
+    def _end(self, serving: _Serving, grace: float = GRACE) -> None:
+        until = time.monotonic() + min(grace, self.settings.grace)
+        if grace:
+            serving.instance.terminate()
+        while serving.instance.poll() is None and time.monotonic() < until:
+            time.sleep(_POLL)
+        serving.instance.kill()
+        serving.reader.join(30)
+        serving.log.close()
+        serving.instance.remove()
+        if serving.network is not None:
+            self.engine.remove_network(serving.network.name)
+        shutil.rmtree(serving.folder, ignore_errors=True)
+
+
+def _broken(exc: Exception) -> OSError:
+    if isinstance(exc, TimeoutError):
+        return TimeoutError(f"nothing within {ANSWER:.0f} s")
+    return ConnectionError(f"the container closed the connection ({exc})")
+
+
+def _ping(address: tuple[str, int]) -> bool:
+    connection = http.client.HTTPConnection(*address, timeout=_PING)
+    with contextlib.closing(connection):
+        try:
+            connection.request("GET", "/ping")
+            with contextlib.closing(connection.getresponse()) as answer:
+                return answer.status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
+
+def _address(container: Container) -> tuple[str, int]:
+    try:
+        return container.address()
+    except StartFailed:
+        container.remove()
+        raise
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _read(output: Iterator[bytes], log: cloudwatch.LogStream) -> None:
+    for piece in output:
+        log.write(piece)

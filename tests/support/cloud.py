@@ -1,0 +1,88 @@
+"""The test session's own AWS: LocalStack on a free port, in an environment that localstack/setup makes once, and control planes on it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.config import Config
+
+HERE = Path(__file__).parents[2] / "localstack"
+sys.path.insert(0, str(HERE))  # its packages are no part of the distribution
+
+import cloud  # noqa: E402
+from control_plane import ControlPlane  # noqa: E402
+from control_plane.training import Settings  # noqa: E402
+
+QUICK = Settings(grace=4.0, notice=4.0, sync_every=0.2)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def localstack_venv() -> Path:
+    """LocalStack's environment: made the first time, checked in a moment afterwards."""
+    done = subprocess.run([HERE / "setup"], capture_output=True, text=True, timeout=1800, check=False)
+    if done.returncode:
+        pytest.fail(f"localstack/setup: {done.stderr.strip()}", pytrace=False)
+    return cloud.VENV
+
+
+@pytest.fixture(scope="session")
+def localstack(localstack_venv: Path) -> Iterator[str]:
+    """The URL of the session's LocalStack, with the default bucket and role."""
+    with cloud.LocalStack(free_port(), localstack_venv) as found:
+        cloud.prepare(found.url, cloud.BUCKET)
+        yield found.url
+
+
+@pytest.fixture(scope="session")
+def control_plane(localstack: str) -> Iterator[ControlPlane]:
+    """The session's control plane: jobs run in containers, with short graces."""
+    with ControlPlane(aws_url=localstack, runner="docker") as plane:
+        hasten(plane)
+        yield plane
+
+
+def hasten(plane: ControlPlane, settings: Settings = QUICK) -> None:
+    """Gives the runners of a control plane's own region other settings."""
+    place: Any = plane.place(plane.account, plane.region)
+    place.training.settings = place.hosting.settings = settings
+
+
+@pytest.fixture
+def aws(localstack: str) -> Iterator[Callable[..., Any]]:
+    """Real boto3 clients of the session's AWS: aws("s3"), aws("sagemaker", plane.url)."""
+    with contextlib.ExitStack() as opened:
+
+        def client(service: str, url: str = localstack) -> Any:
+            config = Config(s3={"addressing_style": "path"}, retries={"mode": "standard", "max_attempts": 3}, read_timeout=70)
+            made = boto3.client(
+                service, endpoint_url=url, region_name=cloud.REGION, aws_access_key_id="test", aws_secret_access_key="test", config=config
+            )
+            return opened.enter_context(contextlib.closing(made))
+
+        yield client
+
+
+@pytest.fixture
+def bucket(aws: Callable[..., Any]) -> Iterator[str]:
+    """A bucket of the test's own."""
+    s3, name = aws("s3"), f"test-{uuid.uuid4().hex[:12]}"
+    s3.create_bucket(Bucket=name)
+    yield name
+    for each in s3.list_objects_v2(Bucket=name).get("Contents", []):
+        s3.delete_object(Bucket=name, Key=each["Key"])
+    s3.delete_bucket(Bucket=name)
