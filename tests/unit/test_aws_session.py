@@ -102,7 +102,11 @@ def asking_of(monkeypatch: pytest.MonkeyPatch, *answers: tuple[int, str, str]) -
 
 
 def test_the_import_loads_no_boto3():
-    code = "import sys, trimtab.aws.session as s, trimtab.aws.limits, trimtab.aws.logs; s.Aws(); print(*{'boto3', 'botocore'} & {*sys.modules})"
+    code = """
+import sys, trimtab.aws.limits, trimtab.aws.logs, trimtab.aws.session
+trimtab.aws.session.Aws()
+print(*{"boto3", "botocore", "s3transfer"} & {*sys.modules})
+"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
 
 
@@ -224,6 +228,16 @@ def test_a_page_of_a_proxy_is_told(keys, monkeypatch):
     page = (200, "text/html", "<html><body>Please log in<br></body></html>")
     with asking_of(monkeypatch, page) as (_, aws), pytest.raises(BackendUnavailable, match="such as a proxy or a login page"):
         _ = aws.account
+
+
+def test_a_page_of_a_proxy_is_told_by_a_json_service_too(keys, monkeypatch):
+    page = (200, "text/html; charset=utf-8", "<html><body>Please log in<br></body></html>")
+    with (
+        asking_of(monkeypatch, page) as (_, aws),
+        pytest.raises(BackendUnavailable, match="such as a proxy or a login page"),
+        asking("for jobs"),
+    ):
+        aws.client("sagemaker").list_training_jobs()
 
 
 def test_a_closed_port_is_told_within_seconds(keys, monkeypatch):

@@ -78,13 +78,14 @@ class _Stream:
 
     def _forget(self) -> None:
         """Move `since` on: what is older can no more be told twice, because it is not asked for."""
-        times, lines = sorted(self.told, reverse=True), 0
-        oldest = times[0]
+        times = sorted(self.told, reverse=True)
+        since, lines = times[0] - OVERLAP_MS, 0
         for at in times:
-            if at < times[0] - OVERLAP_MS or lines >= OVERLAP_LINES:
+            lines += self.told[at].total()
+            if lines >= OVERLAP_LINES:
+                since = max(since, at)
                 break
-            oldest, lines = at, lines + self.told[at].total()
-        self.since = max(self.since, oldest)
+        self.since = max(self.since, since)
         for kept in (self.told, self.met):
             for at in [at for at in kept if at < self.since]:
                 del kept[at]

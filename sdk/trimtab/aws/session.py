@@ -104,9 +104,11 @@ class Aws:
             user_agent_extra=_user_agent(),
         )
         try:
-            return session.client(service, region_name=self.region, config=config)
+            client = session.client(service, region_name=self.region, config=config)
         except (BotoCoreError, ValueError) as exc:  # ValueError: an endpoint that is no URL
             raise BackendUnavailable(refusal(exc, f"for a client of {service}", None)) from exc
+        client.meta.events.register("after-call", refuse_page)
+        return client
 
     def close(self) -> None:
         """Close every connection. Clients asked for afterwards are new ones."""
@@ -119,6 +121,18 @@ class Aws:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def refuse_page(http_response: Any, **_: Any) -> None:
+    """Raise ResponseParserError for a web page in place of an answer: botocore takes one for an empty answer of a JSON service.
+
+    A handler of botocore's event `after-call`.
+    """
+    from botocore.parsers import ResponseParserError
+
+    kind = http_response.headers.get("content-type", "")
+    if http_response.status_code < 300 and kind.startswith("text/html"):
+        raise ResponseParserError(f"a web page ({kind}) in place of an answer")
 
 
 def _user_agent() -> str:
