@@ -227,8 +227,8 @@ class HostingRunner:
                 instance = Process([*self.command, "serve"], environment | own, tree.root)
             else:
                 isolated = model.request.get("EnableNetworkIsolation", False)
-                network = self.engine.network(endpoint.name, internal=True) if isolated else None
-                instance = self._container(endpoint, model, tree, environment, network)
+                network = self.engine.network(f"{endpoint.name}-{version}", internal=True) if isolated else None
+                instance = self._container(endpoint, model, tree, environment, network, version)
                 address = _address(instance)
         except StartFailed as exc:
             log.write(f"{exc}\n".encode())
@@ -241,7 +241,7 @@ class HostingRunner:
         return _Serving(version, tree.root, instance, address, log, reader, network)
 
     def _container(
-        self, endpoint: Endpoint, model: Model, tree: Tree, environment: Mapping[str, str], network: Network | None
+        self, endpoint: Endpoint, model: Model, tree: Tree, environment: Mapping[str, str], network: Network | None, version: int
     ) -> Container:
         name = model.container.get("Image", "")
         image = self.engine.image(name)
@@ -249,7 +249,7 @@ class HostingRunner:
             raise StartFailed(f"The image '{name}' does not exist, or the role passed to CreateModel has no permissions to pull it.")
         return self.engine.start(
             Asked(
-                name=f"sagemaker-{endpoint.name}",
+                name=f"sagemaker-{endpoint.name}-{version}",
                 image=image,
                 command=["serve"],
                 environment=environment,

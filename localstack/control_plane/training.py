@@ -56,11 +56,11 @@ class Settings:
 
 
 class _Over(Exception):
-    """The job ends here, without having trained."""
+    """How the job ends."""
 
-    def __init__(self, status: Literal["Failed", "Stopped"], secondary: str = "", reason: str = "") -> None:
+    def __init__(self, status: Ending, secondary: str = "", reason: str = "", artifacts: str = "") -> None:
         super().__init__(reason)
-        self.status, self.secondary, self.reason = status, secondary, reason
+        self.status, self.secondary, self.reason, self.artifacts = status, secondary, reason, artifacts
 
 
 class TrainingRunner:
@@ -141,28 +141,25 @@ class _Run:
     network: Network | None = None
 
     def run(self) -> None:
+        """The job is told of its end when nothing of it is left here."""
         work = self.runner.work / "jobs" / self.job.name
         try:
-            self._live(work)
+            over = self._live(work)
         except _Over as exc:
-            self._finish(exc.status, exc.secondary, exc.reason)
-        except channels.ChannelRefused as exc:
-            self._finish("Failed", reason=str(exc))
+            over = exc
+        except (channels.ChannelRefused, StartFailed) as exc:
+            over = _Over("Failed", reason=str(exc))
         except TransferFailed as exc:
-            self._finish("Failed", reason=f"ClientError: Artifact upload failed:{exc}")
-        except StartFailed as exc:
-            self._finish("Failed", reason=str(exc))
+            over = _Over("Failed", reason=f"ClientError: Artifact upload failed:{exc}")
         except Exception:  # noqa: BLE001  a job must not stay in progress for ever, whatever went wrong here
             traceback.print_exc(file=sys.stderr)
-            self._finish("Failed", reason=INTERNAL)
-        finally:
-            self._remove_machines()
-            shutil.rmtree(work, ignore_errors=True)
+            over = _Over("Failed", reason=INTERNAL)
+        self._remove_machines()
+        shutil.rmtree(work, ignore_errors=True)
+        self.job.finish(over.status, over.secondary or over.status, failure_reason=over.reason, artifacts_uri=over.artifacts)
 
-    def _finish(self, status: Ending, secondary: str = "", reason: str = "", artifacts: str = "") -> None:
-        self.job.finish(status, secondary or status, failure_reason=reason, artifacts_uri=artifacts)
-
-    def _live(self, work: Path) -> None:
+    def _live(self, work: Path) -> _Over:
+        """How it ended, which may be raised, too."""
         job, request = self.job, self.job.request
         hosts = hosts_of(request["ResourceConfig"])
         if self.runner.runner == "process" and len(hosts) > 1:
@@ -190,11 +187,8 @@ class _Run:
         left = [machine.tree for machine in self.machines]
         artifacts = outputs.upload(self.runner.objects, request, [each.model for each in left], [each.data for each in left], work)
         if failed is not None:
-            self._finish("Failed", reason=_reason(failed), artifacts=artifacts)
-        elif why == "":
-            self._finish("Completed", artifacts=artifacts)
-        else:
-            self._finish("Stopped", why, artifacts=artifacts)
+            return _Over("Failed", reason=_reason(failed), artifacts=artifacts)
+        return _Over("Completed", artifacts=artifacts) if why == "" else _Over("Stopped", why, artifacts=artifacts)
 
     def _obtain(self, hosts: Sequence[Host]) -> None:
         """Instances, as far as `shortages` lets them be had. Raises _Over."""
