@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from trimtab.layout import JobDir
+from trimtab_runtime.channels import staged
 
 USER = 10_001  # user and group that root's child becomes; it needs no name in /etc/passwd
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -83,7 +84,7 @@ def _user_for(job: JobDir, say: Callable[[str], None] = lambda line: print(f"ent
         job.make()
     except OSError as problem:
         say(f"{problem}: is {job.root} writable?")
-    whole = [job.model, job.checkpoints, job.root / "output", job.hyperparameters.parent]
+    whole = [job.model, job.checkpoints, job.root / "output", job.hyperparameters.parent, *staged(job)]
     single = [job.root, *(path for path in job.root.glob("*") if path.is_file()), *_closed(job.root / "input")]
     refused = _give(single, deep=False) + _give(whole, deep=True)
     if refused:

@@ -18,7 +18,7 @@ from trimtab.model_folder import MANIFEST as MODEL_MANIFEST
 
 _ROWS_MANIFEST = "manifest.json"
 _BLOCK = 1 << 20  # bytes read at once
-_SETTLED = 2.0  # seconds after which another change of a file has another time: until then nothing is noted of it
+_SETTLED = 2.0  # seconds after a change, until which another one may have the same time on a coarse file system
 
 
 class Stamp(NamedTuple):
@@ -31,13 +31,17 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A file, as it was when its digest was known: stated by a `manifest`, or from a `note` of an earlier time, or read now."""
+    """A file, as it was when its digest was known: stated by a `manifest`, or from a `note` of an earlier time, or read now.
+
+    `sure` tells that it was read now and any later change of it shows in its stamp.
+    """
 
     path: Path
     stamp: Stamp
     sha256: str
     manifest: Path | None = None
     note: Path | None = None
+    sure: bool = False
 
 
 def stamp_of(path: Path) -> Stamp:
@@ -75,10 +79,10 @@ class Digests:
         elif stated and (found := self._stated(real, stamp)):
             return found
         else:
-            source = Source(real, stamp, self._sha256(real))
+            source = Source(real, stamp, self._sha256(real), sure=_has_settled(stamp))
             if stamp_of(real) != stamp:
                 raise StagingError(f"{path} is changing: wait until what writes it is done, then repeat the command")
-        if time.time() - stamp.changed / 1e9 > _SETTLED:
+        if _has_settled(stamp):
             self._now[name] = [*stamp, source.sha256]
         return source
 
@@ -129,6 +133,10 @@ class Digests:
                 self._read += len(block)
                 self._show(self._read)
         return whole.hexdigest()
+
+
+def _has_settled(stamp: Stamp) -> bool:
+    return time.time() - stamp.changed / 1e9 > _SETTLED
 
 
 def _object(path: Path) -> dict[str, Any]:

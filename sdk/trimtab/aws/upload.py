@@ -1,9 +1,9 @@
 """Sends channels to S3: only what is not there, in parts at once, checked by both sides, its manifest last.
 
-An object is made only when its bytes have the digest that is its name: small ones are hashed before they go and S3 compares their sha256,
-the parts of large ones are hashed in order while they are read and S3 compares each part's and the whole's CRC-32. So what is there under
-a digest is whole and right, whoever sent it, and nobody needs to look into it again. Every object is made under the condition that there
-is none (If-None-Match), so of two clients that send the same, one makes it.
+An object is made only when its bytes have the digest that is its name: they are hashed while they are read, unless they were hashed a
+moment ago and the file's stamp is the same. S3 compares the sha256 of what comes in one request, and the CRC-32 of each part. So what
+is there under a digest is whole and right, whoever sent it. Every object is made under the condition that there is none (If-None-Match),
+so of two clients that send the same, one makes it.
 
 What a killed client had sent of a large file is found again by S3's own list of unfinished uploads, and each part that is there with the
 right checksum is not sent again. Unfinished uploads cost money, so those under our prefix that began more than a day ago are aborted.
@@ -35,8 +35,7 @@ from trimtab.aws.refusals import asking, error_code
 from trimtab.cache import cache_dir
 from trimtab.errors import StagingError
 
-PART = 8 << 20  # bytes of a part, at least
-SINGLE = 2 * PART  # bytes up to which an object goes in one request
+PART = 16 << 20  # bytes of a part, at least; a file up to that size goes in one request
 _PARTS = 10_000  # parts that S3 takes
 _WORKERS = 10
 _STALE = timedelta(days=1)
@@ -134,7 +133,7 @@ class _Sender:
             for content in objects:
                 if self._is_there(content, anew=attempt > 0):
                     self._progress(content.size)
-                elif content.size <= SINGLE:
+                elif len(content.sources) != 1 or content.size <= PART:
                     self._submit(self._put, content)
                 else:
                     self._send_parts(content)
@@ -220,20 +219,19 @@ class _Sender:
     def _send_parts(self, content: Content) -> None:
         source, part = content.sources[0], part_size(content.size)
         parts = self._begin(content)
-        whole, crc = hashlib.sha256(), 0
+        whole = hashlib.sha256()
         with source.path.open("rb", buffering=0) as file:
             for number, start in enumerate(range(0, content.size, part), 1):
                 data = os.pread(file.fileno(), min(part, content.size - start), start)
-                whole.update(data)
-                crc = zlib.crc32(data, crc)
+                if not source.sure:
+                    whole.update(data)
                 if parts.arrived(number, data):
                     self._progress(len(data))
                 else:
                     parts.open += 1
                     self._submit(self._send_part, parts, number, data)
-        parts.crc = crc32_text(crc)
         try:
-            _refuse_changed(content, [source], whole.hexdigest())
+            _refuse_changed(content, [source], source.sha256 if source.sure else whole.hexdigest())
         except StagingError:
             self._abort(parts.key, parts.upload_id)
             raise
@@ -296,8 +294,6 @@ class _Sender:
                     Key=parts.key,
                     UploadId=parts.upload_id,
                     MultipartUpload={"Parts": [parts.sent[number] for number in sorted(parts.sent)]},
-                    ChecksumCRC32=parts.crc,
-                    ChecksumType="FULL_OBJECT",
                     MpuObjectSize=parts.content.size,
                     IfNoneMatch="*",
                 )
@@ -333,7 +329,6 @@ class _Parts:
     there: dict[int, dict[str, Any]]
     sent: dict[int, dict[str, Any]] = field(default_factory=dict)
     open: int = 1
-    crc: str = ""
     lost: bool = False
 
     def arrived(self, number: int, data: bytes) -> bool:
