@@ -70,17 +70,17 @@ def _entry(alias: str, table: dict[str, Any]) -> CatalogEntry:
 
 
 def lookup(model: str) -> CatalogEntry | None:
-    """What the catalog knows of `model`: an alias, a local folder, or a Hub id `owner/name` with an optional `@revision`.
+    """What the catalog knows of `model`: an alias, a local folder, a prefix in S3, or a Hub id `owner/name` with an optional `@revision`.
 
     A Hub id that an alias stands for gets that alias's entry; with a revision of its own, that revision and no fallback. None for a
-    local folder and for a Hub id that the catalog does not hold.
+    local folder, for a prefix in S3 and for a Hub id that the catalog does not hold.
 
     Raises SpecError for a name that is none of these.
     """
     entries = catalog()
     if model in entries:
         return entries[model]
-    if is_path(model):
+    if is_path(model) or in_s3(model):
         return None
     if "/" in model:
         hub_id, _, revision = model.partition("@")
@@ -94,6 +94,11 @@ def lookup(model: str) -> CatalogEntry | None:
         f"There is no model {model!r}.{guess} Give one of {', '.join(entries)}, "
         "or the folder of a model, or a Hub id such as owner/name or owner/name@revision."
     )
+
+
+def in_s3(model: str) -> bool:
+    """Whether `model` names a prefix in S3, where the weights stay."""
+    return model.startswith("s3://")
 
 
 def is_path(model: str) -> bool:

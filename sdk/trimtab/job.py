@@ -83,7 +83,7 @@ class Job:
                 for line in found.reasons:
                     screen.say(line)
                 if isinstance(backend, Uploading):
-                    backend.upload(staged.channels, screen.show)
+                    backend.upload(spec, staged.channels, screen.show)
                 if dry_run:
                     from trimtab.dry_run import try_out
 

@@ -156,6 +156,12 @@ class JobSpec(_Spec):
     max_page_mb: float = Field(10.0, gt=0, le=1e6, description="largest page or file that is read, in MB (10^6 bytes) after unpacking")
     max_page_seconds: float = Field(60.0, gt=0, le=86_400, description="longest that a page may take, with redirects, retries and pauses")
 
+    @model_validator(mode="after")
+    def _joined(self) -> Self:
+        if self.device == "gpu" and self.nodes > 1:
+            raise SpecError("several machines with GPUs cannot train together yet: leave out --nodes, or use CPUs with  --device xeon")
+        return self
+
 
 def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING
 
 from trimtab import data, weights
 from trimtab.cache import cache_dir
-from trimtab.catalog import catalog
+from trimtab.catalog import catalog, in_s3
 from trimtab.command import REMEDY, inherited, refuse_missing_runtime, runtime_command, runtime_environment
-from trimtab.errors import StagingError
+from trimtab.errors import SpecError, StagingError
 from trimtab.events import Event, read_from
 from trimtab.layout import JobDir
 from trimtab.ledger import Ledger
@@ -75,6 +75,8 @@ def stage(
     """
     cache = cache or cache_dir()
     refuse_missing_runtime(sys.executable)
+    if in_s3(spec.train.model) and spec.train.replay > 0:
+        raise SpecError("the weights stay in S3, so nothing can be rehearsed with them here: set replay to 0 (--replay 0)")
     model = weights.resolve(spec.train.model, cache=cache, token=token, offline=offline, say=say)
     limits = data.FetchLimits(max_bytes=max(1, round(spec.max_page_mb * 1e6)), total_s=spec.max_page_seconds)
     loaded = data.load(spec.data, on_error=spec.on_error, allow_private_hosts=spec.allow_private_hosts, limits=limits, say=say)
@@ -105,7 +107,7 @@ def lasting_name(given: str, model: BaseModel) -> str:
     Without a commit (the files came from a fallback) a Hub id stays as it was given.
     """
     if model.hub_id is None:
-        return str(model.folder)
+        return model.uri or str(model.folder)
     return given if given in catalog() or model.revision is None else f"{model.hub_id}@{model.revision}"
 
 

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from . import hub
 from .cache import cache_dir
-from .catalog import CatalogEntry, Fallback, is_path, lookup
+from .catalog import CatalogEntry, Fallback, in_s3, is_path, lookup
 from .errors import LicenceRequired, WeightsError
 from .gguf_convert import convert
 from .hub import NoHub
@@ -35,7 +35,7 @@ class BaseModel:
     `folder` holds config.json, safetensors and the tokenizer; `files` are the names in it that belong to the model, in order (whatever
     else a local folder holds is not to be staged). `source` says in a sentence where they came from. `digest` names them by their
     contents. `hub_id` and `revision` (a commit) are None for a local folder, `revision` also for a fallback; `entry` is None for
-    what the catalog does not hold.
+    what the catalog does not hold. Of a model that stays in S3 `uri` is where, and `folder` has all but its weights.
     """
 
     folder: Path
@@ -45,6 +45,7 @@ class BaseModel:
     digest: str
     entry: CatalogEntry | None
     files: tuple[str, ...]
+    uri: str | None = None
 
 
 def resolve(
@@ -56,7 +57,8 @@ def resolve(
     say: Callable[[str], None] = print,
     verify: bool = False,
 ) -> BaseModel:
-    """The base model `model`: an alias of the catalog, a Hub id `owner/name` or `owner/name@revision`, or a local folder.
+    """The base model `model`: an alias of the catalog, a Hub id `owner/name` or `owner/name@revision`, a local folder, or a prefix
+    `s3://bucket/prefix/` whose weights stay there.
 
     An alias, or a commit as revision, that is in the cache (the folder `cache`, by default `cache_dir()`) is used without asking
     anyone, so it keeps its bytes from run to run; delete its folder to fetch it anew. Else the hub is asked, then Hugging Face's own
@@ -71,7 +73,9 @@ def resolve(
     entry = lookup(model)
     cache = cache or cache_dir()
     try:
-        if is_path(model):
+        if in_s3(model):
+            found = _in_s3(model if model.endswith("/") else f"{model}/", cache, say)
+        elif is_path(model):
             found = _local(Path(model).expanduser(), cache, verify=verify)
         else:
             found = _remote(_wanted(model, entry, cache, token=token, offline=offline, say=say, verify=verify))
@@ -86,9 +90,22 @@ def resolve(
 def resolve_trained(artifact: Artifact) -> BaseModel:
     """The base model that `artifact` was trained on. Raises what `resolve` does, and WeightsError when the name means other files now."""
     base = resolve(artifact.spec.model, say=lambda line: None)
+    if base.uri is not None:
+        raise WeightsError(f"the weights of {base.uri} are not on this machine: deploy the run where they are")
     if base.digest != artifact.base_digest:
         raise WeightsError(f"{artifact.spec.model} is not the model that was tuned: put the old files back, or train it again")
     return base
+
+
+def _in_s3(uri: str, cache: Path, say: Callable[[str], None]) -> BaseModel:
+    from .aws.model import listing, small_files
+    from .aws.session import Aws
+
+    with Aws() as aws:
+        digest = digest_of(listing(aws.client("s3"), uri))
+        folder = cache / "models" / f"s3-{digest[:16]}"
+        manifest = make_once(folder, lambda place: small_files(aws, uri, place), say)
+    return BaseModel(folder, manifest.source, None, None, digest, None, tuple(manifest.files), uri)
 
 
 def _local(folder: Path, cache: Path, *, verify: bool) -> BaseModel:

@@ -43,6 +43,10 @@ def finish(backend: Backend, handle: RunHandle) -> RunStatus:
     return backend.status(handle)
 
 
+def _interrupt(*given: object, **named: object) -> None:
+    raise KeyboardInterrupt
+
+
 class Seen(Silent):
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -60,6 +64,14 @@ class BackendContract(ABC):
     @abstractmethod
     def environment(self, backend: Backend) -> dict[str, str]:
         """The variables with which another process finds this backend's runs."""
+
+    def interrupt_submission(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have a KeyboardInterrupt come in `submit` when the place was touched and there is no run yet."""
+        monkeypatch.setattr(run_folder, "write_record", _interrupt)
+
+    def left_of(self, backend: Backend, run_id: str) -> list[str]:
+        """What the place still holds of a run."""
+        return [str(path) for path in backend.home.glob(f"runs/{run_id}*")]
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -199,14 +211,14 @@ class BackendContract(ABC):
         with pytest.raises(StagingError, match="trimtab fit"):
             backend.submit(job, {**staged.channels, "train": tmp_path / "nowhere"})
 
-    def test_what_is_interrupted_before_there_is_a_run_leaves_no_folder(self, backend, job, staged, monkeypatch):
-        def interrupt(*given: object) -> None:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(run_folder, "write_record", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            backend.submit(job, staged.channels, "trim-0f0f0f0f")
-        assert not (backend.home / "runs" / "trim-0f0f0f0f").exists()
+    def test_what_is_interrupted_before_there_is_a_run_leaves_nothing(self, backend, job, staged, monkeypatch):
+        with monkeypatch.context() as patch:
+            self.interrupt_submission(patch)
+            with pytest.raises(KeyboardInterrupt):
+                backend.submit(job, staged.channels, "trim-0f0f0f0f")
+        assert self.left_of(backend, "trim-0f0f0f0f") == []
+        with pytest.raises(RunNotFound):
+            backend.status(RunHandle(backend.name, "trim-0f0f0f0f"))
 
     def test_a_stopped_run_keeps_a_checkpoint_and_goes_on_from_it(self, backend, going):
         run = Run(going, backend)

@@ -82,12 +82,12 @@ class Lives:
 
     def _read(self, life: Life) -> None:
         done = life.done  # asked before reading: what was written until the end is read
+        found = life.reader.read()
         new: list[Event] = []
         for transition in life.described.get("SecondaryStatusTransitions", [])[life.transitions :]:
             life.transitions += 1
             said = ": ".join(part for part in (transition["Status"], transition.get("StatusMessage", "")) if part)
             new.append(Phase(name=self.handle.backend, at=transition["StartTime"].timestamp(), detail=said))
-        found = life.reader.read()
         for line in found:
             event = parse(line.text)
             if event is None:

@@ -6,17 +6,23 @@ import json
 from typing import Any
 
 from trimtab.aws.place import S3Place
-from trimtab.aws.refusals import asking
+from trimtab.aws.refusals import asking, error_code
 from trimtab.errors import BackendError
 
 _AT_ONCE = 1000  # keys that one DeleteObjects takes
 
 
-def write(s3: Any, place: S3Place, key: str, value: object) -> None:
-    """A JSON object, encrypted as everything of this place."""
+def make(s3: Any, place: S3Place, key: str, value: object) -> bool:
+    """Write a JSON object where there is none; whether it was written."""
     body = json.dumps(value, indent=1, ensure_ascii=False).encode()
-    with asking(f"to keep {place.uri(key)}"):
-        s3.put_object(**place.named(), Key=key, Body=body, ContentType="application/json", **place.encryption())
+    with asking(f"to keep {place.uri(key)}", action="s3:PutObject"):
+        try:
+            s3.put_object(**place.named(), Key=key, Body=body, ContentType="application/json", IfNoneMatch="*", **place.encryption())
+        except s3.exceptions.ClientError as exc:
+            if error_code(exc) not in ("PreconditionFailed", "412"):
+                raise
+            return False
+    return True
 
 
 def read(s3: Any, place: S3Place, key: str) -> Any:

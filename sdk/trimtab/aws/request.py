@@ -114,6 +114,11 @@ def manifest_source(uri: str) -> dict[str, str]:
     return {"S3DataType": "ManifestFile", "S3Uri": uri, "S3DataDistributionType": "FullyReplicated"}
 
 
+def prefix_source(uri: str) -> dict[str, str]:
+    """The source of a channel that is all that lies under a prefix."""
+    return {"S3DataType": "S3Prefix", "S3Uri": uri if uri.endswith("/") else f"{uri}/", "S3DataDistributionType": "FullyReplicated"}
+
+
 def _stopping(settings: Settings, max_seconds: int) -> dict[str, int]:
     found = {"MaxRuntimeInSeconds": max_seconds}
     if settings.spot:

@@ -12,7 +12,9 @@ from trimtab.events import Event, Finished, Step
 DONE = ("Completed", "Failed", "Stopped")
 
 _STATES = {"Completed": RunState.SUCCEEDED, "Failed": RunState.FAILED, "Stopped": RunState.STOPPED}
-_FAILURE = re.compile(r"^(?:AlgorithmError|ClientError|InternalServerError): (?P<cause>.*?)(?:,?\s*exit code: (?P<code>-?\d+))?$", re.DOTALL)
+_FAILURE = re.compile(
+    r"^(?:AlgorithmError|ClientError|InternalServerError): (?P<cause>.*?)(?:,?\s*exit code: (?P<code>-?\d+))?$", re.DOTALL
+)
 _KILLED = "137"  # 128 + SIGKILL
 
 

@@ -146,7 +146,7 @@ class Priced(Protocol):
 class Uploading(Protocol):
     """A backend whose runs read copies of the channels elsewhere."""
 
-    def upload(self, channels: Mapping[str, Path], show: Callable[[Event], None]) -> None:
+    def upload(self, spec: JobSpec, channels: Mapping[str, Path], show: Callable[[Event], None]) -> None:
         """Bring the channels there; what is there already is not sent again. Raises StagingError; what arrived until then is kept."""
         ...
 

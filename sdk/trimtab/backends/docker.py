@@ -89,6 +89,7 @@ class DockerBackend(LocalRuns):
 
     def check(self, spec: JobSpec) -> None:
         """Raises BackendUnavailable or SpecError for a job that cannot run here, before anything is fetched."""
+        run_folder.refuse_remote(spec)
         info = self.engine.info()
         if on_another_machine(self.engine.address):
             raise BackendUnavailable(

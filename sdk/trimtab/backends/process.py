@@ -52,6 +52,7 @@ class ProcessBackend(LocalRuns):
 
     def check(self, spec: JobSpec) -> None:
         """Raises BackendUnavailable for a job that cannot run as a process of this machine, before anything is fetched."""
+        run_folder.refuse_remote(spec)
         refuse_missing_runtime(self.python)
         if spec.device != "xeon":
             raise BackendUnavailable("the process backend computes on the CPU, not on a GPU: choose device='xeon' (--device xeon)")

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trimtab.backends.base import RunHandle, RunRecord, RunState, RunStatus
+from trimtab.catalog import in_s3
 from trimtab.data.sources import public_source
-from trimtab.errors import BackendError, RunNotFound, StagingError
+from trimtab.errors import BackendError, RunNotFound, SpecError, StagingError
 from trimtab.events import Event, Finished, Phase, Step, read_from
 from trimtab.layout import JobDir
 from trimtab.ledger import Ledger
@@ -214,6 +215,15 @@ def belongs(folder: Path, handle: RunHandle) -> bool:
     """Whether the folder is that run's, and not one of another backend, or of a user whose folders are closed to this one."""
     file = folder / "run.json"
     return os.access(file, os.R_OK) and read_json(file)["request"]["handle"] == str(handle)
+
+
+def refuse_remote(spec: JobSpec) -> None:
+    """Raise SpecError for a model that is not on this machine."""
+    if in_s3(spec.train.model):
+        raise SpecError(
+            f"the weights of {spec.train.model} stay in S3, and only SageMaker reads them there: add  --backend sagemaker , "
+            "or fetch them with  aws s3 sync  and give the folder"
+        )
 
 
 def refuse_absent(channels: Mapping[str, str]) -> None:

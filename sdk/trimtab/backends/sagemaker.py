@@ -21,9 +21,9 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trimtab.artifact import MANIFEST
 from trimtab.aws import account, instances, limits, records
@@ -32,16 +32,18 @@ from trimtab.aws.channels import PlannedChannel, plan_channel
 from trimtab.aws.download import download
 from trimtab.aws.forecast import Forecast, forecast
 from trimtab.aws.lives import Life, Lives
+from trimtab.aws.logs import jittered, next_wait
 from trimtab.aws.place import S3Place, parse_uri
 from trimtab.aws.refusals import asking, error_code, is_passing
 from trimtab.aws.session import Aws
 from trimtab.aws.standing import DONE, standing
+from trimtab.aws.submission import Submission
 from trimtab.aws.upload import upload
 from trimtab.backends.base import RunHandle, RunRecord, RunState, RunStatus
 from trimtab.backends.run_folder import refuse_absent
+from trimtab.catalog import in_s3
 from trimtab.data.sources import public_source
-from trimtab.errors import BackendError, RunNotFound, SpecError, StagingError
-from trimtab.estimate import ModelFacts
+from trimtab.errors import BackendError, RunNotFound, SpecError
 from trimtab.events import Event, Progress
 from trimtab.images.plan import tag_of
 from trimtab.ledger import Ledger
@@ -49,7 +51,10 @@ from trimtab.plan import Finding, Foreseen, Work
 from trimtab.spec import JobSpec
 
 ROLE_VARIABLE = "TRIMTAB_SAGEMAKER_ROLE"
+AWAY = 600.0  # seconds that AWS may be out of reach while a run is followed
 PATIENCE = 1800.0  # seconds that a job may take to end: two minutes of grace, then the upload of what it leaves
+
+_T = TypeVar("_T")
 
 
 class SageMakerBackend:
@@ -144,7 +149,7 @@ class SageMakerBackend:
             )
         return role if role.startswith("arn:") else f"arn:{self.aws.partition}:iam::{self.aws.account}:role/{role}"
 
-    def upload(self, channels: Mapping[str, Path], show: Callable[[Event], None] = lambda event: None) -> None:
+    def upload(self, spec: JobSpec, channels: Mapping[str, Path], show: Callable[[Event], None] = lambda event: None) -> None:
         """Bring the channels to S3; what is there already is not sent again.
 
         Raises StagingError; what arrived until then is kept, so that a repetition sends the rest.
@@ -153,7 +158,7 @@ class SageMakerBackend:
         def tell(done: int, of: int) -> None:
             show(Progress(name="upload, MB", done=done // 10**6, of=max(1, of // 10**6)))
 
-        upload([self._plan(name, path) for name, path in channels.items()], self.aws.client("s3"), self.place, tell)
+        upload(list(self._plans(spec, channels).values()), self.aws.client("s3"), self.place, tell)
 
     def render(self, spec: JobSpec, channels: Mapping[str, Path], run_id: str) -> dict[str, Any]:
         """The body of CreateTrainingJob under `training_job`, and what it was made of. Sends nothing; files are read, for their digests.
@@ -161,8 +166,8 @@ class SageMakerBackend:
         Raises SpecError for what SageMaker would refuse, all of it at once.
         """
         handle = RunHandle(self.name, run_id)
-        planned = {name: self._plan(name, path) for name, path in channels.items()}
-        found = self._forecast(spec, work_of(channels))
+        planned = self._plans(spec, channels)
+        found = self._forecast(spec, Work.read(channels))
         if found.limits.max_minutes is not None:  # the money may end it before the user's own limit of time
             spec = spec.model_copy(update={"train": spec.train.model_copy(update={"max_minutes": found.limits.max_minutes})})
         disk = self.settings.volume_gb
@@ -174,7 +179,12 @@ class SageMakerBackend:
             volume_gb=disk,
             max_seconds=found.limits.max_runtime_seconds,
             run_uri=self.place.uri(self.place.run(run_id)).rstrip("/"),
-            channels={name: requests.manifest_source(plan.manifest_uri(self.place)) for name, plan in planned.items()},
+            channels={
+                name: requests.manifest_source(planned[name].manifest_uri(self.place))
+                if name in planned
+                else requests.prefix_source(spec.train.model)
+                for name in channels
+            },
         )
         job = requests.training_job(spec, run_id, replace(self.settings, role=self._role), where)
         limits.refuse("CreateTrainingJob", job)
@@ -201,7 +211,7 @@ class SageMakerBackend:
             count=spec.nodes,
             spot=self.settings.spot,
             warm_pool=self.settings.keep_alive_minutes is not None,
-            max_seconds=0,
+            max_seconds=foreseen.max_seconds or 0,
             makes_bucket=self.bucket is None,
             kms_keys=tuple(key for key in (self.settings.kms_key, self.settings.volume_kms_key) if key),
         )
@@ -217,10 +227,12 @@ class SageMakerBackend:
             keep_alive_seconds=round(60 * (self.settings.keep_alive_minutes or 0)),
         )
 
-    def _plan(self, name: str, path: Path) -> PlannedChannel:
-        if path not in self._planned:
-            self._planned[path] = plan_channel(path, name)
-        return self._planned[path]
+    def _plans(self, spec: JobSpec, channels: Mapping[str, Path]) -> dict[str, PlannedChannel]:
+        """The channels that are sent; a model that lies in S3 is not."""
+        for name, path in channels.items():
+            if path not in self._planned and not (name == "model" and in_s3(spec.train.model)):
+                self._planned[path] = plan_channel(path, name)
+        return {name: self._planned[path] for name, path in channels.items() if path in self._planned}
 
     def _own_image(self, device: str) -> str:
         domain = "amazonaws.com.cn" if self.aws.partition == "aws-cn" else "amazonaws.com"
@@ -233,20 +245,24 @@ class SageMakerBackend:
         refuse_absent({name: str(path) for name, path in channels.items()})
         self._planned.clear()  # files may have changed since
         request = self.render(spec, channels, handle.id)
-        self.upload(channels)
+        self.upload(spec, channels)
         record = {
             "job": spec.model_copy(update={"data": tuple(map(public_source, spec.data))}).model_dump(mode="json"),
             "created": datetime.now(UTC).isoformat(),
             "request": request,
-            "ledger": work_of(channels).ledger.model_dump(mode="json"),
+            "ledger": Work.read(channels).ledger.model_dump(mode="json"),
         }
-        s3, prefix = self.aws.client("s3"), self.place.run(handle.id)
+        s3, key = self.aws.client("s3"), self.place.run(handle.id) + "run.json"
+        taken = f"there is a run {handle.id} already, and it is another one: run the command again, it takes a new name"
+        if not records.make(s3, self.place, key, record):
+            raise BackendError(taken)
+        submission = Submission(self.aws, request["training_job"], taken)
         try:
-            records.write(s3, self.place, f"{prefix}run.json", record)
-            self._create(request["training_job"], f"a training job {handle.id} exists already, of somebody else: run the command again")
+            submission.send()
         except BaseException:  # Ctrl-C too
             with contextlib.suppress(BackendError):  # what happened first is what is told
-                self._give_up(handle)
+                if not submission.take_back():
+                    records.delete(s3, self.place, self.place.run(handle.id))
             raise
         return handle
 
@@ -263,49 +279,23 @@ class SageMakerBackend:
         request = requests.next_life(was, requests.life_name(handle.id, number + 1), self.settings, self.image)
         limits.refuse("CreateTrainingJob", request)
         limits.refuse_secrets(request)
-        self._create(request, running)  # the name is taken when another client was quicker
-
-    def _create(self, request: Mapping[str, Any], taken: str) -> None:
-        """Create a training job once, however often the request has to be sent. Raises BackendError, `taken` where the name is."""
-        client, mine = self.aws.client("sagemaker"), uuid.uuid4().hex
-        request = {**request, "Tags": [*request["Tags"], *requests.tags_of({requests.SUBMISSION_TAG: mine})]}
-        name = request["TrainingJobName"]
-        try:
-            with asking(f"to create the training job {name}", action="sagemaker:CreateTrainingJob"):
-                client.create_training_job(**request)
-        except BackendError as exc:
-            if not (error_code(exc.__cause__ or exc) == "ResourceInUse" or is_passing(exc.__cause__ or exc)):
-                raise
-            if not self._is_mine(name, mine):  # else only the answer was lost
-                raise (BackendError(taken) if error_code(exc.__cause__ or exc) == "ResourceInUse" else exc) from exc
-
-    def _give_up(self, handle: RunHandle) -> None:
-        """Leave nothing of a run whose handle nobody will see: no job that costs money, no record."""
-        if (lives := Lives(self.aws, handle)).exist():
-            with asking(f"to stop {handle.id}", action="sagemaker:StopTrainingJob"):
-                self.aws.client("sagemaker").stop_training_job(TrainingJobName=lives.look().name)
-        else:
-            records.delete(self.aws.client("s3"), self.place, self.place.run(handle.id))
-
-    def _is_mine(self, name: str, submission: str) -> bool:
-        """Whether there is a training job of that name and this client created it now."""
-        client = self.aws.client("sagemaker")
-        try:
-            with asking(f"whether {name} was created", action="sagemaker:DescribeTrainingJob"):
-                arn = client.describe_training_job(TrainingJobName=name)["TrainingJobArn"]
-                tags = [tag for page in client.get_paginator("list_tags").paginate(ResourceArn=arn) for tag in page["Tags"]]
-        except BackendError as exc:
-            if is_passing(exc.__cause__ or exc):
-                raise BackendError(
-                    f"{exc}. Whether the run {name} began is not known: look with  trimtab status sagemaker://{name}"
-                ) from exc
-            return False
-        return {"Key": requests.SUBMISSION_TAG, "Value": submission} in tags
+        Submission(self.aws, request, running).send()  # the name is taken when another client was quicker
 
     def status(self, handle: RunHandle) -> RunStatus:
         lives = self._of(handle)
-        lives.read()
+        self._patiently(lives, lives.read)
         return standing(handle, lives.all[-1].described, lives.all[-1].events)
+
+    def _patiently(self, lives: Lives, ask: Callable[[], _T]) -> _T:
+        """What `ask` returns. Of a run that was seen before, and so is followed, a network that is away for minutes is waited for."""
+        wait, deadline = 0.0, time.monotonic() + (AWAY if lives.all else 0.0)
+        while True:
+            try:
+                return ask()
+            except BackendError as exc:
+                if exc.__cause__ is None or not is_passing(exc.__cause__) or time.monotonic() >= deadline:
+                    raise
+                time.sleep(jittered(wait := next_wait(wait, came=False, failed=False)))
 
     def logs(self, handle: RunHandle, *, follow: bool = False) -> Iterator[str]:
         lives = self._of(handle)
@@ -315,8 +305,8 @@ class SageMakerBackend:
     def _lines(self, lives: Lives, follow: bool) -> Iterator[str]:
         shown: dict[str, int] = {}
         while True:
-            done = lives.look().done  # asked before reading: what was written until the end is read
-            lives.read(settle=done)
+            done = self._patiently(lives, lives.look).done  # asked before reading: what was written until the end is read
+            self._patiently(lives, partial(lives.read, settle=done))
             new = [line for life in lives.all for line in life.lines[shown.get(life.name, 0) :]]
             shown = {life.name: len(life.lines) for life in lives.all}
             yield from new
@@ -366,7 +356,8 @@ class SageMakerBackend:
     # abilities
 
     def events(self, handle: RunHandle, start: int = 0) -> tuple[list[Event], int]:
-        found = self._of(handle).read()
+        lives = self._of(handle)
+        found = self._patiently(lives, lives.read)
         return found[start:], len(found)
 
     def ledger(self, handle: RunHandle) -> Ledger:
@@ -430,14 +421,3 @@ class SageMakerBackend:
     def _record(self, handle: RunHandle) -> Any:
         place, prefix = self._run_place(handle)
         return records.read(self.aws.client("s3"), place, f"{prefix}run.json")
-
-
-def work_of(channels: Mapping[str, Path]) -> Work:
-    """What the staged channels say of the work. Raises StagingError for rows without a ledger."""
-    try:
-        ledger = Ledger.model_validate_json((channels["train"] / "ledger.json").read_bytes())
-        files = [path for path in channels["model"].rglob("*") if path.is_file()]
-        model = ModelFacts.from_config(json.loads((channels["model"] / "config.json").read_bytes()))
-    except (OSError, ValueError, KeyError) as exc:
-        raise StagingError(f"the channels are not whole ({exc}): prepare the data again by repeating  trimtab fit") from exc
-    return Work(ledger, model, sum(path.stat().st_size for path in files) >> 20)

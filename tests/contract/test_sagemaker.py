@@ -1,0 +1,396 @@
+"""The sagemaker backend keeps the contract, on a SageMaker that really runs the image; and what is its own: lives, limits, lost answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from contract.backend_contract import PATIENCE, BackendContract, _interrupt, finish, until
+from support.faulty_proxy import FaultyProxy, cut_answer, lost_answer
+from trimtab.aws import upload
+from trimtab.aws.channels import plan_channel
+from trimtab.aws.submission import Submission
+from trimtab.backends.base import Listable, Preflight, Priced, Removable, Reporting, Resumable, RunHandle, RunState, Uploading
+from trimtab.backends.process import ProcessBackend
+from trimtab.backends.sagemaker import SageMakerBackend
+from trimtab.errors import BackendError, BackendUnavailable, RunFailed, SpecError
+from trimtab.events import Checkpoint, Phase, Step
+from trimtab.plan import Work
+from trimtab.run import Run
+from trimtab.staging import stage
+
+REGISTRY = "000000000000.dkr.ecr.us-east-1.amazonaws.com"
+ROLE = "SageMakerExecutionRole"
+
+
+@pytest.fixture(scope="module")
+def amazon(localstack, control_plane) -> Iterator[dict[str, str]]:
+    """The variables with which every client, here and in other processes, reaches this session's AWS."""
+    variables = {
+        "AWS_ENDPOINT_URL": localstack,
+        "AWS_ENDPOINT_URL_SAGEMAKER": control_plane.url,
+        "AWS_ENDPOINT_URL_SERVICE_QUOTAS": control_plane.url,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield variables
+
+
+@pytest.fixture(scope="module")
+def image(xeon_image) -> str:
+    return f"{REGISTRY}/{xeon_image}"
+
+
+@pytest.fixture
+def place(amazon, image, tmp_path) -> Iterator[SageMakerBackend]:
+    """A client of its own."""
+    backend = SageMakerBackend(role=ROLE, image=image, home=tmp_path / "home", poll_seconds=0.2)
+    yield backend
+    backend.aws.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_fault_stays(control_plane) -> Iterator[None]:
+    yield
+    control_plane.faults.clear()
+
+
+class TestSageMaker(BackendContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backend(cls, tmp_path_factory, amazon, image):
+        home = tmp_path_factory.mktemp("place") / "my runs, größer 家"
+        backend = SageMakerBackend(role=ROLE, image=image, home=home, poll_seconds=0.2)
+        yield backend
+        backend.aws.close()
+
+    @pytest.fixture(autouse=True)
+    def _engine(self, client):
+        self.engine = client
+
+    def kill(self, backend, handle):
+        for container in self.engine.containers.list(filters={"label": "sagemaker.name"}):
+            if handle.id in container.labels["sagemaker.name"]:
+                container.kill()
+
+    def environment(self, backend):
+        return {**os.environ, "TRIMTAB_HOME": str(backend.home)}
+
+    def interrupt_submission(self, monkeypatch):
+        monkeypatch.setattr(Submission, "send", _interrupt)
+
+    def left_of(self, backend, run_id):
+        found = backend.aws.client("s3").list_objects_v2(Bucket=backend.place.bucket, Prefix=backend.place.run(run_id))
+        return [item["Key"] for item in found.get("Contents", [])]
+
+    def test_the_same_job_gives_the_same_tensors_as_a_process(self, backend, pair, job, staged, tmp_path):
+        here = ProcessBackend(tmp_path)
+        there = Run(here.submit(job, staged.channels), here)
+        there.wait(PATIENCE)
+        assert there.artifact() == Run(pair[0], backend).artifact()
+
+    def test_it_tells_what_sagemaker_does_before_the_first_step(self, backend, pair):
+        said = [event.detail for event in Run(pair[0], backend).events() if isinstance(event, Phase) and event.name == "sagemaker"]
+        assert [detail.partition(":")[0] for detail in said] == ["Starting", "Pending", "Downloading", "Training", "Uploading", "Completed"]
+
+    def test_events_are_not_among_the_lines(self, backend, pair):
+        assert not [line for line in backend.logs(pair[0]) if line.startswith("{")]
+
+    def test_metrics_are_those_that_the_run_told(self, backend, pair):
+        step = Run(pair[0], backend).metrics()[-1]
+        described = backend.aws.client("sagemaker").describe_training_job(TrainingJobName=pair[0].id)
+        found = {metric["MetricName"]: metric["Value"] for metric in described["FinalMetricDataList"]}
+        assert found["train:loss"] == pytest.approx(step.loss, abs=1e-4)
+        assert found["train:tokens_per_second"] == pytest.approx(step.tokens_per_second, abs=1)
+
+    def test_what_is_submitted_is_what_was_rendered(self, backend, pair, job, staged, control_plane):
+        (sent,) = [
+            request for name, request in control_plane.requests if name == "CreateTrainingJob" and request["TrainingJobName"] == pair[0].id
+        ]
+        rendered = backend.render(job, staged.channels, pair[0].id)["training_job"]
+        assert {**sent, "Tags": [tag for tag in sent["Tags"] if tag["Key"] != "trimtab-submission"]} == rendered
+
+    def test_the_same_channels_are_not_sent_again(self, backend, pair, staged):
+        plans = [plan_channel(path, name) for name, path in staged.channels.items()]
+        assert upload.upload(plans, backend.aws.client("s3"), backend.place) == upload.Sent(0, 0)
+
+    def test_another_machine_finds_it_by_its_tag(self, backend, pair, tmp_path):
+        environment = {**self.environment(backend), "TRIMTAB_HOME": str(tmp_path / "elsewhere"), "TRIMTAB_CACHE": str(tmp_path / "cache")}
+        done = subprocess.run(
+            [sys.executable, "-m", "trimtab", "list", "--backend", "sagemaker", "--json"],
+            env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        rows = {row["handle"]: row["state"] for row in json.loads(done.stdout)}
+        assert [rows[str(handle)] for handle in pair] == ["succeeded", "succeeded"]
+
+
+def test_it_has_every_ability():
+    for ability in (Preflight, Priced, Uploading, Reporting, Resumable, Listable, Removable):
+        assert issubclass(SageMakerBackend, ability)
+
+
+@pytest.fixture
+def job(small_job, staged):
+    return small_job.model_copy(update={"train": staged.train})
+
+
+@pytest.fixture
+def longer(job):
+    """Some hundred steps, with a checkpoint every 5."""
+    train = job.train.model_copy(update={"max_steps": None, "epochs": 150, "save_every_steps": 5})
+    return job.model_copy(update={"train": train})
+
+
+def until_step(backend, handle, number):
+    def there() -> bool:
+        status = backend.status(handle)
+        assert not status.done, status.reason
+        return status.step is not None and status.step.step >= number
+
+    until(there, f"step {number} of {handle}")
+
+
+def test_a_spot_run_goes_on_after_it_was_interrupted(amazon, image, longer, staged, tmp_path, control_plane):
+    backend = SageMakerBackend(role=ROLE, image=image, home=tmp_path / "home", poll_seconds=0.2, spot="yes", max_wait_minutes="30")
+    run = Run(backend.submit(longer, staged.channels), backend)
+    until_step(backend, run.handle, 12)
+    control_plane.interrupt(run.handle.id)
+    run.wait(PATIENCE)
+    steps = [event.step for event in run.events() if isinstance(event, Step)]
+    again = next(place for place in range(1, len(steps)) if steps[place] != steps[place - 1] + 1)
+    assert 0 <= steps[again - 1] - steps[again] < 5 + 1  # at most one save interval is repeated
+    assert [step.step for step in run.metrics()] == list(range(1, steps[-1] + 1))
+    assert run.artifact().manifest["metrics"]["steps"] == steps[-1]
+    said = [event.detail.partition(":")[0] for event in run.events() if isinstance(event, Phase) and event.name == "sagemaker"]
+    assert "Interrupted" in said
+    backend.aws.close()
+
+
+def test_a_sync_that_broke_off_in_a_checkpoint_makes_the_run_go_on_from_the_one_before(
+    amazon, image, longer, staged, tmp_path, control_plane
+):
+    backend = SageMakerBackend(role=ROLE, image=image, home=tmp_path / "home", poll_seconds=0.2, spot=True)
+    run = Run(backend.submit(longer, staged.channels), backend)
+    until_step(backend, run.handle, 12)
+    control_plane.place(control_plane.account, control_plane.region).training.cut_sync(run.handle.id, after=2)
+    until_step(backend, run.handle, 30)
+    control_plane.interrupt(run.handle.id)
+    run.wait(PATIENCE)
+    assert [line for line in run.logs() if re.match(r"checkpoint step-\d+ is passed over: ", line)]
+    assert [line for line in run.logs() if re.match(r"resume: going on after step [1-9]", line)]
+    assert [step.step for step in run.metrics()] == list(range(1, run.metrics()[-1].step + 1))
+    backend.aws.close()
+
+
+def test_several_instances_train_together_and_their_lines_are_told_apart(place, job, staged):
+    run = Run(place.submit(job.model_copy(update={"nodes": 2}), staged.channels), place)
+    run.wait(PATIENCE)
+    assert run.artifact().manifest["metrics"]["nodes"] == 2
+    lines = list(run.logs())
+    assert "[algo-2] done: algo-1 writes the artifact" in lines
+    assert [line for line in lines if line.startswith("step=")]
+
+
+def test_the_services_own_time_limit_leaves_a_checkpoint_and_an_artifact(place, longer, staged):
+    place.upload(longer, staged.channels)
+    train = longer.train.model_copy(update={"epochs": 10_000})
+    request = place.render(longer.model_copy(update={"train": train}), staged.channels, "trim-1d1d1d1d")["training_job"]
+    request["StoppingCondition"]["MaxRuntimeInSeconds"] = 12
+    place.aws.client("sagemaker").create_training_job(**request)
+    run = Run(RunHandle("sagemaker", "trim-1d1d1d1d"), place)
+    status = run.wait(PATIENCE)
+    assert (status.state, "its time limit of 0.2 minutes" in status.reason) == (RunState.STOPPED, True)
+    assert run.artifact().manifest["metrics"]["ended_by"].startswith("asked to stop after step")
+    assert [event for event in run.events() if isinstance(event, Checkpoint)]
+
+
+def test_a_model_that_lies_in_s3_is_read_there(place, small_job, tiny_model, tmp_path, amazon):
+    s3 = place.aws.client("s3")
+    s3.create_bucket(Bucket="models-of-ours")
+    for file in tiny_model.iterdir():
+        s3.upload_file(str(file), "models-of-ours", f"tiny/{file.name}")
+    train = small_job.train.model_copy(update={"model": "s3://models-of-ours/tiny"})
+    spec = small_job.model_copy(update={"train": train})
+    found = stage(spec, cache=tmp_path / "cache", say=lambda line: None)
+    assert not [path for path in (tmp_path / "cache").rglob("*.safetensors") if path.is_file()]
+    spec = spec.model_copy(update={"train": found.train})
+    run = Run(place.submit(spec, found.channels), place)
+    run.wait(PATIENCE)
+    assert run.artifact().spec.model == "s3://models-of-ours/tiny/"
+    sent = place.aws.client("sagemaker").describe_training_job(TrainingJobName=run.handle.id)["InputDataConfig"]
+    assert [channel["DataSource"]["S3DataSource"]["S3Uri"] for channel in sent if channel["ChannelName"] == "model"] == [
+        "s3://models-of-ours/tiny/"
+    ]
+    with pytest.raises(SpecError, match="--backend sagemaker"):
+        ProcessBackend().check(spec)
+    with pytest.raises(SpecError, match="--replay 0"):
+        stage(spec.model_copy(update={"train": spec.train.model_copy(update={"replay": 0.5})}), say=lambda line: None)
+
+
+def test_money_is_a_limit_of_time_that_is_told(place, job, staged):
+    request = place.render(job.model_copy(update={"max_usd": 2.0}), staged.channels, "trim-12345678")
+    hours = request["training_job"]["StoppingCondition"]["MaxRuntimeInSeconds"] / 3600
+    price = place.foresee(job, Work.read(staged.channels))
+    assert hours < 2.0 / 0.1
+    assert json.loads(request["hyperparameters"]["max_minutes"]) < hours * 60
+    assert price.instance == request["training_job"]["ResourceConfig"]["InstanceType"]
+    with pytest.raises(SpecError, match="raise max_usd"):
+        place.render(job.model_copy(update={"max_usd": 0.001}), staged.channels, "trim-12345678")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"code": "ThrottlingException", "times": 3},
+        {"code": "InternalFailure", "times": 2},
+        {"code": "InternalFailure", "after": True},
+        {"drop": True, "after": True},
+    ],
+    ids=["throttled", "500", "500 after it was created", "answer lost"],
+)
+def test_trouble_while_it_is_created_makes_one_job(place, job, staged, control_plane, fault):
+    control_plane.fault(operation="CreateTrainingJob", **fault)
+    handle = place.submit(job, staged.channels)
+    assert finish(place, handle).state is RunState.SUCCEEDED
+    assert [name for name in control_plane.store.jobs if handle.id in name] == [handle.id]
+
+
+def test_a_name_that_is_somebody_elses_is_refused_and_theirs_is_left_alone(place, job, staged, control_plane):
+    handle = place.submit(job, staged.channels)
+    other = SageMakerBackend(role=ROLE, image=place.image, home=place.home, poll_seconds=0.2)
+    with pytest.raises(BackendError, match="another one: run the command again"):
+        other.submit(job, staged.channels, handle.id)
+    place.aws.client("sagemaker").create_training_job(**_unlike(place.render(job, staged.channels, "trim-0b0b0b0b")["training_job"]))
+    with pytest.raises(BackendError, match="another one: run the command again"):
+        other.submit(job, staged.channels, "trim-0b0b0b0b")  # a job without a record
+    assert finish(place, handle).state is RunState.SUCCEEDED
+    assert Run(handle, place).ledger() == staged.ledger
+    other.aws.close()
+
+
+def _unlike(request: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in request.items() if name != "Tags"}
+
+
+def test_trouble_while_it_is_followed_is_ridden_out(place, job, staged, control_plane):
+    run = Run(place.submit(job, staged.channels), place)
+    for fault in ({"code": "ThrottlingException", "times": 4}, {"code": "InternalFailure", "times": 2}, {"drop": True, "times": 2}):
+        control_plane.fault(operation="DescribeTrainingJob", **fault)
+    assert run.wait(PATIENCE).state is RunState.SUCCEEDED
+    assert [step.step for step in run.metrics()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_credentials_that_expire_while_it_is_followed_say_what_to_type_and_the_run_goes_on(place, job, staged, control_plane):
+    handle = place.submit(job, staged.channels)
+    control_plane.fault(operation="DescribeTrainingJob", code="ExpiredTokenException")
+    with pytest.raises(BackendUnavailable, match="aws sso login"):
+        place.status(handle)
+    assert finish(place, handle).state is RunState.SUCCEEDED
+
+
+def test_a_missing_permission_is_named(place, job, staged, control_plane):
+    control_plane.fault(operation="CreateTrainingJob", code="AccessDeniedException")
+    with pytest.raises(BackendError, match="lacks the permission sagemaker:CreateTrainingJob"):
+        place.submit(job, staged.channels, "trim-0a0a0a0a")
+    assert "Contents" not in place.aws.client("s3").list_objects_v2(Bucket=place.place.bucket, Prefix=place.place.run("trim-0a0a0a0a"))
+
+
+def test_no_capacity_says_how_to_go_on_elsewhere_and_does(place, job, staged, control_plane):
+    control_plane.fault(kind="capacity")
+    run = Run(place.submit(job, staged.channels), place)
+    with pytest.raises(RunFailed, match="--backend-option instance_type="):
+        run.wait(PATIENCE)
+    elsewhere = SageMakerBackend(instance_type="ml.c7i.8xlarge", home=place.home, poll_seconds=0.2)
+    again = Run(run.handle, elsewhere).resume()
+    assert again.wait(PATIENCE).state is RunState.SUCCEEDED
+    described = elsewhere.aws.client("sagemaker").describe_training_job(TrainingJobName=f"{run.handle.id}-2")
+    assert described["ResourceConfig"]["InstanceType"] == "ml.c7i.8xlarge"
+    elsewhere.aws.close()
+
+
+def test_a_quota_of_zero_names_it(place, job, staged, control_plane):
+    request = place.render(job, staged.channels, "trim-12345678")["training_job"]
+    name = f"{request['ResourceConfig']['InstanceType']} for training job usage"
+    before = control_plane.store.quotas.get(name)
+    control_plane.set_quota(name, 0)
+    try:
+        with pytest.raises(BackendError, match=f"the quota '{name}' of the account is 0.*request-service-quota-increase"):
+            place.submit(job, staged.channels)
+    finally:
+        control_plane.set_quota(name, before)
+
+
+def test_a_client_that_dies_leaves_a_run_that_others_find(place, amazon, job, staged):
+    code = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "from trimtab.backends.sagemaker import SageMakerBackend\nfrom trimtab.spec import JobSpec\n"
+        "image, home, job, train, model = sys.argv[1:]\n"
+        f"backend = SageMakerBackend(role={ROLE!r}, image=image, home=home)\n"
+        "print(backend.submit(JobSpec.model_validate_json(job), {'train': Path(train), 'model': Path(model)}), flush=True)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    arguments = [place.image, str(place.home), job.model_dump_json(), *(str(staged.channels[name]) for name in ("train", "model"))]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    handle = RunHandle.parse(done.stdout.strip())
+    assert handle in [run.handle for run in place.runs()]
+    assert finish(place, handle).state is RunState.SUCCEEDED
+
+
+@pytest.mark.parametrize("where", ["tags", "image"])
+def test_a_token_is_refused_before_anything_is_sent(amazon, image, job, staged, where, control_plane):
+    token = "hf_" + "b" * 34
+    settings = {"image": image, "tags": f"owner={token}"} if where == "tags" else {"image": f"{image}?{token}"}
+    backend = SageMakerBackend(role=ROLE, **settings)
+    before = len(control_plane.requests)
+    with pytest.raises(SpecError) as caught:
+        backend.submit(job, staged.channels)
+    assert token not in str(caught.value)
+    assert len(control_plane.requests) == before
+    backend.aws.close()
+
+
+def test_what_sagemaker_would_refuse_is_refused_at_once_and_all_of_it(amazon, image, job, staged):
+    backend = SageMakerBackend(role="arn:aws:iam::1:role/x", image=image, subnets="net 1", security_groups="sg-1", tags={"a" * 129: "x"})
+    with pytest.raises(SpecError) as caught:
+        backend.render(job, staged.channels, "trim-12345678")
+    for wrong in ("RoleArn", "Subnets", "Tags"):
+        assert wrong.lower() in str(caught.value).lower()
+    backend.aws.close()
+
+
+def test_without_a_role_or_credentials_nothing_is_fetched(amazon, job, monkeypatch):
+    with pytest.raises(SpecError, match="TRIMTAB_SAGEMAKER_ROLE"):
+        SageMakerBackend().check(job)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(BackendUnavailable, match="aws configure"):
+        SageMakerBackend(role=ROLE).check(job)
+
+
+def test_a_network_that_is_cut_while_it_is_followed_loses_no_line(amazon, image, job, staged, tmp_path, monkeypatch, localstack):
+    with FaultyProxy(localstack) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_CLOUDWATCH_LOGS", proxy.url)
+        backend = SageMakerBackend(role=ROLE, image=image, home=tmp_path / "home", poll_seconds=0.2)
+        handle = backend.submit(job, staged.channels)
+        proxy.fault(cut_answer(40), on="GetLogEvents", times=3, after=1)
+        proxy.fault(lost_answer(), on="GetLogEvents", times=2, after=3)
+        lines = list(backend.logs(handle, follow=True))
+        assert [line.partition(" ")[0] for line in lines if line.startswith("step=")] == [f"step={number}/6" for number in range(1, 7)]
+        assert lines == list(Run(handle, backend).logs())
+        backend.aws.close()
