@@ -144,7 +144,7 @@ class Plan:
         for reason in self.reasons:
             subject, _, rest = reason.partition(" ")
             name = _SECTION.get(subject, subject)
-            sections[name].append(rest if subject in sections else reason)
+            sections[name].append(rest if subject in (*sections, "instance") else reason)
         asked = [finding for finding in self.findings if finding.name not in sections]
         for finding in self.findings:
             if finding.ok and finding.name in sections:

@@ -205,7 +205,10 @@ def _policy_source(account: _Account) -> str:
 
 
 def _simulated(account: _Account, who: str, groups: Iterable[_Group], name: str) -> list[Finding]:
-    """A finding for each action, as IAM would decide it. Conditions on what is only known when it happens may still decide otherwise."""
+    """A finding for each action that IAM would allow, and one for those of a resource that it would not.
+
+    Conditions on what is only known when it happens may still decide otherwise.
+    """
     pages = account.client("iam").get_paginator("simulate_principal_policy")
     found = []
     for group in groups:
@@ -213,17 +216,19 @@ def _simulated(account: _Account, who: str, groups: Iterable[_Group], name: str)
         asked = {"PolicySourceArn": who, "ActionNames": list(group.actions), "ResourceArns": [group.resource], "ContextEntries": context}
         with asking(f"what {who} may do", action="iam:SimulatePrincipalPolicy"):
             results = [result for page in pages.paginate(**asked) for result in page["EvaluationResults"]]
-        found += [_decided(f"{name} {result['EvalActionName']}", result, group.resource, who) for result in results]
+        decided: dict[str, list[str]] = {}
+        for result in results:
+            decided.setdefault(result["EvalDecision"], []).append(result["EvalActionName"])
+        found += [Finding(f"{name} {action}", True, f"allowed on {group.resource}") for action in decided.pop("allowed", [])]
+        found += [_denied(f"{name} {', '.join(actions)}", actions, decision, group.resource, who) for decision, actions in decided.items()]
     return found
 
 
-def _decided(name: str, result: dict[str, Any], resource: str, who: str) -> Finding:
-    decision, action = result["EvalDecision"], result["EvalActionName"]
-    if decision == "allowed":
-        return Finding(name, True, f"allowed on {resource}")
-    why = "denied by a policy" if decision == "explicitDeny" else "not allowed by any policy"
-    statement = {"Effect": "Allow", "Action": action, "Resource": resource}
-    return Finding(name, False, f"{why} of {who}", f"ask an administrator for this statement in its policy: {json.dumps(statement)}")
+def _denied(name: str, actions: list[str], decision: str, resource: str, who: str) -> Finding:
+    statement = json.dumps({"Effect": "Allow", "Action": actions, "Resource": resource})
+    if decision == "explicitDeny":
+        return Finding(name, False, f"denied by a policy of {who}", f"ask an administrator to lift that, and for the statement {statement}")
+    return Finding(name, False, f"not allowed by any policy of {who}", f"ask an administrator for the statement {statement}")
 
 
 def _bucket(account: _Account, needs: Needs) -> list[Finding]:

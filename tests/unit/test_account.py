@@ -1,0 +1,316 @@
+"""What an account lacks for a job: asked of LocalStack and the control plane, and of an IAM and a registry that answer as AWS does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qsl
+from xml.sax.saxutils import escape
+
+import pytest
+
+from support.cloud import ControlPlane
+from trimtab.aws.account import Needs, survey
+from trimtab.aws.instances import find
+from trimtab.aws.session import Aws
+from trimtab.plan import Finding
+
+ACCOUNT = "000000000000"
+IMAGE = f"{ACCOUNT}.dkr.ecr.us-east-1.amazonaws.com/trimtab-xeon-train:0.1.0-abc"
+TRUST = {
+    "Version": "2012-10-17",
+    "Statement": [{"Effect": "Allow", "Principal": {"Service": ["sagemaker.amazonaws.com"]}, "Action": ["sts:AssumeRole"]}],
+}
+
+
+class Judge:
+    """The part of IAM and of the container registry that is asked, over HTTP. Policies are by name of user or role: patterns of actions
+    and resources, with the verdict; roles have trust policies; images are names with tags."""
+
+    def __init__(self) -> None:
+        self.policies: dict[str, list[tuple[str, str, str]]] = {}
+        self.roles: dict[str, Any] = {}
+        self.images: set[str] = set()
+        self.asked: list[dict[str, str]] = []
+        self.broken = False
+        judge = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+                if "X-Amz-Target" in self.headers:
+                    status, kind, answer = judge.registry(json.loads(body))
+                else:
+                    status, kind, answer = judge.iam(dict(parse_qsl(body)))
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(answer.encode())))
+                self.end_headers()
+                self.wfile.write(answer.encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> Judge:
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+    def iam(self, asked: dict[str, str]) -> tuple[int, str, str]:
+        self.asked.append(asked)
+        if self.broken:
+            return 500, "text/html", "<html>trouble</html>"
+        if asked["Action"] == "GetRole":
+            name = asked["RoleName"]
+            if name not in self.roles:
+                error = f"<Error><Type>Sender</Type><Code>NoSuchEntity</Code><Message>no role {name}</Message></Error>"
+                return 404, "text/xml", f"<ErrorResponse>{error}<RequestId>1</RequestId></ErrorResponse>"
+            inner = (
+                f"<Role><Path>/</Path><RoleName>{name}</RoleName><RoleId>AROA000000000000000</RoleId><Arn>{role(name)}</Arn>"
+                f"<CreateDate>2026-01-01T00:00:00Z</CreateDate><AssumeRolePolicyDocument>{escape(json.dumps(self.roles[name]))}"
+                "</AssumeRolePolicyDocument></Role>"
+            )
+        else:
+            who, resource = asked["PolicySourceArn"].rsplit("/", 1)[-1], asked["ResourceArns.member.1"]
+            actions = [value for name, value in asked.items() if name.startswith("ActionNames.member.")]
+            half = len(actions) // 2 if len(actions) > 2 else len(actions)  # a long answer comes in two pages
+            page = actions[half:] if "Marker" in asked else actions[:half]
+            members = "".join(
+                f"<member><EvalActionName>{action}</EvalActionName><EvalResourceName>{resource}</EvalResourceName>"
+                f"<EvalDecision>{self.verdict(who, action, resource)}</EvalDecision></member>"
+                for action in page
+            )
+            more = "Marker" not in asked and half < len(actions)
+            inner = f"<EvaluationResults>{members}</EvaluationResults><IsTruncated>{str(more).lower()}</IsTruncated>"
+            inner += "<Marker>more</Marker>" if more else ""
+        name = asked["Action"]
+        return 200, "text/xml", f"<{name}Response><{name}Result>{inner}</{name}Result></{name}Response>"
+
+    def verdict(self, who: str, action: str, resource: str) -> str:
+        verdicts = [
+            verdict
+            for pattern, where, verdict in self.policies.get(who, [])
+            if fnmatchcase(action, pattern) and fnmatchcase(resource, where)
+        ]
+        return "explicitDeny" if "explicitDeny" in verdicts else "allowed" if verdicts else "implicitDeny"
+
+    def registry(self, asked: dict[str, Any]) -> tuple[int, str, str]:
+        name, tag = asked["repositoryName"], asked["imageIds"][0].get("imageTag")
+        if f"{name}:{tag}" in self.images:
+            return 200, "application/x-amz-json-1.1", json.dumps({"imageDetails": [{"repositoryName": name, "imageTags": [tag]}]})
+        there = any(image.startswith(f"{name}:") for image in self.images)
+        kind = "ImageNotFoundException" if there else "RepositoryNotFoundException"
+        return 400, "application/x-amz-json-1.1", json.dumps({"__type": kind, "message": "not there"})
+
+
+def role(name: str) -> str:
+    return f"arn:aws:iam::{ACCOUNT}:role/{name}"
+
+
+@pytest.fixture(scope="module")
+def quotas(localstack: str) -> Iterator[ControlPlane]:
+    """SageMaker and Service Quotas, where nothing runs."""
+    with ControlPlane(aws_url=localstack, runner=None) as plane:
+        yield plane
+
+
+@pytest.fixture
+def judge() -> Iterator[Judge]:
+    with Judge() as found:
+        found.policies = {"trainer": [("*", "*", "allowed")], "trimtab": [("*", "*", "allowed")]}
+        found.roles = {"trimtab": TRUST}
+        found.images = {"trimtab-xeon-train:0.1.0-abc"}
+        yield found
+
+
+@pytest.fixture
+def account(monkeypatch: pytest.MonkeyPatch, localstack: str, quotas: ControlPlane, aws: Any) -> Iterator[Aws]:
+    """A user without rights of the session's LocalStack, asking LocalStack and the control plane."""
+    iam, name = aws("iam"), "trainer"
+    iam.create_user(UserName=name)
+    key = iam.create_access_key(UserName=name)["AccessKey"]
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", localstack)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", quotas.url)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_SERVICE_QUOTAS", quotas.url)
+    with Aws("us-east-1") as found:
+        yield found
+    iam.delete_access_key(UserName=name, AccessKeyId=key["AccessKeyId"])
+    iam.delete_user(UserName=name)
+
+
+@pytest.fixture
+def judged(account: Aws, judge: Judge, monkeypatch: pytest.MonkeyPatch) -> Aws:
+    """The same, with an IAM and a registry that answer."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_IAM", judge.url)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_ECR", judge.url)
+    return account
+
+
+def needs(bucket: str, **changes: Any) -> Needs:
+    given = {"role": role("trimtab"), "bucket": bucket, "prefix": "trimtab", "image": IMAGE, "instance": find("ml.m7i.4xlarge")}
+    return Needs(**(given | changes))
+
+
+def found(aws: Aws, asked: Needs) -> dict[str, Finding]:
+    return {finding.name: finding for finding in survey(aws, asked)}
+
+
+def test_an_account_with_everything_lacks_nothing(judged, judge, bucket):
+    findings = found(judged, needs(bucket))
+    assert {name: finding for name, finding in findings.items() if finding.ok is not True} == {}
+    assert findings["identity"].detail == f"arn:aws:iam::{ACCOUNT}:user/trainer in us-east-1"
+    assert {name.removeprefix("permission ") for name in findings if name.startswith("permission s")} >= {
+        "sagemaker:CreateTrainingJob", "sagemaker:DescribeTrainingJob", "sagemaker:StopTrainingJob", "sagemaker:ListTrainingJobs",
+        "sagemaker:Search", "sagemaker:AddTags", "s3:GetObject", "s3:PutObject", "s3:ListBucket",
+    }  # fmt: skip
+    assert {"permission iam:PassRole", "permission logs:GetLogEvents", "permission ecr:DescribeImages"} <= set(findings)
+    assert "permission of the role s3:GetObject" in findings
+    assert not [name for name in findings if "kms" in name]
+    assert "permission kms:GenerateDataKey" in found(judged, needs(bucket, kms_keys=("alias/mine",)))
+    passed = next(asked for asked in judge.asked if "iam:PassRole" in asked.values())
+    assert passed["ResourceArns.member.1"] == role("trimtab")
+    assert "sagemaker.amazonaws.com" in passed.values()
+
+
+def test_a_denied_action_is_named_with_the_statement_that_allows_it(judged, judge, bucket):
+    judge.policies["trainer"] = [
+        ("sagemaker:*", "*", "allowed"), ("s3:*", f"arn:aws:s3:::{bucket}*", "allowed"), ("logs:Describe*", "*", "allowed"),
+        ("ecr:*", "*", "allowed"), ("sagemaker:StopTrainingJob", "*", "explicitDeny"),
+    ]  # fmt: skip
+    findings = found(judged, needs(bucket))
+    missing = {name: finding for name, finding in findings.items() if finding.ok is False}
+    assert set(missing) == {"permission iam:PassRole", "permission sagemaker:StopTrainingJob", "permission logs:GetLogEvents"}
+    assert missing["permission sagemaker:StopTrainingJob"].detail.startswith("denied by a policy of arn:aws:iam")
+    statement = json.loads(missing["permission iam:PassRole"].remedy.partition("the statement ")[2])
+    assert statement == {"Effect": "Allow", "Action": ["iam:PassRole"], "Resource": role("trimtab")}
+
+
+def test_a_role_that_may_too_little_is_told_apart_from_the_user(judged, judge, bucket):
+    judge.policies["trimtab"] = [("s3:GetObject", "*", "allowed")]
+    findings = found(judged, needs(bucket))
+    assert findings["permission s3:PutObject"].ok is True
+    assert findings["permission of the role s3:GetObject"].ok is True
+    assert findings["permission of the role s3:PutObject, s3:DeleteObject"].ok is False
+    logs = "logs:CreateLogGroup, logs:CreateLogStream, logs:DescribeLogStreams"
+    assert findings[f"permission of the role {logs}"].ok is False
+
+
+@pytest.mark.parametrize(
+    ("trust", "ok"),
+    [
+        (TRUST, True),
+        ({"Statement": {"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}, "Action": "sts:AssumeRole"}}, True),
+        ({"Statement": [{"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}]}, False),
+        ({"Statement": [{"Effect": "Deny", "Principal": {"Service": "sagemaker.amazonaws.com"}, "Action": "sts:AssumeRole"}]}, False),
+        ({"Statement": [{"Effect": "Allow", "Principal": "*", "Action": "sts:AssumeRole"}]}, False),
+    ],
+)
+def test_a_role_must_trust_sagemaker(judged, judge, bucket, trust, ok):
+    judge.roles["trimtab"] = trust
+    finding = found(judged, needs(bucket))["role"]
+    assert finding.ok is ok
+    assert ok or "aws iam update-assume-role-policy --role-name trimtab" in finding.remedy
+
+
+def test_localstack_is_asked_and_what_it_does_not_have_is_not_known(account, aws, bucket):
+    began = time.monotonic()
+    findings = found(account, needs(bucket))
+    assert findings["role"].ok is False
+    assert "aws iam create-role --role-name trimtab --assume-role-policy-document '{" in findings["role"].remedy
+    assert findings["permission iam:PassRole"].ok is False
+    assert findings["image"].ok is None
+    assert findings["image"].detail.startswith("could not be asked: AWS was asked for the image")
+    assert findings["bucket"] == Finding("bucket", True, f"{bucket} in us-east-1")
+    assert time.monotonic() - began < 20  # a plan does not wait for what nobody can answer
+    allowed = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
+    aws("iam").put_user_policy(UserName="trainer", PolicyName="all", PolicyDocument=json.dumps(allowed))
+    aws("iam").create_role(RoleName="trimtab", AssumeRolePolicyDocument=json.dumps(TRUST))
+    try:
+        findings = found(account, needs(bucket))
+        assert findings["role"].ok is True
+        assert findings["permissions"].ok is None  # of a user with a policy its simulator fails
+    finally:
+        aws("iam").delete_user_policy(UserName="trainer", PolicyName="all")
+        aws("iam").delete_role(RoleName="trimtab")
+
+
+def test_a_question_that_fails_is_not_known_and_stops_nothing(judged, judge, bucket):
+    judge.broken = True
+    findings = found(judged, needs(bucket))
+    assert [(name, finding.ok) for name, finding in findings.items() if finding.ok is not True] == [("role", None), ("permissions", None)]
+    assert findings["permissions"].detail.startswith("could not be asked: AWS was asked what arn:aws:iam")
+
+
+@pytest.mark.parametrize(
+    ("given", "ok", "said"),
+    [("trimtab", False, "is not a role's ARN"), ("arn:aws:iam::999999999999:role/theirs", None, "another account's")],
+)
+def test_a_role_that_cannot_be_looked_up_says_why(judged, bucket, given, ok, said):
+    finding = found(judged, needs(bucket, role=given))["role"]
+    assert (finding.ok, said in finding.detail) == (ok, True)
+
+
+def test_a_bucket_is_there_or_made_or_missing_or_elsewhere(judged, aws):
+    absent = "test-no-such-bucket"
+    finding = found(judged, needs(absent))["bucket"]
+    assert (finding.ok, finding.remedy.partition(" --region")[0]) == (False, f"aws s3 mb s3://{absent}")
+    made = found(judged, needs(absent, makes_bucket=True))
+    assert made["bucket"].ok is True
+    assert "permission s3:CreateBucket" in made
+    aws("s3").create_bucket(Bucket="test-far-away", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+    try:
+        finding = found(judged, needs("test-far-away"))["bucket"]
+    finally:
+        aws("s3").delete_bucket(Bucket="test-far-away")
+    assert finding.ok is False
+    assert "--backend-option region=eu-west-1" in finding.remedy
+
+
+def test_an_image_is_there_or_pushed_first(judged, judge, bucket):
+    gone = found(judged, needs(bucket, image=IMAGE.replace("0.1.0-abc", "0.2.0")))["image"]
+    assert gone.ok is False
+    assert gone.remedy == f"trimtab image push xeon {IMAGE.rpartition(':')[0]}"
+    judge.images.clear()
+    assert found(judged, needs(bucket))["image"].remedy.startswith("aws ecr create-repository --repository-name trimtab-xeon-train")
+    assert found(judged, needs(bucket, image="registry.example.com/trimtab:1"))["image"].ok is None
+
+
+def test_quotas_are_held_against_what_the_job_takes(judged, quotas, bucket):
+    store = quotas.store
+    name = "ml.m7i.4xlarge for {} usage".format
+    asked = found(judged, needs(bucket, count=2, warm_pool=True))
+    assert asked["quota " + name("training job")].ok is True
+    pool = asked["quota " + name("training warm pool")]
+    assert (pool.ok, pool.detail) == (False, "0, and the job takes 2")
+    assert "request-service-quota-increase --service-code sagemaker --quota-code L-" in pool.remedy
+    assert "--desired-value 2" in pool.remedy
+    store.quotas.set(name("spot training job"), 1)
+    assert found(judged, needs(bucket, count=2, spot=True))["quota " + name("spot training job")].ok is False
+    assert found(judged, needs(bucket, spot=True))["quota " + name("spot training job")].ok is True
+
+
+def test_without_credentials_or_a_network_one_finding_says_so(monkeypatch, bucket, localstack):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with contextlib.closing(Aws("us-east-1")) as aws:
+        findings = survey(aws, needs(bucket))
+    assert [(finding.name, finding.ok) for finding in findings] == [("identity", False)]
+    assert "does not answer" in findings[0].detail
