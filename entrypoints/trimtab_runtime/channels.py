@@ -45,13 +45,15 @@ def unfold(channel: Path) -> bool:
         raise StagingError(f"{channel} has {len(indexes)} indexes: give each channel a manifest of its own")
     try:
         files, bundles = _read_index(channel, indexes[0])
-        names = {sha256: [name for name, fact in files.items() if fact["sha256"] == sha256] for sha256 in _digests(files)}
+        names: dict[str, list[str]] = {}
+        for name, (_, sha256) in files.items():
+            names.setdefault(sha256, []).append(name)
         for sha256, rows in bundles.items():
             _unpack(channel, sha256, rows)
             if sha256 not in names:
                 (channel / sha256).unlink(missing_ok=True)
         for sha256, same in names.items():
-            _rename(channel, sha256, files[same[0]]["bytes"], same)
+            _rename(channel, sha256, files[same[0]][0], same)
         indexes[0].unlink()
     except OSError as exc:
         raise StagingError(
@@ -71,10 +73,6 @@ def _read_index(channel: Path, index: Path) -> tuple[dict[str, Any], dict[str, A
         if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
             raise StagingError(f"{index} names {name!r}, which is no file in {channel}: stage the folder again")
     return listed["files"], listed["bundles"]
-
-
-def _digests(files: dict[str, Any]) -> list[str]:
-    return sorted({fact["sha256"] for fact in files.values()})
 
 
 def _unpack(channel: Path, sha256: str, rows: list[list[Any]]) -> None:

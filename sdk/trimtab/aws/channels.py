@@ -2,7 +2,11 @@
 
 A file of `LARGE` bytes or more is an object of its own. Smaller ones are laid end to end in bundles; the bundle that a file goes to
 depends on its name and on how many bundles there are (a power of two, by all their bytes together), so a file that changes changes one
-bundle. The index names every file, with size and sha256. An object's name is the sha256 of its bytes: what is there need not be sent.
+bundle. An object's name is the sha256 of its bytes: what is there need not be sent. The index is JSON, names in their order:
+
+    {"format": 1, "files": {name: [bytes, sha256], ...}, "bundles": {sha256 of the bundle: [[name, bytes, sha256], ...], ...}}
+
+It is read by trimtab_runtime.channels.
 """
 
 from __future__ import annotations
