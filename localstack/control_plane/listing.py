@@ -64,7 +64,7 @@ def _read(token: str) -> list[Any]:
         place = json.loads(base64.b64decode(token, validate=True))
     except (binascii.Error, ValueError) as exc:
         raise _no_token() from exc
-    if not isinstance(place, list):
+    if not isinstance(place, list) or len(place) != 2:
         raise _no_token()
     return place
 

@@ -110,7 +110,7 @@ def list_training_jobs(request: Request, place: Place) -> Answer:
     if "TrainingPlanArnEquals" in request:
         rows = []  # no job here runs on a training plan
     by = {"Name": "TrainingJobName", "Status": "TrainingJobStatus"}.get(request.get("SortBy", ""), "CreationTime")
-    descending = request.get("SortOrder", "Descending" if by == "CreationTime" else "Ascending") == "Descending"
+    descending = request.get("SortOrder") == "Descending"
     shown, token = page(rows, request, lambda row: row[by], lambda row: str(row["TrainingJobName"]), descending=descending)
     return {"TrainingJobSummaries": shown, "NextToken": token}
 

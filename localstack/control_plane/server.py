@@ -29,8 +29,8 @@ class ControlPlane:
     """The server and everything it knows, for `with`; `url` is where it listens.
 
     `aws_url` is where S3 and Logs are (LocalStack), `runner` what training jobs and endpoints run in: "docker", "process" (`command`), or
-    None for nothing at all, when whoever holds the store moves the jobs. `check_inputs`: whether a job whose channels are empty is refused, as
-    SageMaker does (default: when something runs). `work` is a folder for what they need meanwhile (default: a
+    None for nothing at all, when whoever holds the store moves the jobs. `check_inputs`: whether a job whose channels are empty is refused,
+    as SageMaker does (default: when something runs). `work` is a folder for what they need meanwhile (default: a
     temporary one, removed at the end). `port` 0 is any free one.
     """
 
@@ -113,7 +113,9 @@ class ControlPlane:
         return self
 
     def close(self) -> None:
-        """Ends connections, jobs and endpoints."""
+        """Ends connections, jobs and endpoints. A second time it does nothing."""
+        if self.closing.is_set():
+            return
         self.closing.set()
         self._server.shutdown()
         self._server.end_connections()

@@ -1,0 +1,186 @@
+"""What HTTP and tests' wishes bring: signatures, unknown operations, faults, interruptions, the record of requests."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import threading
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from botocore.exceptions import ConnectionClosedError, HTTPClientError, ReadTimeoutError
+
+from control_plane import ControlPlane
+from support.plane import client, job_request, refused
+
+SIGNED = {"Authorization": "AWS4-HMAC-SHA256 Credential=AKIA/20261122/us-east-1/sagemaker/aws4_request, SignedHeaders=host, Signature=0"}
+
+
+def _send(plane: ControlPlane, method: str, path: str, body: Any = b"", headers: dict[str, str] | None = None) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection(urlsplit(plane.url).netloc, timeout=10)
+    try:
+        connection.request(method, path, body if isinstance(body, bytes) else json.dumps(body), headers or {})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read() or b"null")
+    finally:
+        connection.close()
+
+
+def _asked(plane: ControlPlane) -> list[str]:
+    return [name for name, _ in plane.requests]
+
+
+def test_a_request_must_be_signed(plane: ControlPlane) -> None:
+    target = {"X-Amz-Target": "SageMaker.ListTrainingJobs"}
+    assert _send(plane, "POST", "/", {}, target) == (
+        403,
+        {"__type": "MissingAuthenticationTokenException", "message": "Missing Authentication Token"},
+    )
+    assert _send(plane, "POST", "/", {}, target | {"Authorization": "Bearer x"})[1]["__type"] == "IncompleteSignatureException"
+    assert _send(plane, "POST", "/endpoints/e/invocations", b"x")[0] == 403
+    assert _send(plane, "POST", "/", {}, target | SIGNED) == (200, {"TrainingJobSummaries": []})
+
+
+def test_what_is_no_operation_and_no_json_is_refused(plane: ControlPlane, sagemaker: Any) -> None:
+    with refused("UnknownOperationException"):
+        sagemaker.list_apps()
+    for target in ("SageMaker.NoSuchThing", "DynamoDB_20120810.ListTables", "", "SageMaker"):
+        status, answer = _send(plane, "POST", "/", {}, SIGNED | {"X-Amz-Target": target})
+        assert (status, answer["__type"]) == (400, "UnknownOperationException")
+    for body in (b"{", b"[]", b"1", b"\xff"):
+        status, answer = _send(plane, "POST", "/", body, SIGNED | {"X-Amz-Target": "SageMaker.ListTrainingJobs"})
+        assert (status, answer["__type"]) == (400, "SerializationException"), body
+    assert _send(plane, "GET", "/nowhere")[0] == 404
+    assert _send(plane, "GET", "/_control/nowhere")[0] == 404
+
+
+def test_every_request_is_on_record_as_it_came(plane: ControlPlane, sagemaker: Any) -> None:
+    sagemaker.create_training_job(**job_request())
+    with refused("ValidationException"):
+        sagemaker.create_training_job(**job_request("a_b"))
+    assert plane.requests == [("CreateTrainingJob", job_request()), ("CreateTrainingJob", job_request("a_b"))]
+
+
+def test_throttling_is_over_after_as_many_times_as_asked(plane: ControlPlane) -> None:
+    assert _send(plane, "POST", "/_control/faults", {"operation": "CreateTrainingJob", "code": "ThrottlingException", "times": 2})[0] == 200
+    with client(plane, retries={"mode": "standard", "total_max_attempts": 5}) as patient:
+        patient.create_training_job(**job_request())
+    assert _asked(plane) == ["CreateTrainingJob"] * 3
+    assert list(plane.store.jobs) == ["job"]
+    plane.fault(code="ThrottlingException", times=-1)
+    with client(plane) as hasty:
+        for _ in range(3):
+            with refused("ThrottlingException", "Rate exceeded"):
+                hasty.list_models()
+        assert len(_send(plane, "GET", "/_control/faults")[1]["faults"]) == 1
+        assert _send(plane, "DELETE", "/_control/faults") == (200, {"faults": []})
+        assert hasty.list_models()["Models"] == []
+
+
+def test_credentials_expire_and_permissions_are_missing_on_request(plane: ControlPlane, sagemaker: Any) -> None:
+    plane.fault(code="ExpiredTokenException")
+    with refused("ExpiredTokenException", "The security token included in the request is expired"):
+        sagemaker.create_training_job(**job_request())
+    plane.fault(operation="CreateTrainingJob", code="AccessDeniedException")
+    sagemaker.list_models()  # another operation
+    with refused("AccessDeniedException", "is not authorized to perform: sagemaker:CreateTrainingJob on resource: arn:aws:sagemaker:"):
+        sagemaker.create_training_job(**job_request())
+    plane.fault(code="InternalFailure", message="said so")
+    with refused("InternalFailure", "said so"):
+        sagemaker.list_models()
+    plane.fault(operation="InvokeEndpoint", code="ServiceUnavailable")
+    with client(plane, "sagemaker-runtime") as runtime, refused("ServiceUnavailable"):
+        runtime.invoke_endpoint(EndpointName="e", Body=b"x")
+    assert plane.store.jobs == {}
+
+
+def test_an_answer_lost_on_its_way_leaves_the_job(plane: ControlPlane) -> None:
+    plane.fault(operation="CreateTrainingJob", drop=True, after=True)
+    with client(plane) as hasty, pytest.raises(ConnectionClosedError):
+        hasty.create_training_job(**job_request())
+    assert list(plane.store.jobs) == ["job"]
+    plane.fault(operation="CreateTrainingJob", code="InternalFailure", after=True)
+    with client(plane, retries={"mode": "standard", "total_max_attempts": 2}) as patient, refused("ResourceInUse"):
+        patient.create_training_job(**job_request("second"))  # its first try went through, its second meets it
+    assert list(plane.store.jobs) == ["job", "second"]
+
+
+def test_an_answer_is_late_on_request(plane: ControlPlane) -> None:
+    plane.fault(operation="ListModels", hang=0.3)
+    began = time.monotonic()
+    with client(plane) as made:
+        made.list_models()
+    assert time.monotonic() - began >= 0.3
+    plane.fault(operation="CreateTrainingJob", hang=5.0, after=True)
+    with client(plane, read_timeout=0.2) as hasty, pytest.raises(ReadTimeoutError):
+        hasty.create_training_job(**job_request())
+    assert list(plane.store.jobs) == ["job"]
+
+
+def test_closing_waits_for_no_late_answer() -> None:
+    def ask() -> None:
+        with contextlib.suppress(HTTPClientError), client(plane, read_timeout=60) as made:
+            made.list_models()
+
+    with ControlPlane(runner=None) as plane:
+        plane.fault(operation="ListModels", hang=300.0)
+        asking = threading.Thread(target=ask)
+        asking.start()
+        while not plane.requests:
+            time.sleep(0.01)
+        began = time.monotonic()
+        plane.close()
+        assert time.monotonic() - began < 5
+        asking.join(10)
+        assert not asking.is_alive()
+
+
+def test_capacity_is_short_on_request(plane: ControlPlane, sagemaker: Any) -> None:
+    plane.set_quota("ml.g5.xlarge for training job usage", 1)
+    plane.fault(kind="capacity", instance_type="ml.g5.xlarge")
+    sagemaker.create_training_job(**job_request("cpu"))
+    assert plane.store.jobs["cpu"].status == "InProgress"
+    sagemaker.create_training_job(**job_request("gpu", ResourceConfig={"InstanceType": "ml.g5.xlarge", "InstanceCount": 1}))
+    told = sagemaker.describe_training_job(TrainingJobName="gpu")
+    assert told["TrainingJobStatus"] == "Failed"
+    assert told["FailureReason"].startswith("CapacityError: Unable to provision requested ML compute capacity.")
+    plane.fault(kind="capacity", hang=30.0)
+    sagemaker.create_training_job(**job_request("later"))
+    assert plane.store.jobs["later"].shortage == 30.0
+    assert plane.store.jobs["cpu"].shortage == 0.0
+
+
+def test_spot_instances_are_taken_away_on_request(plane: ControlPlane, sagemaker: Any) -> None:
+    spot = {"EnableManagedSpotTraining": True, "StoppingCondition": {"MaxRuntimeInSeconds": 60, "MaxWaitTimeInSeconds": 60}}
+    sagemaker.create_training_job(**job_request("spot", **spot))
+    sagemaker.create_training_job(**job_request("dear"))
+    assert _send(plane, "POST", "/_control/interrupt/spot") == (200, {})
+    assert plane.store.jobs["spot"].interruptions.is_set()
+    assert _send(plane, "POST", "/_control/interrupt/dear")[0] == 404
+    plane.store.jobs["spot"].finish("Completed")
+    assert _send(plane, "POST", "/_control/interrupt/spot")[0] == 404
+
+
+def test_quotas_are_set_over_http(plane: ControlPlane) -> None:
+    assert _send(plane, "POST", "/_control/quotas", {"ml.p4d.24xlarge for training job usage": 2})[0] == 200
+    assert plane.store.quotas.get("ml.p4d.24xlarge for training job usage") == 2
+    for wrong in (
+        {"ml.p4d.24xlarge": 1},
+        {"ml.p4d.24xlarge for training job usage": "2"},
+        {"ml.p4d.24xlarge for training job usage": -1},
+        [],
+    ):
+        assert _send(plane, "POST", "/_control/quotas", wrong)[0] == 400
+
+
+@pytest.mark.parametrize("wrong", [{}, {"code": 1}, {"cod": "x"}, {"kind": "x"}, {"code": "X", "times": "2"}, [1]])
+def test_a_fault_that_is_none_is_refused(plane: ControlPlane, wrong: Any) -> None:
+    assert _send(plane, "POST", "/_control/faults", wrong)[0] == 400
+    assert plane.faults.waiting() == []
+
+
+def test_health_says_what_runs(plane: ControlPlane) -> None:
+    assert _send(plane, "GET", "/_control/health") == (200, {"status": "ok", "aws_url": plane.aws_url, "runner": None})
