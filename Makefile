@@ -1,5 +1,5 @@
-# make setup | demo | test | lint | types | check | clean        (see README.md)
-.PHONY: setup demo test lint types check clean help
+# make setup | demo | test | lint | types | check | cloud | clean        (see README.md)
+.PHONY: setup demo test lint types check cloud clean help
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 
@@ -22,6 +22,10 @@ types: setup  ## mypy --strict on the SDK
 	@$(PY) -m mypy --strict sdk
 
 check: lint types test  ## what CI runs
+
+cloud: setup  ## an AWS of this machine: S3 and a SageMaker that runs jobs, until Ctrl-C; OPTIONS="--port 4567 ..."
+	@localstack/setup
+	@exec $(PY) localstack/cloud.py $(OPTIONS)
 
 clean:  ## remove what was built here, not the model cache
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

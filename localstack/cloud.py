@@ -24,7 +24,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if __name__ == "__main__":  # as a package's modules it is found by whoever imports this one
     sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -126,7 +126,7 @@ class LocalStack:
 class Cloud:
     """LocalStack and the control plane, with a bucket and an execution role. A context manager.
 
-    `command` is for the process runner, `settings` may be a control_plane.training.Settings. Raises CloudError.
+    `command` is for the process runner; `root_variable` and `port_variable` name the tree and the port to it. Raises CloudError.
     """
 
     def __init__(
@@ -137,9 +137,12 @@ class Cloud:
         bucket: str = BUCKET,
         *,
         command: Sequence[str] = (),
+        root_variable: str = "SM_ML_ROOT",
+        port_variable: str = "SAGEMAKER_BIND_TO_PORT",
         venv: Path = VENV,
     ) -> None:
         self.port, self.runner, self.bucket, self.command = port, runner, bucket, list(command)
+        self.root_variable, self.port_variable = root_variable, port_variable
         self.localstack = LocalStack(s3_port, venv)
         self.role = f"arn:aws:iam::{ACCOUNT}:role/{ROLE}"
         self._open = contextlib.ExitStack()
@@ -147,6 +150,7 @@ class Cloud:
     def __enter__(self) -> Cloud:
         try:
             from control_plane import ControlPlane
+            from control_plane.training import Settings
         except ImportError as exc:
             raise CloudError(
                 f"{exc}: the control plane needs  pip install boto3 docker  (or run it with {VENV / 'bin' / 'python'})"
@@ -158,6 +162,8 @@ class Cloud:
             self.plane: ControlPlane = opened.enter_context(
                 ControlPlane(aws_url=self.localstack.url, runner=self.runner, command=self.command, port=self.port)
             )
+            place: Any = self.plane.place(ACCOUNT, REGION)
+            place.training.settings = place.hosting.settings = Settings(root_variable=self.root_variable, port_variable=self.port_variable)
             self._open = opened.pop_all()
         return self
 
@@ -252,6 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runner", choices=("docker", "process"), default="docker", help="what runs a job: its image, or COMMAND")
     parser.add_argument("--bucket", default=BUCKET, help=f"made at the start ({BUCKET})")
     parser.add_argument("--venv", type=Path, default=VENV, help=f"LocalStack's environment ({VENV})")
+    parser.add_argument("--root-variable", default="SM_ML_ROOT", help="names the stand-in of /opt/ml to COMMAND (SM_ML_ROOT)")
+    parser.add_argument("--port-variable", default="SAGEMAKER_BIND_TO_PORT", help="names the port to serve on to COMMAND")
     parser.add_argument(
         "command", nargs="*", metavar="COMMAND", help="for --runner process, after --: what the image's ENTRYPOINT would be"
     )
@@ -266,7 +274,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)
     try:
-        with Cloud(given.s3_port, given.port, given.runner, given.bucket, command=given.command, venv=given.venv) as cloud:
+        cloud = Cloud(
+            given.s3_port,
+            given.port,
+            given.runner,
+            given.bucket,
+            command=given.command,
+            root_variable=given.root_variable,
+            port_variable=given.port_variable,
+            venv=given.venv,
+        )
+        with cloud:
             print(exports(cloud.variables()), flush=True)
             print(f"# bucket {cloud.bucket}, role {cloud.role}; Ctrl-C ends it", flush=True)
             while not ended.wait(0.5):

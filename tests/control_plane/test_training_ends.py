@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from pathlib import Path
 from typing import Any
 
+import cloud
 from control_plane import ControlPlane
-from control_plane.training import NO_CAPACITY, NO_IMAGE, NO_MEMORY, Settings, algorithm_error
+from control_plane.store import TrainingJob
+from control_plane.training import NO_CAPACITY, NO_IMAGE, NO_MEMORY, Settings, TrainingRunner, algorithm_error
 from support.cloud import QUICK, hasten
 from support.training_jobs import GRACEFUL, Jobs, client_at, prefix, statuses, until
 
@@ -114,6 +117,19 @@ class TestBeingEnded:
         finally:
             shortages.clear()
         assert (found["TrainingJobStatus"], found["SecondaryStatus"]) == ("Stopped", "MaxWaitTimeExceeded")
+
+    def test_the_time_limit_of_being_pending(self, localstack: str, tmp_path: Path) -> None:
+        """Of the runner itself: the least that the API takes is two hours."""
+        request = {
+            "ResourceConfig": {"InstanceType": "ml.m7i.large", "InstanceCount": 1},
+            "StoppingCondition": {"MaxPendingTimeInSeconds": 1},
+        }
+        job = TrainingJob("pending", "arn", request, account=cloud.ACCOUNT, region=cloud.REGION)
+        with contextlib.closing(TrainingRunner(localstack, cloud.REGION, tmp_path)) as runner:
+            runner.shortages["ml.m7i.large"] = 60.0
+            runner.start(job)
+            assert job.ended.wait(20)
+        assert (job.status, job.training_seconds) == ("Stopped", None)
 
 
 class TestSpot:
