@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from functools import partial
 
-_EDGE = r"(?<![A-Za-z0-9])"  # a token begins a word
+# a token begins a word, or stands behind a terminal's colour, a written line end, an encoded character
+_EDGE = r"(?:(?<![A-Za-z0-9])|(?<=[\[;][0-9]m)|(?<=[\[;][0-9]{2}m)|(?<=\\[nrt])|(?<=%[0-9A-Fa-f]{2}))"
 _ASSIGNED = r"[\"']?\s{0,3}(?:=>|[:=])\s{0,3}[\"']?"  # name=value, "name": "value"
 
 # each with one group that matched, the part to take out
@@ -43,7 +44,7 @@ _KINDS = {
     "password in a URL": r"(?i:\b[a-z][a-z0-9+.-]{1,20}://)[^\s/:@?#\"'`<>]{0,256}:(?P<secret>(?![$<{%*\[])[^\s/@?#\"'`<>]{1,256})@[A-Za-z0-9\[]",
     "password or key by its name": r"(?i:(?:api_?-?key|(?:access|auth|hf|hub)_?-?token|password|passwd|client_?-?secret))"
     + _ASSIGNED
-    + r"(?P<secret>(?=[A-Za-z_-]{0,200}[0-9])(?=[0-9_-]{0,200}[A-Za-z])[A-Za-z0-9+/_~-]{16,}={0,2})(?![A-Za-z0-9+/_~.:({\[-])",
+    + r"(?P<secret>(?=[A-Za-z_-]{0,200}[0-9])(?=[0-9_-]{0,200}[A-Za-z])[A-Za-z0-9+/_~-]{20,}={0,2})(?![A-Za-z0-9+/_~.:({\[-])",
 }
 _PATTERNS = {kind: re.compile(pattern) for kind, pattern in _KINDS.items()}
 

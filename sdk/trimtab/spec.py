@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from trimtab.errors import SpecError
+from trimtab.secrets import looks_like_token
 
 SPEC_VERSION = 1
 
@@ -23,7 +24,6 @@ PREPARATION_FIELDS = {"spec_version", "model_digest", "data_digest", "max_seq_le
 
 _MAX_PAIRS, _MAX_KEY, _MAX_VALUE = 100, 256, 2_500
 _PLATFORM_KEYS = re.compile(r"^(sagemaker_.*|_tuning_objective_metric)$")
-_SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|AKIA[0-9A-Z]{16}|sk-[A-Za-z0-9-]{20,})\b")
 
 
 class _Spec(BaseModel):
@@ -107,7 +107,7 @@ class TrainSpec(_Spec):
         for key, value in pairs.items():
             if len(key) > _MAX_KEY or len(value) > _MAX_VALUE:
                 raise SpecError(f"{key} is {len(value):,} characters as JSON; a hyperparameter takes {_MAX_VALUE:,}: shorten it")
-            if _SECRET.search(value):
+            if looks_like_token(value):
                 raise SpecError(f"{key} looks like an access token; hyperparameters are readable by many: set HF_TOKEN instead")
         return pairs
 

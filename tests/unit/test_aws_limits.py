@@ -235,7 +235,7 @@ AWS_SECRET = "wJalrXUtnFEMI/K7MDENG/" + "bPxRfiCYEXAMPLEKEY"
         ("Environment.AWS_SECRET_ACCESS_KEY", AWS_SECRET, "Environment.AWS_SECRET_ACCESS_KEY"),
         ("Environment.WANDB_API_KEY", "0123456789abcdef" * 2 + "01234567", "Environment.WANDB_API_KEY"),
         ("Tags.0.Value", f"for {TOKEN}", "Tags[0].Value"),
-        ("Tags.0", {"Key": "api-key", "Value": "0123456789abcdef0123"}, "Tags[0].Value"),
+        ("Tags.0", {"Key": "api-key", "Value": "0123456789abcdef01234567"}, "Tags[0].Value"),
         ("AlgorithmSpecification.ContainerArguments", ["--token", TOKEN], "AlgorithmSpecification.ContainerArguments[1]"),
         ("OutputDataConfig.S3OutputPath", f"https://ada:{'s3cret'}@host/", "OutputDataConfig.S3OutputPath"),
     ],

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 SDK = sorted((ROOT / "sdk" / "trimtab").rglob("*.py"))
 RUNTIME = sorted((ROOT / "entrypoints" / "trimtab_runtime").rglob("*.py"))
 
-PURE = {"trimtab.errors", "trimtab.spec", "trimtab.layout", "trimtab.events", "trimtab.ledger", "trimtab.estimate"}
+PURE = {"trimtab.errors", "trimtab.secrets", "trimtab.spec", "trimtab.layout", "trimtab.events", "trimtab.ledger", "trimtab.estimate"}
 CLIENT_ONLY = {"boto3", "botocore", "click", "docker", "langchain_community", "requests", "rich", "sagemaker"}
 HEAVY = CLIENT_ONLY - {"click"} | {
     "accelerate", "bitsandbytes", "bs4", "huggingface_hub", "langchain", "lxml", "numpy", "peft", "safetensors", "starlette", "tokenizers",
