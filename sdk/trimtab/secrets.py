@@ -51,7 +51,7 @@ _PATTERNS = {kind: re.compile(pattern) for kind, pattern in _KINDS.items()}
 # one of these stands in every secret: a line of a log is mostly told to be none by one search
 _HINT = re.compile(
     r"hf_|api_org_|AKIA|ASIA|IQoJ|F[Qw]oG|gh[opsur]_|github_pat_|gl(?:pat|ptt|rt|dt)-|sk-|xox|xapp-|AIza|ya29|GOCSPX|eyJ|PRIVATE KEY|"
-    r"npm_|pypi-|://|(?i:secret|token|signature=|bearer|authorization|api_?-?key|passw)"
+    r"npm_|pypi-|://|(?i:secret|(?:session|security|access|auth|hf|hub)_?-?token|signature=|bearer|authorization|api_?-?key|passw)"
 )
 
 
