@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+import traceback
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -13,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from control_plane import invocations, validation
 from control_plane.faults import Fault
-from control_plane.operations import carry_out
+from control_plane.operations import OPERATIONS, carry_out
 from control_plane.refusal import Refused
 from control_plane.runners import Place
 
@@ -57,10 +59,11 @@ class Exchange(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_POST(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
+        given = self.headers.get("Content-Length") or "0"
+        length = int(given) if given.isascii() and given.isdecimal() else _LONGEST + 1
         if length > _LONGEST:
             self.close_connection = True
-            self._refuse(Refused("RequestEntityTooLargeException", f"{length} bytes are more than {_LONGEST}", 413))
+            self._refuse(Refused("RequestEntityTooLargeException", f"Content-Length {given} is not within {_LONGEST} bytes", 413))
             return
         body = self.rfile.read(length)
         path = urlsplit(self.path).path
@@ -90,11 +93,14 @@ class Exchange(BaseHTTPRequestHandler):
             if fault is not None and not fault.after:
                 return self._answer_fault(fault, name, place)
             answer = carry_out(_SERVICES[prefix], name, document, place)
-            if fault is not None:
-                return self._answer_fault(fault, name, place, lambda: self._send_json(200, answer))
-            self._send_json(200, answer)
         except Refused as refused:
-            self._refuse(refused)
+            return self._refuse(refused)
+        except Exception as exc:  # noqa: BLE001  a fault of this package is answered as one, and not by silence
+            traceback.print_exc(file=sys.stderr)
+            return self._refuse(Refused("InternalFailure", f"{type(exc).__name__}: {exc}", 500))
+        if fault is not None:
+            return self._answer_fault(fault, name, place, lambda: self._send_json(200, answer))
+        return self._send_json(200, answer)
 
     def _invocation(self, endpoint: str, body: bytes, *, streamed: bool) -> None:
         """SageMaker's runtime: REST, the request's members are headers, the body is the container's."""
@@ -111,6 +117,8 @@ class Exchange(BaseHTTPRequestHandler):
             if fault is not None and (fault.code or fault.drop):
                 b"".join(chunks)
                 return self._answer_fault(fault, name, place)
+            if fault is not None:
+                self.plane.closing.wait(fault.hang)
             if streamed:
                 self._send_stream(headers, chunks)
             else:
@@ -143,10 +151,10 @@ class Exchange(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         store = place.store
+        service = "servicequotas" if name in OPERATIONS["service-quotas"] else "sagemaker"
+        where = f"{store.region}:{store.account}"
         refusal = fault.refusal(
-            user=f"arn:aws:iam::{store.account}:user/trainer",
-            action=f"sagemaker:{name}",
-            resource=f"arn:aws:sagemaker:{store.region}:{store.account}:*",
+            user=f"arn:aws:iam::{store.account}:user/trainer", action=f"{service}:{name}", resource=f"arn:aws:{service}:{where}:*"
         )
         if refusal is not None:
             self._refuse(refusal, rest=name.startswith("Invoke"))

@@ -31,7 +31,7 @@ class ControlPlane:
     `aws_url` is where S3 and Logs are (LocalStack), `runner` what training jobs and endpoints run in: "docker", "process" (`command`), or
     None for nothing at all, when whoever holds the store moves the jobs. `check_inputs`: whether a job whose channels are empty is refused,
     as SageMaker does (default: when something runs). `work` is a folder for what they need meanwhile (default: a
-    temporary one, removed at the end). `port` 0 is any free one.
+    temporary one, removed at the end). `port` 0 is any free one. Raises ValueError for a process runner without a command.
     """
 
     def __init__(
@@ -47,6 +47,8 @@ class ControlPlane:
         work: str | Path | None = None,
         check_inputs: bool | None = None,
     ) -> None:
+        if runner == "process" and not command:
+            raise ValueError('runner="process" needs a command: what the ENTRYPOINT of the jobs\' image would be')
         self.aws_url, self.runner, self.command = aws_url, runner, list(command) if command is not None else None
         self.region, self.account = region, account
         self.check_inputs = runner is not None if check_inputs is None else check_inputs

@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from botocore.exceptions import ConnectionClosedError, HTTPClientError, ReadTimeoutError
 
+import control_plane
 from control_plane import ControlPlane
-from support.plane import client, job_request, refused
+from control_plane.store import TrainingJob
+from support.plane import ACCOUNT, client, job_request, refused
 
+FOLDER = Path(control_plane.__file__).parents[1]
 SIGNED = {"Authorization": "AWS4-HMAC-SHA256 Credential=AKIA/20261122/us-east-1/sagemaker/aws4_request, SignedHeaders=host, Signature=0"}
 
 
@@ -184,3 +190,48 @@ def test_a_fault_that_is_none_is_refused(plane: ControlPlane, wrong: Any) -> Non
 
 def test_health_says_what_runs(plane: ControlPlane) -> None:
     assert _send(plane, "GET", "/_control/health") == (200, {"status": "ok", "aws_url": plane.aws_url, "runner": None})
+
+
+def test_a_fault_of_its_own_is_answered_as_one(plane: ControlPlane, sagemaker: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken:
+        def start(self, job: TrainingJob) -> None:
+            raise RuntimeError(f"no room for {job.name}")
+
+        def close(self) -> None:
+            pass
+
+    plane.place(ACCOUNT, "us-east-1").training = Broken()
+    with refused("InternalFailure", "RuntimeError: no room for job"):
+        sagemaker.create_training_job(**job_request())
+    assert "Traceback" in capsys.readouterr().err
+    sagemaker.list_models()  # it goes on
+
+
+def test_a_body_of_no_size_or_too_large_is_not_read(plane: ControlPlane) -> None:
+    for length in ("-1", "x", str(2**40)):
+        connection = http.client.HTTPConnection(urlsplit(plane.url).netloc, timeout=10)
+        connection.putrequest("POST", "/")
+        connection.putheader("Content-Length", length)
+        connection.endheaders()
+        with contextlib.closing(connection), contextlib.closing(connection.getresponse()) as answer:
+            assert answer.status == 413
+
+
+def test_a_process_runner_needs_a_command() -> None:
+    with pytest.raises(ValueError, match="needs a command"):
+        ControlPlane(runner="process")
+
+
+def test_the_program_serves_until_it_is_told_to_end() -> None:
+    program = [sys.executable, "-m", "control_plane", "--port", "0", "--runner", "none"]
+    with subprocess.Popen(program, cwd=FOLDER, stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        said = started.stdout.readline()
+        url = urlsplit(said.removeprefix("control plane: ").strip())
+        connection = http.client.HTTPConnection(url.netloc, timeout=10)
+        with contextlib.closing(connection):
+            connection.request("GET", "/_control/health")
+            with contextlib.closing(connection.getresponse()) as answer:
+                assert answer.status == 200
+        started.terminate()
+        assert started.wait(10) == 0
