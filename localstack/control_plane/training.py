@@ -28,7 +28,6 @@ from control_plane.process_place import Process
 from control_plane.store import TrainingJob
 
 GRACE = 120.0  # seconds from SIGTERM to SIGKILL, and of a spot instance's notice (StoppingCondition; EC2 user guide)
-NO_CAPACITY = "CapacityError: Unable to provision requested ML compute capacity. Please retry using a different ML instance type."
 NO_IMAGE = "ClientError: Cannot pull algorithm container. Either the image does not exist or its permissions are incorrect."
 NO_MEMORY = "ClientError: Please use an instance type with more memory, or reduce the size of job data processed on an instance."
 INTERNAL = "InternalServerError: We encountered an internal error. Please try again."
@@ -64,10 +63,7 @@ class _Over(Exception):
 
 
 class TrainingRunner:
-    """Runs jobs: in containers (`runner` "docker"), or as processes of `command` ("process"). `work` is a folder of its own.
-
-    `shortages` holds, by instance type, the seconds from a job's start until there is capacity, or None: none, and the job fails.
-    """
+    """Runs jobs: in containers (`runner` "docker"), or as processes of `command` ("process"). `work` is a folder of its own."""
 
     def __init__(
         self,
@@ -82,7 +78,6 @@ class TrainingRunner:
             raise ValueError("the process runner needs a command: what the image's ENTRYPOINT would be")
         self.region, self.work, self.runner, self.command = region, work, runner, list(command or ())
         self.settings = settings or Settings()
-        self.shortages: dict[str, float | None] = {}
         self.objects = Objects(aws_url, region)
         self.logs = client_of("logs", aws_url, region)
         self.closing = threading.Event()
@@ -167,7 +162,7 @@ class _Run:
         life = 0
         while True:
             life += 1
-            self._obtain(hosts)
+            self._obtain()
             began = time.monotonic()
             trees = self._prepare(work / f"life-{life}", hosts)
             why = self._train(trees, began)
@@ -190,25 +185,25 @@ class _Run:
             return _Over("Failed", reason=_reason(failed), artifacts=artifacts)
         return _Over("Completed", artifacts=artifacts) if why == "" else _Over("Stopped", why, artifacts=artifacts)
 
-    def _obtain(self, hosts: Sequence[Host]) -> None:
-        """Instances, as far as `shortages` lets them be had. Raises _Over."""
+    def _obtain(self) -> None:
+        """Instances, once the job's shortage is over. Raises _Over."""
         job, began = self.job, time.monotonic()
         limit = job.request["StoppingCondition"].get("MaxPendingTimeInSeconds")
         job.move("Starting", "Launching requested ML instances")
-        while True:
-            wanted = [self.runner.shortages.get(host.instance_type, 0.0) for host in hosts]
-            if None in wanted:
-                raise _Over("Failed", reason=NO_CAPACITY)
-            if why := self._asked_to_end():
-                raise _Over("Failed", reason=INTERNAL) if why == "Closed" else _Over("Stopped", why)
-            waited = time.monotonic() - began
-            if waited >= max((each for each in wanted if each is not None), default=0.0):
-                break
-            if limit is not None and waited >= limit:
-                raise _Over("Stopped", "Stopped")
+        while time.time() < job.created.timestamp() + job.shortage:
+            self._refuse_to_go_on()
+            if limit is not None and time.monotonic() - began >= limit:
+                raise _Over("Stopped")
             job.move("Pending", "Insufficient capacity error from EC2 while launching instances, retrying!")
             time.sleep(_POLL)
+        self._refuse_to_go_on()
         job.move("Starting", "Preparing the instances for training")
+
+    def _refuse_to_go_on(self) -> None:
+        """Raise _Over for a job that is to end, while it has no container."""
+        why = self._asked_to_end()
+        if why not in ("", "Interrupted"):
+            raise _Over("Failed", reason=INTERNAL) if why == "Closed" else _Over("Stopped", why)
 
     def _prepare(self, folder: Path, hosts: Sequence[Host]) -> list[tuple[Host, Tree]]:
         """Each machine's tree, with its channels. Raises ChannelRefused."""
@@ -219,8 +214,7 @@ class _Run:
             tree = Tree(folder / host.name).make([each["ChannelName"] for each in given])
             write_config(tree, request, host, hosts)
             for each in given:
-                if why := self._asked_to_end():
-                    raise _Over("Failed", reason=INTERNAL) if why == "Closed" else _Over("Stopped", why)
+                self._refuse_to_go_on()
                 mode = request["AlgorithmSpecification"].get("TrainingInputMode", "File")
                 channels.download(self.runner.objects, each, mode, host, hosts, tree)
             found.append((host, tree))

@@ -9,8 +9,9 @@ from typing import Any
 
 import cloud
 from control_plane import ControlPlane
+from control_plane.faults import CAPACITY
 from control_plane.store import TrainingJob
-from control_plane.training import NO_CAPACITY, NO_IMAGE, NO_MEMORY, Settings, TrainingRunner, algorithm_error
+from control_plane.training import NO_IMAGE, NO_MEMORY, Settings, TrainingRunner, algorithm_error
 from support.cloud import QUICK, hasten
 from support.training_jobs import GRACEFUL, Jobs, client_at, prefix, statuses, until
 
@@ -70,16 +71,12 @@ class TestItsEnd:
                 assert mine.run("exec python3 -c 'bytearray(1 << 28)'")["FailureReason"] == NO_MEMORY
 
     def test_no_capacity(self, jobs: Jobs) -> None:
-        shortages = jobs.plane.place(jobs.plane.account, jobs.plane.region).training.shortages  # type: ignore[union-attr]
-        shortages["ml.m7i.xlarge"] = None
-        shortages["ml.m7i.2xlarge"] = 1.0
-        try:
-            assert jobs.run("", resources={"InstanceType": "ml.m7i.xlarge"})["FailureReason"] == NO_CAPACITY
-            found = jobs.run("echo late", resources={"InstanceType": "ml.m7i.2xlarge"})
-            assert found["TrainingJobStatus"] == "Completed"
-            assert statuses(found)[:3] == ["Starting", "Pending", "Starting"]
-        finally:
-            shortages.clear()
+        jobs.plane.fault(kind="capacity", instance_type="ml.m7i.xlarge")
+        assert jobs.run("", resources={"InstanceType": "ml.m7i.xlarge"})["FailureReason"] == CAPACITY
+        jobs.plane.fault(kind="capacity", instance_type="ml.m7i.2xlarge", hang=1.0)
+        found = jobs.run("echo late", resources={"InstanceType": "ml.m7i.2xlarge"})
+        assert found["TrainingJobStatus"] == "Completed"
+        assert statuses(found)[:3] == ["Starting", "Pending", "Starting"]
 
 
 class TestBeingEnded:
@@ -109,13 +106,9 @@ class TestBeingEnded:
         assert jobs.packed(found["TrainingJobName"]) == {"weights": "saved\n"}
 
     def test_the_time_limit_of_waiting(self, jobs: Jobs) -> None:
-        shortages = jobs.plane.place(jobs.plane.account, jobs.plane.region).training.shortages  # type: ignore[union-attr]
-        shortages["ml.m7i.xlarge"] = 60.0
-        try:
-            limits = {"MaxRuntimeInSeconds": 1, "MaxWaitTimeInSeconds": 2}
-            found = jobs.wait(jobs.spot("", resources={"InstanceType": "ml.m7i.xlarge"}, limits=limits))
-        finally:
-            shortages.clear()
+        jobs.plane.fault(kind="capacity", instance_type="ml.m7i.xlarge", hang=60.0)
+        limits = {"MaxRuntimeInSeconds": 1, "MaxWaitTimeInSeconds": 2}
+        found = jobs.wait(jobs.spot("", resources={"InstanceType": "ml.m7i.xlarge"}, limits=limits))
         assert (found["TrainingJobStatus"], found["SecondaryStatus"]) == ("Stopped", "MaxWaitTimeExceeded")
 
     def test_the_time_limit_of_being_pending(self, localstack: str, tmp_path: Path) -> None:
@@ -126,7 +119,7 @@ class TestBeingEnded:
         }
         job = TrainingJob("pending", "arn", request, account=cloud.ACCOUNT, region=cloud.REGION)
         with contextlib.closing(TrainingRunner(localstack, cloud.REGION, tmp_path)) as runner:
-            runner.shortages["ml.m7i.large"] = 60.0
+            job.shortage = 60.0
             runner.start(job)
             assert job.ended.wait(20)
         assert (job.status, job.training_seconds) == ("Stopped", None)
