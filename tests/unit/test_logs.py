@@ -250,16 +250,28 @@ def page(token: str, *events: tuple[int, str]) -> Fault:
 BEGINNING = f"f/{-1:056d}"  # LocalStack's token before the first line
 
 
-@pytest.mark.parametrize("gaps", [1, 4, 5, 12])
-def test_an_empty_page_with_another_token_is_not_the_end(proxy, group, looking_often, gaps):
-    group.write("algo-1-1", "behind a gap")
-    for number in range(gaps - 1):
+def gap(proxy: FaultyProxy, pages: int) -> None:
+    """So many empty pages before the stream's first line."""
+    for number in range(pages - 1):
         proxy.fault(page(f"gap {number}"), on="GetLogEvents")
     proxy.fault(page(BEGINNING), on="GetLogEvents")
+
+
+@pytest.mark.parametrize(("pages", "looks"), [(1, 1), (12, 1), (130, 2)])
+def test_an_empty_page_with_another_token_is_not_the_end(proxy, group, looking_often, pages, looks):
+    group.write("algo-1-1", "behind a gap")
+    gap(proxy, pages)
     with client_at(proxy.url) as client:
         reader = LogReader(client, group.name, JOB)
-        looks = [texts(reader.read()) for _ in range(gaps // 5 + 1)]
-    assert looks == [[]] * (gaps // 5) + [["behind a gap"]]  # a long gap is crossed by several looks
+        assert [texts(reader.read()) for _ in range(looks)] == [[]] * (looks - 1) + [["behind a gap"]]
+        assert reader.read() == []
+
+
+def test_who_follows_crosses_a_gap_in_several_looks(proxy, group, looking_often):
+    group.write("algo-1-1", "behind a gap")
+    gap(proxy, 12)
+    with client_at(proxy.url) as client:
+        assert next(LogReader(client, group.name, JOB).follow(lambda: False)).text == "behind a gap"
 
 
 def test_a_token_that_has_expired_begins_the_look_anew(proxy, group, looking_often):

@@ -25,7 +25,7 @@ from trimtab.secrets import redact
 OVERLAP_MS, OVERLAP_LINES = 60_000, 2_000  # so late may a line come behind newer ones of its stream
 LOOK_EVERY = 5.0  # seconds between two questions for new streams: an account may ask 25 a second
 SHORTEST_WAIT, LONGEST_WAIT, LONGEST_REST = 1.0, 10.0, 60.0  # seconds: while lines come, when none come, after failures
-_EMPTY_PAGES = 5  # in a row, before the next look goes on behind them
+_EMPTY_PAGES, _EMPTY_PAGES_EAGER = 5, 100  # in a row, before the next look goes on behind them
 
 
 class LogLine(NamedTuple):
@@ -178,7 +178,7 @@ class LogReader:
             self._look_for_streams()
             for number, stream in enumerate(self._streams.values()):
                 if eager or time.monotonic() >= stream.due:
-                    came = self._scan(stream, found, number)
+                    came = self._scan(stream, found, number, _EMPTY_PAGES_EAGER if eager else _EMPTY_PAGES)
                     stream.wait = next_wait(stream.wait, came=came, failed=False)
                     stream.due = time.monotonic() + (0.0 if came else stream.wait)
         except BackendError:
@@ -204,8 +204,8 @@ class LogReader:
             self._streams.setdefault(name, _Stream(name, self._host(name)))
         self._looked = now
 
-    def _scan(self, stream: _Stream, found: list[tuple[int, str, int, LogLine]], number: int) -> bool:
-        """Append the stream's new lines, up to its end, to `found`. Whether there were any."""
+    def _scan(self, stream: _Stream, found: list[tuple[int, str, int, LogLine]], number: int, empty_pages: int) -> bool:
+        """Append the stream's new lines, up to its end or to so many empty pages, to `found`. Whether there were any."""
         before, empty = len(found), 0
         if stream.token is None:
             stream.begin()
@@ -222,7 +222,7 @@ class LogReader:
                 return len(found) > before
             stream.token = token
             empty = 0 if page["events"] else empty + 1
-            if empty >= _EMPTY_PAGES:
+            if empty >= empty_pages:
                 return len(found) > before  # a gap in time; the next look goes on behind it
 
     def _page(self, stream: _Stream) -> dict[str, Any] | None:
