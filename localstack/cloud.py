@@ -55,12 +55,12 @@ class CloudError(Exception):
 class LocalStack:
     """LocalStack as a process on a loopback port. A context manager; `url` answers from its beginning on.
 
-    `venv` is an environment that localstack/setup made. Raises CloudError.
+    `venv` is an environment that localstack/setup made; port 0 is any free one. Raises CloudError.
     """
 
     def __init__(self, port: int = 4566, venv: Path = VENV) -> None:
-        self.port, self.venv = port, venv
-        self.url = f"http://127.0.0.1:{port}"
+        self.port, self.venv = port or free_port(), venv
+        self.url = f"http://127.0.0.1:{self.port}"
         self.folder = Path()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -227,6 +227,13 @@ def prepare(aws_url: str, bucket: str) -> None:
             ) from exc
 
 
+def free_port() -> int:
+    """A loopback port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def refuse_taken(port: int, option: str) -> None:
     """Raise CloudError where something listens on a loopback port."""
     with socket.socket() as probe:
@@ -253,8 +260,8 @@ def exports(variables: Mapping[str, str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="cloud.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--s3-port", type=int, default=4566, help="LocalStack's (4566)")
-    parser.add_argument("--port", type=int, default=4567, help="SageMaker's (4567)")
+    parser.add_argument("--s3-port", type=int, default=4566, help="LocalStack's (4566); 0: any free one")
+    parser.add_argument("--port", type=int, default=4567, help="SageMaker's (4567); 0: any free one")
     parser.add_argument("--runner", choices=("docker", "process"), default="docker", help="what runs a job: its image, or COMMAND")
     parser.add_argument("--bucket", default=BUCKET, help=f"made at the start ({BUCKET})")
     parser.add_argument("--venv", type=Path, default=VENV, help=f"LocalStack's environment ({VENV})")

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 import cloud
-from support.cloud import HERE, free_port
+from cloud import free_port
+from support.cloud import HERE
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def started(localstack_venv: Path, ports: tuple[int, int], tmp_path_factory: pyt
     """The command, with nothing of this machine's AWS settings."""
     temporary = tmp_path_factory.mktemp("temporary")
     script = 'printf "%s %s\\n" "$1" "$TREE" >"$TREE/model/said"'
-    command = ["--s3-port", str(ports[0]), "--port", str(ports[1]), "--runner", "process", "--root-variable", "TREE", "--bucket", "mine"]
+    command = ["--s3-port", str(ports[0]), "--port", str(ports[1]), "--runner", "process", "--root-variable", "TREE"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | {"TMPDIR": str(temporary)}
     with subprocess.Popen(
         [sys.executable, HERE / "cloud.py", *command, "--", "/bin/sh", "-c", script, "job"],
@@ -77,15 +78,16 @@ sagemaker = boto3.client("sagemaker")
 role = boto3.client("iam").get_role(RoleName="SageMakerExecutionRole")["Role"]["Arn"]
 sagemaker.create_training_job(
     TrainingJobName="one", RoleArn=role, AlgorithmSpecification={"TrainingImage": "any:1", "TrainingInputMode": "File"},
-    OutputDataConfig={"S3OutputPath": "s3://mine/out", "CompressionType": "NONE"}, StoppingCondition={"MaxRuntimeInSeconds": 60},
+    OutputDataConfig={"S3OutputPath": "s3://BUCKET/out", "CompressionType": "NONE"}, StoppingCondition={"MaxRuntimeInSeconds": 60},
     ResourceConfig={"InstanceType": "ml.m7i.large", "InstanceCount": 1, "VolumeSizeInGB": 1})
 while (found := sagemaker.describe_training_job(TrainingJobName="one"))["TrainingJobStatus"] == "InProgress":
     time.sleep(0.2)
-body = boto3.client("s3").get_object(Bucket="mine", Key="out/one/output/model/said")["Body"].read().decode()
+body = boto3.client("s3").get_object(Bucket="BUCKET", Key="out/one/output/model/said")["Body"].read().decode()
 print(found["TrainingJobStatus"], found.get("FailureReason"), body.split()[0], body.split()[1].endswith("algo-1"))
 print(boto3.client("service-quotas").list_service_quotas(ServiceCode="sagemaker")["Quotas"] != [])
 """
-    assert in_a_shell(printed, code).splitlines() == ["000000000000 ['mine']", "Completed None train True", "True"]
+    code = code.replace("BUCKET", cloud.BUCKET)
+    assert in_a_shell(printed, code).splitlines() == [f"000000000000 ['{cloud.BUCKET}']", "Completed None train True", "True"]
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads what listens from /proc, which Linux has")
@@ -115,6 +117,26 @@ def links(pid: int) -> Iterator[str]:
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         if (found := re.fullmatch(r"socket:\[(\d+)\]", str(entry.readlink()))) is not None:
             yield found[1]
+
+
+class TestReadme:
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+
+    def test_its_code_runs(self, printed: dict[str, str]) -> None:
+        blocks = re.findall(r"```python\n(.*?)```", self.text, re.S)
+        assert len(blocks) == 2
+        for block in blocks:
+            in_a_shell(printed | {"PYTHONPATH": str(HERE)}, block)
+
+    def test_what_it_says_to_export_is_what_is_printed(self, printed: dict[str, str], ports: tuple[int, int]) -> None:
+        shown = self.text.replace(":4566", f":{ports[0]}").replace(":4567", f":{ports[1]}")
+        assert cloud.exports(printed) in shown
+        assert f"# bucket {cloud.BUCKET}, role arn:aws:iam::{cloud.ACCOUNT}:role/{cloud.ROLE};" in shown
+
+    def test_it_names_every_option(self) -> None:
+        done = subprocess.run([sys.executable, HERE / "cloud.py", "--help"], capture_output=True, text=True, timeout=60, check=True)
+        options = set(re.findall(r"--[a-z0-9-]+", done.stdout)) - {"--help"}
+        assert {each for each in options if f"`{each}" not in self.text} == set()
 
 
 def test_a_port_that_is_taken_is_told_with_its_remedy(localstack_venv: Path, ports: tuple[int, int], printed: dict[str, str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import sys
 import uuid
@@ -25,12 +24,6 @@ from control_plane.training import Settings  # noqa: E402
 QUICK = Settings(grace=4.0, notice=4.0, sync_every=0.2)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="session")
 def localstack_venv() -> Path:
     """LocalStack's environment: made the first time, checked in a moment afterwards."""
@@ -43,7 +36,7 @@ def localstack_venv() -> Path:
 @pytest.fixture(scope="session")
 def localstack(localstack_venv: Path) -> Iterator[str]:
     """The URL of the session's LocalStack, with the default bucket and role."""
-    with cloud.LocalStack(free_port(), localstack_venv) as found:
+    with cloud.LocalStack(0, localstack_venv) as found:
         cloud.prepare(found.url, cloud.BUCKET)
         yield found.url
 
