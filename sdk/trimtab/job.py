@@ -12,8 +12,8 @@ from trimtab.backends import check_name, load_backend
 from trimtab.backends.base import Backend, Preflight, Priced, Uploading
 from trimtab.catalog import lookup
 from trimtab.errors import BackendUnavailable, SpecError
-from trimtab.estimate import PeakMemory, dtype_of, peak_memory
-from trimtab.plan import Finding, Foreseen, Plan, Work, measured, plan, room
+from trimtab.estimate import PeakMemory, Rates, dtype_of, peak_memory
+from trimtab.plan import Finding, Foreseen, Plan, Work, measured, plan, rates_of, room, steps_time
 from trimtab.progress import Display, display
 from trimtab.spec import JobSpec, TrainSpec, refuse_unknown
 
@@ -120,12 +120,21 @@ class Job:
         """`lacking` is what the place lacks by its own word; None: it is not asked for anything."""
         spec = self.spec.model_copy(update={"train": staged.train})
         work = Work.read(staged.channels)
-        foreseen = backend.foresee(spec, work) if isinstance(backend, Priced) else Foreseen(memory=self._memory(work))
+        foreseen = backend.foresee(spec, work) if isinstance(backend, Priced) else self._foresee(spec, work, rates_of(staged.channels))
         findings = list(lacking or ())
         if lacking is not None and not findings:
             findings = backend.findings(spec, foreseen) if isinstance(backend, Priced) else room(foreseen.memory)
         found = plan(staged.train, staged.ledger, self.spec.nodes, foreseen=foreseen, findings=findings)
         return replace(found, place=backend.name)
+
+    def _foresee(self, spec: JobSpec, work: Work, rates: Rates | None) -> Foreseen:
+        """For this machine, where `rates` are what was measured on it."""
+        memory = self._memory(work)
+        if memory is None or rates is None or spec.nodes > 1:
+            return Foreseen(memory=memory)
+        return Foreseen(
+            memory=memory, time=steps_time(spec.train, work, rates), reasons=("time of the steps: start and saving come on top",)
+        )
 
     def _memory(self, work: Work) -> PeakMemory | None:
         """An estimate for a run on CPUs like this machine's; None for a GPU, and for a model that does not name its sizes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trimtab.errors import StagingError
-from trimtab.estimate import ModelFacts, PeakMemory, RowFacts, optimiser_steps
+from trimtab.estimate import ModelFacts, PeakMemory, Rates, RowFacts, optimiser_steps, step_seconds
+from trimtab.layout import JobDir
 from trimtab.ledger import Ledger
 from trimtab.progress import clock
 from trimtab.spec import TrainSpec
@@ -19,6 +21,7 @@ Source = Literal["dry run", "rates measured on this machine", "stated table"]
 
 _SECTIONS = ("data", "steps", "memory", "time", "place", "price", "permissions", "missing")
 _WIDTH = 13  # of the column of section names
+_MEASURED = 0.2  # an estimate by measured rates may be so far off
 _DRY_RUN = 0.2  # the other steps may take so much more or less than the one that stands for them
 _SECTION = {"tokens": "data", "instance": "place", "money": "price"}  # of a reason whose first word is no section's name
 
@@ -234,6 +237,25 @@ def measured(found: Plan, seconds: float, memory_mb: int) -> Plan:
     said = f"memory about {memory_mb:,} MB: what two steps took, or the estimate where rows of longer samples may take more"
     reasons = (said, *(reason for reason in found.reasons if not reason.startswith("memory ")))
     return replace(found, time=time, price=price, memory_mb=memory_mb, reasons=reasons)
+
+
+def rates_of(channels: Mapping[str, Path]) -> Rates | None:
+    """What the runtime's `measure` found on this machine, in the job tree where the rows were prepared; None where it was not run."""
+    try:
+        return Rates.model_validate_json(JobDir(channels["train"].parents[2]).events.with_name("rates.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def steps_time(spec: TrainSpec, work: Work, rates: Rates) -> Time | None:
+    """Of all steps on a machine of these rates; None for a model that does not name its sizes. Steps were found within 20 % of it."""
+    if work.model is None:
+        return None
+    steps, _ = optimiser_steps(spec, work.ledger.rounds)
+    seconds = steps * step_seconds(spec, work.model, rates, work.rows)
+    own = spec.max_minutes * 60 if spec.max_minutes is not None else math.inf
+    low, likely, high = (min(own, share * seconds) for share in (1 - _MEASURED, 1, 1 + _MEASURED))
+    return Time(likely, low, high, "rates measured on this machine")
 
 
 def room(memory: PeakMemory | None) -> list[Finding]:

@@ -14,7 +14,7 @@ from trimtab import BackendUnavailable, Job, SpecError, StagingError
 from trimtab.aws.forecast import forecast
 from trimtab.backends.process import ProcessBackend
 from trimtab.cli import main
-from trimtab.estimate import ModelFacts, PeakMemory
+from trimtab.estimate import ModelFacts, PeakMemory, Rates, step_seconds
 from trimtab.ledger import Account, Ledger
 from trimtab.plan import Finding, Foreseen, Plan, Price, Time, Work, measured, plan, room
 from trimtab.spec import JobSpec, TrainSpec
@@ -147,6 +147,28 @@ def test_a_plan_for_this_machine_asks_nobody_and_starts_nothing(small_job, stage
     assert [finding.name for finding in found.findings] == ["memory"]
     assert found.memory.total == found.memory_mb > 0
     assert not (tmp_path / "runs").exists()
+
+
+def test_rates_that_were_measured_here_tell_the_time(small_job, staged, tmp_path):
+    tree = staged.channels["train"].parents[2]
+    rates = Rates.stated("float32", 5e10, 1e10)
+    asked = job(small_job, tmp_path)
+    assert asked.plan(progress=False).time is None
+    file = tree / "output" / "data" / "rates.json"
+    file.write_text(rates.model_dump_json())
+    try:
+        found = asked.plan(progress=False)
+        assert found.time.source == "rates measured on this machine"
+        work = Work.read(staged.channels)
+        assert found.time.seconds == pytest.approx(6 * step_seconds(staged.train, work.model, rates, work.rows))
+        assert found.time.low == pytest.approx(0.8 * found.time.seconds)
+        assert "start and saving come on top" in sections(found.lines())["time"][-1]
+        capped = job(small_job, tmp_path, max_minutes=1e-5).plan(progress=False)
+        assert capped.time.high == pytest.approx(6e-4)
+        file.write_text("{}")
+        assert asked.plan(progress=False).time is None
+    finally:
+        file.unlink()
 
 
 class Absent(ProcessBackend):
