@@ -39,9 +39,14 @@ REGION, ACCOUNT = "us-east-1", "000000000000"
 BUCKET, ROLE = f"trimtab-{REGION}-{ACCOUNT}", "SageMakerExecutionRole"
 START, END = 120.0, 5.0  # seconds: to answer, to end before it is killed (its own stop can hang)
 
-# LocalStack keeps what S3 holds in one constant folder, which another server's deletion of a bucket would take away
+# LocalStack keeps what S3 holds in one constant folder, which another server's deletion of a bucket would take away.
+# It ends when the other end of its standard input is closed, however whoever started it died.
 _LAUNCH = """
-import runpy, sys
+import os, runpy, signal, sys, threading
+def end():
+    sys.stdin.buffer.read()
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=end, daemon=True).start()
 from localstack.services.s3 import provider
 provider.DEFAULT_S3_TMP_DIR = sys.argv.pop()
 runpy.run_module("localstack.runtime.main", run_name="__main__", alter_sys=True)
@@ -77,7 +82,7 @@ class LocalStack:
                 [python, "-c", _LAUNCH, objects],
                 env=environment(self.port, self.folder),
                 cwd=self.folder,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is ours: it is ended when jobs need it no more
@@ -97,6 +102,8 @@ class LocalStack:
                     os.killpg(process.pid, how)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(patience)
+            assert process.stdin is not None
+            process.stdin.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def processes(self) -> int:

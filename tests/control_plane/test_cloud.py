@@ -17,6 +17,7 @@ import pytest
 import cloud
 from cloud import free_port
 from support.cloud import HERE
+from support.training_jobs import until
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +44,7 @@ def started(localstack_venv: Path, ports: tuple[int, int], tmp_path_factory: pyt
         assert process.wait(30) == 0
         assert "Traceback" not in process.stdout.read()
     assert list(temporary.iterdir()) == []
-    for port in ports:
-        with socket.socket() as probe:
-            assert probe.connect_ex(("127.0.0.1", port)) != 0
+    assert all(map(free, ports))
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +151,19 @@ def test_a_port_that_is_taken_is_told_with_its_remedy(localstack_venv: Path, por
 def test_a_missing_environment_is_told_with_its_remedy(tmp_path: Path) -> None:
     with pytest.raises(cloud.CloudError, match=r"make it with .*localstack/setup"), cloud.LocalStack(free_port(), tmp_path):
         pass
+
+
+def test_localstack_ends_with_whoever_started_it(localstack_venv: Path, tmp_path: Path) -> None:
+    code = "import cloud, os\nwith cloud.LocalStack(0) as aws: print(aws.port, flush=True); os.kill(os.getpid(), 9)"
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == -signal.SIGKILL
+    until(lambda: free(int(done.stdout)), 20)
+
+
+def free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def test_two_at_once_do_not_touch_each_others_objects(localstack: str, aws: Callable[..., Any], localstack_venv: Path) -> None:
