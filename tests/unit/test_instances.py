@@ -203,7 +203,8 @@ def test_limits_have_their_reasons():
 
 def test_a_forecast_names_machine_time_price_and_every_reason():
     found = forecast(job(), work()).foreseen
-    assert found.instance == "ml.c7i.12xlarge"
+    assert find(found.instance).amx
+    assert find(found.instance).vcpus >= 16  # hours on fewer
     assert found.memory.total > 30_000
     assert found.time.low < found.time.seconds < found.time.high
     assert found.time.source == "stated table"
