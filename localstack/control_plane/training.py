@@ -44,6 +44,7 @@ class Settings:
     grace: float = GRACE
     notice: float = GRACE
     sync_every: float = 1.0
+    answer: float = 60.0  # that an endpoint's container has for an answer
     shm_size: str = "1g"
     memory: str | None = None  # a container's limit, such as "512m": SageMaker's is the instance's, none here
     volumes: bool | None = None  # see container.py; None: by whether this process is root

@@ -22,6 +22,8 @@ from control_plane import ControlPlane
 from control_plane.container import LABEL
 from control_plane.hosting import HostingRunner
 from control_plane.store import Endpoint, EndpointConfig, Model, Store
+from control_plane.training import Settings
+from support.cloud import QUICK
 from support.script_runs import MINE, derived
 from support.training_jobs import until
 
@@ -38,6 +40,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if body == b"fail":
             self.send_error(418)
             return
+        if body == b"never":
+            time.sleep(600)
         self.send_response(200)
         self.send_header("Content-Type", self.headers["Accept"] or "text/plain")
         self.end_headers()
@@ -180,6 +184,19 @@ def test_a_stream_comes_as_it_is_made(endpoints: Endpoints) -> None:
             whole += event["PayloadPart"]["Bytes"]
     assert whole == b"part 0\npart 1\npart 2\n"
     assert times[-1] - times[0] > 0.4
+
+
+def test_an_answer_that_takes_too_long_is_a_model_error(endpoints: Endpoints) -> None:
+    name = endpoints.start()
+    endpoints.wait(name)
+    place: Any = endpoints.plane.place(endpoints.plane.account, endpoints.plane.region)
+    before, place.hosting.settings = place.hosting.settings, Settings(grace=QUICK.grace, answer=1.0)
+    try:
+        with pytest.raises(endpoints.runtime.exceptions.ModelError, match="Your invocation timed out while waiting") as raised:
+            endpoints.ask(name, b"never")
+    finally:
+        place.hosting.settings = before
+    assert raised.value.response["OriginalStatusCode"] == 0
 
 
 def test_the_containers_error_is_a_model_error(endpoints: Endpoints) -> None:
