@@ -32,25 +32,6 @@ ROLE = "SageMakerExecutionRole"
 
 
 @pytest.fixture(scope="module")
-def amazon(localstack, control_plane) -> Iterator[dict[str, str]]:
-    """The variables with which every client, here and in other processes, reaches this session's AWS."""
-    variables = {
-        "AWS_ENDPOINT_URL": localstack,
-        "AWS_ENDPOINT_URL_SAGEMAKER": control_plane.url,
-        "AWS_ENDPOINT_URL_SERVICE_QUOTAS": control_plane.url,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        yield variables
-
-
-@pytest.fixture(scope="module")
 def image(xeon_image) -> str:
     return f"{REGISTRY}/{xeon_image}"
 
@@ -97,7 +78,8 @@ class TestSageMaker(BackendContract):
         found = backend.aws.client("s3").list_objects_v2(Bucket=backend.place.bucket, Prefix=backend.place.run(run_id))
         return [item["Key"] for item in found.get("Contents", [])]
 
-    def test_the_same_job_gives_the_same_tensors_as_a_process(self, backend, pair, job, staged, tmp_path):
+    def test_the_same_job_gives_the_same_tensors_as_a_process(self, backend, pair, job, staged, tmp_path, monkeypatch):
+        monkeypatch.delenv("OMP_NUM_THREADS")  # which no client sets for SageMaker's machines
         here = ProcessBackend(tmp_path)
         there = Run(here.submit(job, staged.channels), here)
         there.wait(PATIENCE)
@@ -105,7 +87,8 @@ class TestSageMaker(BackendContract):
 
     def test_it_tells_what_sagemaker_does_before_the_first_step(self, backend, pair):
         said = [event.detail for event in Run(pair[0], backend).events() if isinstance(event, Phase) and event.name == "sagemaker"]
-        assert [detail.partition(":")[0] for detail in said] == ["Starting", "Pending", "Downloading", "Training", "Uploading", "Completed"]
+        names = [detail.partition(":")[0] for detail in said]
+        assert [name for name in names if name != "Pending"] == ["Starting", "Downloading", "Training", "Uploading", "Completed"]
 
     def test_events_are_not_among_the_lines(self, backend, pair):
         assert not [line for line in backend.logs(pair[0]) if line.startswith("{")]
@@ -150,8 +133,8 @@ def job(small_job, staged):
 
 @pytest.fixture
 def longer(job):
-    """Some hundred steps, with a checkpoint every 5."""
-    train = job.train.model_copy(update={"max_steps": None, "epochs": 150, "save_every_steps": 5})
+    """Sixty steps, with a checkpoint every 5."""
+    train = job.train.model_copy(update={"max_steps": 60, "epochs": 60, "save_every_steps": 5})
     return job.model_copy(update={"train": train})
 
 
@@ -207,7 +190,7 @@ def test_several_instances_train_together_and_their_lines_are_told_apart(place, 
 
 def test_the_services_own_time_limit_leaves_a_checkpoint_and_an_artifact(place, longer, staged):
     place.upload(longer, staged.channels)
-    train = longer.train.model_copy(update={"epochs": 10_000})
+    train = longer.train.model_copy(update={"max_steps": None, "epochs": 10_000})
     request = place.render(longer.model_copy(update={"train": train}), staged.channels, "trim-1d1d1d1d")["training_job"]
     request["StoppingCondition"]["MaxRuntimeInSeconds"] = 12
     place.aws.client("sagemaker").create_training_job(**request)

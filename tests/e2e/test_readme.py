@@ -88,13 +88,29 @@ def test_the_python_blocks_are_a_program_that_runs(tmp_path: Path) -> None:
     assert "Traceback" not in process.stderr
 
 
-def test_the_trimtab_lines_run_in_order() -> None:
-    for line in shell_lines("trimtab"):
+def run_in_order(blocks: list[Block], *place: str) -> None:
+    """The `trimtab` lines of blocks; HANDLE is the newest run of that place."""
+    for line in (line for block in blocks for line in block.lines if line.startswith("trimtab ")):
         words = shlex.split(line, comments=True)[1:]
         if "HANDLE" in words:
-            newest = json.loads(trimtab("list", "--json"))[0]["handle"]
+            newest = json.loads(trimtab("list", "--json", *place))[0]["handle"]
             words = [newest if word == "HANDLE" else word for word in words]
         assert trimtab(*words).strip(), f"{line} printed nothing"
+
+
+def on_sagemaker(block: Block) -> bool:
+    return any("sagemaker" in line for line in block.lines)
+
+
+def test_the_trimtab_lines_run_in_order() -> None:
+    run_in_order([block for block in readme_blocks("sh") if not on_sagemaker(block)])
+
+
+def test_the_lines_for_sagemaker_run_in_order(amazon, xeon_image, base_image, monkeypatch) -> None:
+    monkeypatch.setenv("TRIMTAB_BASE_IMAGE", base_image)  # the image's tag says on which base it was built
+    blocks = [block for block in readme_blocks("sh") if on_sagemaker(block)]
+    assert blocks
+    run_in_order(blocks, "--backend", "sagemaker")
 
 
 def test_make_lines_name_targets_and_variables_of_the_makefile() -> None:

@@ -49,6 +49,25 @@ def control_plane(localstack: str) -> Iterator[ControlPlane]:
         yield plane
 
 
+@pytest.fixture(scope="module")
+def amazon(localstack: str, control_plane: ControlPlane) -> Iterator[dict[str, str]]:
+    """The variables with which every client, here and in other processes, reaches this session's AWS."""
+    variables = {
+        "AWS_ENDPOINT_URL": localstack,
+        "AWS_ENDPOINT_URL_SAGEMAKER": control_plane.url,
+        "AWS_ENDPOINT_URL_SERVICE_QUOTAS": control_plane.url,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield variables
+
+
 def hasten(plane: ControlPlane, settings: Settings = QUICK) -> None:
     """Gives the runners of a control plane's own region other settings."""
     place: Any = plane.place(plane.account, plane.region)
