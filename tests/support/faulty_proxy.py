@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import select
 import socket
 import struct
 import threading
@@ -157,6 +158,7 @@ class FaultyProxy:
 
     def __init__(self, upstream: str) -> None:
         self.seen: list[Seen] = []
+        self.ending = threading.Event()
         self._upstream = urlsplit(upstream).netloc
         self._rules: list[_Rule] = []
         self._changed = threading.Condition()
@@ -237,6 +239,7 @@ class FaultyProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.ending.set()
         self._server.shutdown()
         self._thread.join()
         with self._changed:
@@ -269,7 +272,9 @@ class _Handler(BaseHTTPRequestHandler):
         seen = Seen(self.command, split.path, parse_qs(split.query, keep_blank_values=True), headers)
         fault = self.owner.note(seen) or Fault()
         try:
-            time.sleep(fault.wait)
+            if fault.wait and self.owner.ending.wait(fault.wait):
+                self._cut()
+                return
             if fault.cut_request is not None:
                 self._read(seen, fault.cut_request)
                 self._cut()
@@ -306,12 +311,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._read(seen)
         headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_BY_HOP}
         try:
-            self.service.request(self.command, self.path, body, headers)
-            answer = self.service.getresponse()
+            answer = self._ask(headers, body)
         except (http.client.HTTPException, OSError):  # an idle connection that the service closed meanwhile
             self.service.close()
-            self.service.request(self.command, self.path, body, headers)
-            answer = self.service.getresponse()
+            answer = self._ask(headers, body)
         with answer:
             if cut_after == -1:
                 answer.read()
@@ -329,6 +332,26 @@ class _Handler(BaseHTTPRequestHandler):
             if chunked:
                 self.wfile.write(b"0\r\n\r\n")
             seen.status = answer.status
+            if answer.will_close:
+                self.service.close()
+
+    def _ask(self, headers: dict[str, str], body: bytes) -> http.client.HTTPResponse:
+        """The service's answer, which may come before it has read the body."""
+        self.service.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in headers.items():
+            self.service.putheader(name, value)
+        self.service.endheaders()
+        left, line = memoryview(body), self.service.sock
+        while left:
+            answered, ready, _ = select.select([line], [line], [], 60)
+            if answered:
+                break
+            if ready:
+                left = left[line.send(left[:_BLOCK]) :]
+        answer = self.service.getresponse()
+        if left:
+            answer.will_close = True  # the rest of the body is in the way of another request
+        return answer
 
     def _begin(self, answer: http.client.HTTPResponse) -> None:
         self.send_response_only(answer.status, answer.reason)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.job_tree import make_job, run
-from trimtab.aws.channels import BUNDLE, LARGE, PlannedChannel, plan_channel
+from trimtab.aws.channels import LARGE, PlannedChannel, plan_channel
 from trimtab.aws.place import S3Place, parse_uri
 from trimtab.errors import SpecError, StagingError
 from trimtab.layout import JobDir
@@ -182,23 +182,6 @@ def test_a_channel_that_is_broken_is_the_reason_of_the_run(channel: PlannedChann
     victim.unlink()
     run(job, "prepare", expect=1)
     assert job.cause().startswith(f"{victim} is missing, and with it shards/2.safetensors: the channel did not arrive whole. Start the job")
-
-
-def test_ten_thousand_small_files_are_few_objects_and_a_change_is_one(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    for number in range(10_000):
-        (folder / f"{number}.txt").write_bytes(number.to_bytes(4, "big") * 2_500)
-    before = plan_channel(folder, "train", cache=tmp_path / "cache")
-    assert before.files == 10_000
-    assert len(before.objects) + 1 <= 20
-    assert all(content.size <= 1.25 * BUNDLE for content in before.objects)
-    (folder / "77.txt").write_bytes(b"other")
-    (folder / "new.txt").write_bytes(b"new")
-    after = plan_channel(folder, "train", cache=tmp_path / "cache")
-    changed = {content.name for content in after.objects} - {content.name for content in before.objects}
-    assert after.objects[-1].name in changed
-    assert len(changed) <= 3
 
 
 @given(

@@ -9,6 +9,7 @@ from trimtab.aws.refusals import asking, error_code
 from trimtab.errors import StagingError
 
 _HOME = "us-east-1"  # the region that is not named when a bucket is made
+_PAGE = 1000  # keys that S3 lists at once
 
 
 class Stored:
@@ -44,7 +45,7 @@ def find_bucket(s3: Any, place: S3Place) -> Stored:
     asked = f"what is in {place.uri(place.content)}"
     with asking(asked, action="s3:ListBucket", error=StagingError):
         try:
-            page = s3.list_objects_v2(**place.named(), Prefix=place.content)
+            page = s3.list_objects_v2(**place.named(), Prefix=place.content, MaxKeys=_PAGE)
         except s3.exceptions.ClientError as exc:
             if error_code(exc) != "NoSuchBucket":
                 raise
@@ -54,7 +55,7 @@ def find_bucket(s3: Any, place: S3Place) -> Stored:
                     "bucket out to use the account's default one"
                 ) from exc
             _make(s3, place, region)
-            page = s3.list_objects_v2(**place.named(), Prefix=place.content)
+            page = s3.list_objects_v2(**place.named(), Prefix=place.content, MaxKeys=_PAGE)
     found = page["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region", region)
     if found != region:  # boto3 goes there by itself, a training job does not
         raise StagingError(

@@ -103,7 +103,8 @@ def download_archive(
         except (tarfile.TarError, EOFError, zlib.error) as exc:
             archive.unlink()
             shutil.rmtree(partial / "unpacked", ignore_errors=True)
-            raise StagingError(f"{uri} cannot be unpacked ({exc}): look at it with  aws s3 cp {uri} - | tar tzv") from exc
+            why = str(exc).splitlines()[0]
+            raise StagingError(f"{uri} cannot be unpacked ({why}): look at it with  aws s3 cp {uri} - | tar tzv") from exc
         unpacked = partial.with_name(f"{partial.name}.unpacked")
         shutil.rmtree(unpacked, ignore_errors=True)
         (partial / "unpacked").rename(unpacked)
@@ -180,7 +181,7 @@ class _Receiver:
         self._of = sum(found.size for found in objects)
         noted = set((self._folder / _JOURNAL).read_text(encoding="utf-8").splitlines())
         what = f"for {len(objects)} objects of s3://{self._named['Bucket']} (what was fetched stays, and a repeat fetches the rest)"
-        with asking(what, action="s3:GetObject", error=StagingError):
+        with asking(what, action="s3:GetObject", error=StagingError), _unchanged(self._s3):
             fetching = [(found, pieces) for found in objects if (pieces := self._begin(found, noted))]
             futures = [self._pool.submit(self._fetch, piece) for _, pieces in fetching for piece in pieces if piece.note not in noted]
             for future in futures:
@@ -229,12 +230,6 @@ class _Receiver:
                 self._progress(-written)
                 if attempt + 1 == _ATTEMPTS:
                     raise
-            except self._s3.exceptions.ClientError as exc:
-                if error_code(exc) not in ("PreconditionFailed", "412"):
-                    raise
-                raise StagingError(
-                    f"{piece.found.key} was changed while it was fetched: wait until what writes it is done, then repeat the command"
-                ) from exc
             else:
                 self._note(piece)
                 return
@@ -261,6 +256,19 @@ class _Receiver:
             self._done += arrived
             self._bytes += received
             self._show(self._done, self._of)
+
+
+@contextmanager
+def _unchanged(s3: Any) -> Iterator[None]:
+    """Tells of an object that has another ETag than it had when it was listed."""
+    try:
+        yield
+    except s3.exceptions.ClientError as exc:
+        if error_code(exc) not in ("PreconditionFailed", "412"):
+            raise
+        raise StagingError(
+            "an object was changed while it was fetched: wait until what writes it is done, then repeat the command"
+        ) from exc
 
 
 def _cut_short() -> tuple[type[Exception], ...]:
