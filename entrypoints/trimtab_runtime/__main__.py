@@ -20,6 +20,7 @@ from trimtab.errors import SpecError, TrimtabError
 from trimtab.events import EventLog, Finished, Phase, Progress
 from trimtab.layout import EVENTS_VARIABLE, JobDir
 from trimtab.spec import TrainSpec
+from trimtab_runtime.channels import staged, unfold
 
 STOPPED = 143  # 128 + SIGTERM, as a shell reports it
 
@@ -50,6 +51,8 @@ def main(arguments: list[str]) -> int:
             job.failure.unlink(missing_ok=True)
             events = EventLog(job.events, _say if os.environ.get(EVENTS_VARIABLE) == "log" else None)
             try:
+                for channel in staged(job):
+                    unfold(channel)
                 code = commands[arguments[0]](job, events)
             except BaseException as exc:
                 events.write(Finished(state="failed", reason=_cause(exc), seconds=time.monotonic() - began))
