@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from control_plane.layout import Host, Tree
-from control_plane.objects import Objects, TransferFailed, split_uri
+from control_plane.objects import Objects, TransferFailed, place_in, split_uri
 
 FAILED = "ClientError: Data download failed:"
 
@@ -33,7 +33,7 @@ def download(objects: Objects, channel: Mapping[str, Any], mode: str, host: Host
     try:
         bucket, found = listed(objects, source)
         mine = share(sorted(found), source, host, hosts)
-        wanted = {found[place]: tree.channel(name) / place for place in mine}
+        wanted = {found[place]: place_in(tree.channel(name), place) for place in mine}
         _refuse_clashes(mine)
         objects.fetch(bucket, wanted)
         if channel.get("CompressionType", "None") == "Gzip":
@@ -86,8 +86,6 @@ def _manifest(objects: Objects, uri: str, text: bytes) -> tuple[str, dict[str, s
         raise TransferFailed(f"{uri} is no manifest, a list of a prefix and the names that follow it ({exc})") from exc
     if not places:
         raise TransferFailed(f"the manifest {uri} names no object")
-    if any(PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts for place in places):
-        raise TransferFailed(f"the manifest {uri} names what lies outside its channel")
     return bucket, {place: prefix + name for place, name in zip(places, names, strict=True)}
 
 
@@ -97,8 +95,6 @@ def _refuse_clashes(places: Sequence[str]) -> None:
     for place in places:
         if clash := next((str(parent) for parent in PurePosixPath(place).parents if str(parent) in taken), None):
             raise TransferFailed(f"{clash} is an object and the folder of {place}")
-        if ".." in PurePosixPath(place).parts:
-            raise TransferFailed(f"{place} lies outside its channel")
 
 
 def _unpack(path: Path) -> None:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from control_plane.objects import Objects, TransferFailed, split_uri
+from control_plane.objects import Objects, TransferFailed, place_in, split_uri
 
 _Stamp = tuple[int, int | str]
 
@@ -63,7 +63,7 @@ class CheckpointSync:
 
     def fetch(self) -> int:
         """What S3 has, before the container starts; the number of files. Only what changes after that is sent."""
-        found = {each.key: self.folder / each.key[len(self.prefix) :] for each in self._objects.find(self.bucket, self.prefix)}
+        found = {each.key: place_in(self.folder, each.key[len(self.prefix) :]) for each in self._objects.find(self.bucket, self.prefix)}
         self._objects.fetch(self.bucket, found)
         for path in found.values():
             path.chmod(0o644)

@@ -16,6 +16,7 @@ import shutil
 import tarfile
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from control_plane.instance import Ended, StartFailed
 
 LABEL, NAME_LABEL = "sagemaker.control-plane", "sagemaker.name"
 UNREACHABLE = (docker.errors.DockerException, RequestException, OSError)
+_MOMENT = 0.1
 _REGISTRY = re.compile(r"^(?:localhost|[^/]*[.:][^/]*)/")
 _ECR = re.compile(r"^\d{12}\.dkr\.ecr\.")
 
@@ -88,7 +90,7 @@ class Engine:
         The engine's image of exactly that name, else that of the name without its registry, else a pulled one, but from no ECR.
         """
         for each in dict.fromkeys((name, _REGISTRY.sub("", name))):
-            with contextlib.suppress(docker.errors.NotFound):
+            with contextlib.suppress(docker.errors.APIError):  # there is none, or that is no image's name
                 return str(self.client.images.get(each).id)
         if _ECR.match(name):
             return None
@@ -210,8 +212,22 @@ class Container:
         self._api = engine.client.api
 
     def output(self) -> Iterator[bytes]:
+        """An engine that is busy ends a followed log before its last lines: what follows its end is read once more, when all is there."""
+        seen = 0
+        while True:
+            over, at = self.poll() is not None, 0
+            for piece in self._log(follow=not over):
+                at += len(piece)
+                if at > seen:
+                    yield piece[max(0, len(piece) - (at - seen)) :]
+                    seen = at
+            if over:
+                return
+            time.sleep(_MOMENT)
+
+    def _log(self, *, follow: bool) -> Iterator[bytes]:
         with contextlib.suppress(*UNREACHABLE):
-            stream: Any = self._api.logs(self.id, stdout=True, stderr=True, stream=True, follow=True)
+            stream: Any = self._api.logs(self.id, stdout=True, stderr=True, stream=True, follow=follow)
             try:
                 yield from stream
             finally:
@@ -260,7 +276,7 @@ class Container:
             archive.seek(0)
             fresh = Path(tempfile.mkdtemp(dir=folder.parent))
             with tarfile.open(fileobj=archive) as tar:
-                tar.extractall(fresh, filter="data")
+                tar.extractall(fresh, filter=_harmless)
         shutil.rmtree(folder, ignore_errors=True)
         (fresh / place.name).rename(folder)
         fresh.rmdir()
@@ -289,6 +305,14 @@ def tarred(folder: Path) -> Iterator[io.BufferedRandom]:
             tar.add(folder, ".", filter=roots)
         file.seek(0)
         yield file
+
+
+def _harmless(entry: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+    """What of a container's folder is unpacked here: not what leads out of it, and no devices."""
+    try:
+        return tarfile.data_filter(entry, folder)
+    except tarfile.FilterError:
+        return None
 
 
 def _endpoint(asked: Asked) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from control_plane import channels, cloudwatch
 from control_plane.container import Asked, Container, Engine, Network
 from control_plane.instance import Instance, StartFailed
 from control_plane.layout import INSIDE, Tree
-from control_plane.objects import Objects, TransferFailed, client_of, split_uri
+from control_plane.objects import Objects, TransferFailed, client_of, place_in, split_uri
 from control_plane.process_place import Process
 from control_plane.store import Endpoint, EndpointConfig, Model
 from control_plane.training import Settings
@@ -193,7 +193,7 @@ class HostingRunner:
                 found = {channels.relative(each.key, key): each.key for each in self.objects.find(bucket, key)}
                 if not found:
                     raise TransferFailed("no objects")
-                self.objects.fetch(bucket, {key: tree.model / place for place, key in found.items()})
+                self.objects.fetch(bucket, {key: place_in(tree.model, place) for place, key in found.items()})
                 return
             here = tree.root / "model.tar.gz" if packed else tree.model / key.rpartition("/")[2]
             self.objects.fetch(bucket, {key: here})

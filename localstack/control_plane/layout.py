@@ -84,7 +84,9 @@ class Tree:
         return self
 
     def reason(self) -> str:
-        """The first 1,024 characters of the failure file; empty where there is none, or no file of that name."""
+        """The first 1,024 characters of the failure file; empty where there is none. A container may have made anything of that name."""
+        if self.failure.is_symlink() or not self.failure.is_file():
+            return ""
         try:
             with self.failure.open(encoding="utf-8", errors="replace") as file:
                 return file.read(1024)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import boto3
@@ -52,6 +52,14 @@ def split_uri(uri: str) -> tuple[str, str]:
     if match is None:
         raise TransferFailed(f"{uri} is no s3:// address")
     return match[1], match[2]
+
+
+def place_in(folder: Path, relative: str) -> Path:
+    """The file in a folder that part of a key means. Raises TransferFailed for one outside of it: keys may hold `//` and `..`."""
+    path = PurePosixPath(relative)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise TransferFailed(f"the key's part {relative!r} names no file in its folder")
+    return folder / path
 
 
 class Objects:

@@ -35,12 +35,14 @@ def upload(objects: Objects, request: Mapping[str, Any], models: Sequence[Path],
 
 
 def together(folders: Sequence[Path]) -> dict[str, Path]:
-    """Files by relative path. Links are followed where they lead to a file."""
+    """Files by relative path. A link counts as the file that it leads to in the same folder, and not at all when it leads out of it: what a
+    container links to is not what lies under that name here.
+    """
     found: dict[str, Path] = {}
     for folder in folders:
         for top, _, names in os.walk(folder):
             for path in (Path(top) / name for name in names):
-                if path.is_file():
+                if path.is_file() and path.resolve().is_relative_to(folder.resolve()):
                     found.setdefault(path.relative_to(folder).as_posix(), path)
     return dict(sorted(found.items()))
 

@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from control_plane.instance import Ended, StartFailed
@@ -22,6 +22,7 @@ class Process:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
         """Raises StartFailed where there is no such command."""
+        self._ended: Ended | None = None
         inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         try:
             self._process = subprocess.Popen(
@@ -43,26 +44,29 @@ class Process:
                 yield piece
 
     def poll(self) -> Ended | None:
-        code = self._process.poll()
-        if code is None:
-            return None
-        return Ended(code if code >= 0 else 128 - code)
+        """It is not reaped before it is removed: until then its group's number can be nobody else's."""
+        if self._ended is None and (found := os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            self._ended = Ended(found.si_status if found.si_code == os.CLD_EXITED else 128 + found.si_status)
+        return self._ended
 
     def terminate(self) -> None:
         """To the first process alone, as in a container."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGTERM)
+        self._signal(os.kill, signal.SIGTERM)
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        """What it started ends with it."""
+        self._signal(os.killpg, signal.SIGKILL)
 
     def pull(self, folder: Path) -> None:
         """It works in the folder itself."""
 
     def remove(self) -> None:
-        """What it started ends with it."""
         self.kill()
+        self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
+
+    def _signal(self, send: Callable[[int, int], None], number: int) -> None:
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                send(self._process.pid, number)

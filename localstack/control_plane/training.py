@@ -6,7 +6,6 @@ several. Wording of statuses and reasons is SageMaker's where it is known from i
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import sys
 import threading
@@ -31,7 +30,7 @@ GRACE = 120.0  # seconds from SIGTERM to SIGKILL, and of a spot instance's notic
 NO_IMAGE = "ClientError: Cannot pull algorithm container. Either the image does not exist or its permissions are incorrect."
 NO_MEMORY = "ClientError: Please use an instance type with more memory, or reduce the size of job data processed on an instance."
 INTERNAL = "InternalServerError: We encountered an internal error. Please try again."
-_POLL = 0.1
+_POLL = 0.2
 
 Ending = Literal["Completed", "Failed", "Stopped"]
 Why = Literal["", "Stopped", "MaxRuntimeExceeded", "MaxWaitTimeExceeded", "Interrupted", "Closed"]
@@ -113,7 +112,7 @@ class TrainingRunner:
         self.logs.close()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Machine:
     """One instance of a job, with what goes on around it."""
 
@@ -126,7 +125,7 @@ class _Machine:
     ended: Ended | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Run:
     """One job on its way."""
 
@@ -272,7 +271,10 @@ class _Run:
         if checkpoints := request.get("CheckpointConfig"):
             every, copy = runner.settings.sync_every, in_containers and runner.engine.volumes
             sync = CheckpointSync(runner.objects, checkpoints["S3Uri"], tree.checkpoints, runner.budget(job.name), every=every, copy=copy)
-            sync.fetch()
+            try:
+                sync.fetch()
+            except TransferFailed as exc:
+                raise _Over("Failed", reason=f"{channels.FAILED}{exc}") from exc
         log = cloudwatch.LogStream(runner.logs, cloudwatch.TRAINING, f"{job.name}/{host.name}-{time.time_ns() // 1_000_000}", job.observe)
         try:
             instance = runner.engine.start(self._asked(host, tree, image)) if in_containers else self._process(tree)
@@ -351,8 +353,10 @@ class _Run:
                 machine.reader.join(30)
             machine.log.close()
             if machine.sync is not None:
-                with contextlib.suppress(TransferFailed):
+                try:
                     machine.sync.close(send=send)
+                except (TransferFailed, OSError) as exc:
+                    print(f"the last checkpoints of {self.job.name}: {exc}", file=sys.stderr)
                 machine.sync = None
             for folder in (machine.tree.model, machine.tree.output):
                 machine.instance.pull(folder)

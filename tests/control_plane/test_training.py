@@ -106,7 +106,8 @@ class TestChannels:
         [
             ({"S3DataType": "ManifestFile", "S3Uri": "s3://{bucket}/broken"}, "is no manifest"),
             ({"S3DataType": "ManifestFile", "S3Uri": "s3://{bucket}/lacking"}, "NoSuchKey|404"),
-            ({"S3DataType": "ManifestFile", "S3Uri": "s3://{bucket}/outside"}, "outside its channel"),
+            ({"S3DataType": "ManifestFile", "S3Uri": "s3://{bucket}/outside"}, "names no file in its folder"),
+            ({"S3DataType": "S3Prefix", "S3Uri": "s3://{bucket}/absolute/"}, "names no file in its folder"),
             ({"S3DataType": "S3Prefix", "S3Uri": "s3://{bucket}/clash/"}, "is an object and the folder of"),
         ],
     )
@@ -115,6 +116,7 @@ class TestChannels:
         jobs.put("lacking", json.dumps([{"prefix": f"s3://{jobs.bucket}/"}, "nowhere"]))
         jobs.put("outside", json.dumps([{"prefix": f"s3://{jobs.bucket}/"}, "../../nowhere"]))
         jobs.put("clash/a", "file")
+        jobs.put("absolute//tmp/file", "file")
         jobs.put("clash/a/b", "file")
         found = jobs.run("echo ran", channels=[prefix("data", source["S3Uri"].format(bucket=jobs.bucket), S3DataType=source["S3DataType"])])
         assert found["TrainingJobStatus"] == "Failed"

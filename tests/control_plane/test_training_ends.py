@@ -49,6 +49,12 @@ class TestItsEnd:
         assert found["FailureReason"] == "AlgorithmError: the loss is not a number, exit code: 7"
         assert jobs.packed(name) == {"weights": "half\n"}
 
+    def test_what_a_container_links_to_is_not_what_lies_there_here(self, jobs: Jobs) -> None:
+        """A link out of the folder, and a failure file that nobody could read to its end."""
+        name = jobs.start("cd /opt/ml; echo w >model/w; ln -s w model/v; ln -s /etc/hostname model/x; mkfifo output/failure; exit 4")
+        assert jobs.wait(name)["FailureReason"] == "AlgorithmError: , exit code: 4"
+        assert jobs.packed(name) == {"v": "w\n", "w": "w\n"}
+
     def test_a_reason_has_at_most_1024_characters(self) -> None:
         assert algorithm_error("", 2) == "AlgorithmError: , exit code: 2"
         assert len(algorithm_error("é" * 2000, 1)) == 1024
