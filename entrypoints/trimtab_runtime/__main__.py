@@ -1,4 +1,4 @@
-"""`python -m trimtab_runtime generate|prepare|train|evaluate|serve`: read the spec, call, write the result or the failure, exit.
+"""`python -m trimtab_runtime generate|prepare|measure|train|evaluate|serve`: read the spec, call, write the result or the failure, exit.
 
 Exit codes: 0 done; 1 failed, the cause first in output/failure; 2 usage; 143 stopped by SIGTERM with a checkpoint and an artifact.
 """
@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> int:
     commands: dict[str, Callable[[JobDir, EventLog], int]] = {
         "generate": _generate,
         "prepare": _prepare,
+        "measure": _measure,
         "train": _train,
         "evaluate": _evaluate,
     }
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
         return serve(job)
     if len(arguments) != 1 or arguments[0] not in commands:
         print(
-            "usage: python -m trimtab_runtime generate|prepare|train|evaluate|serve   (TRIMTAB_ROOT: the job's folder, default /opt/ml)",
+            f"usage: python -m trimtab_runtime {'|'.join([*commands, 'serve'])}   (TRIMTAB_ROOT: the job's folder, default /opt/ml)",
             file=sys.stderr,
         )
         return 2
@@ -83,6 +84,15 @@ def _prepare(job: JobDir, events: EventLog) -> int:
 
     events.write(Phase(name="prepare", at=time.time()))
     prepare(job, _spec(job), _say)
+    return 0
+
+
+def _measure(job: JobDir, events: EventLog) -> int:
+    _before_torch()
+    from trimtab_runtime.rates import measure
+
+    events.write(Phase(name="measure", at=time.time()))
+    measure(job, _spec(job), _say)
     return 0
 
 

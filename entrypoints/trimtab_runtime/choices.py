@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from trimtab.errors import SpecError
-from trimtab.estimate import BF16_FLAGS, dtype_of
+from trimtab.estimate import BF16_FLAGS, ModelFacts, RowFacts, dtype_of, peak_memory
+from trimtab.spec import TrainSpec
 
 _BF16 = {
     "gpu_bf16": "this GPU multiplies bf16",
@@ -65,6 +67,15 @@ def pick_dtype(asked: str, flags: frozenset[str]) -> Choice:
     if asked != "auto":
         return Choice(dtype, "asked for")
     return Choice(dtype, next((_BF16[flag] for flag in BF16_FLAGS if flag in flags), _NO_BF16))
+
+
+def expected_memory(spec: TrainSpec, config: Mapping[str, Any], dtype: str, manifest: Mapping[str, Any], device: str) -> Choice | None:
+    """The plan's estimate for these rows, by their manifest; None for a model whose config.json does not name its sizes."""
+    model = ModelFacts.from_config(config)
+    if model is None:
+        return None
+    found = peak_memory(spec, model, dtype, RowFacts.from_manifest(manifest), "cpu" if device == "cpu" else "gpu")
+    return Choice(f"about {found.total:,} MB", f"estimated: {found}")
 
 
 def learning_rate(step: int, steps: int, *, peak: float, warmup_ratio: float, schedule: Literal["cosine", "linear", "constant"]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,6 +28,15 @@ _OWN_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "outp
 
 # a divergence is small beside the cross-entropy of new text; the runs with other weights are in README.md
 TEACHER_WEIGHT = 8.0
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The fields of a model's config.json; empty where there is none that can be read, which `load_model` refuses in its own words."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def load_model(

@@ -17,10 +17,10 @@ from trimtab.events import Checkpoint, Choice, EventLog, Phase, Step
 from trimtab.layout import DEVICE_VARIABLE, JobDir
 from trimtab.spec import TrainSpec
 from trimtab_runtime import artifact, checkpoint, prepare
-from trimtab_runtime.choices import cpu_flags, gpu_flags, learning_rate, pick_device, pick_dtype
+from trimtab_runtime.choices import cpu_flags, expected_memory, gpu_flags, learning_rate, pick_device, pick_dtype
 from trimtab_runtime.distributed import ALONE, Team
 from trimtab_runtime.memory import peak_memory_mb
-from trimtab_runtime.model import as_batch, batch_loss, load_model
+from trimtab_runtime.model import as_batch, batch_loss, load_model, read_config
 from trimtab_runtime.rows import PackedRows
 
 TYPICAL_ROWS = 2  # of the first packed, which hold the longest samples; other choices are in README.md
@@ -52,9 +52,11 @@ def train(
     device = pick_device(os.environ.get(DEVICE_VARIABLE, "xeon"), torch.cuda.device_count(), team.world)
     flags = cpu_flags() if device.value == "cpu" else gpu_flags()
     precision = pick_dtype(spec.dtype, flags)
-    for name, choice in (("device", device), ("dtype", precision)):
-        say(f"{name} {choice.value}: {choice.reason}")
-        events.write(Choice(name=name, value=choice.value, reason=choice.reason))
+    memory = expected_memory(spec, read_config(job.channel("model")), precision.value, rows.facts, device.value)
+    for name, choice in (("device", device), ("dtype", precision), ("peak_memory", memory)):
+        if choice is not None:
+            say(f"{name} {choice.value}: {choice.reason}")
+            events.write(Choice(name=name, value=choice.value, reason=choice.reason))
     dtype = getattr(torch, precision.value)
     typical = as_batch([rows[index] for index in range(min(TYPICAL_ROWS, len(rows)))])
     model = load_model(job.channel("model"), spec, dtype, typical=typical, device=device.value)

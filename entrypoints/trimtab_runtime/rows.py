@@ -88,13 +88,16 @@ def write_rows(
     return ledger
 
 
+def shape_of_row(lengths: Sequence[int], learned: Sequence[bool] | NDArray[np.bool_]) -> RowShape:
+    """Of a row whose samples have these `lengths`; `learned` tells it of each token, one sample after another."""
+    firsts = np.cumsum([0, *lengths[:-1]])  # nothing predicts a sample's first token
+    places = np.asarray(learned, dtype=bool)
+    return RowShape.of([[lengths[place] for place in group] for group in alike(lengths)], int(places.sum() - places[firsts].sum()))
+
+
 def shape_of(pieces: Sequence[Piece], rows: Sequence[Sequence[int]]) -> RowFacts:
     """What memory and time depend on: of rows of these pieces, which they name."""
-    shapes = []
-    for row in rows:
-        lengths = [len(pieces[index][1]) for index in row]
-        learned = sum(sum(pieces[index][2][1:]) for index in row)  # nothing predicts a first token
-        shapes.append(RowShape.of([[lengths[place] for place in group] for group in alike(lengths)], learned))
+    shapes = [shape_of_row([len(pieces[i][1]) for i in row], [flag for i in row for flag in pieces[i][2]]) for row in rows]
     return RowFacts.of(shapes, len({token for _, ids, _, _ in pieces for token in ids}))
 
 

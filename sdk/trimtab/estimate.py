@@ -157,13 +157,15 @@ class RowFacts(_Facts):
     def worst(cls, spec: TrainSpec) -> RowFacts:
         """Where no rows are known: every row full, all of it learned, each sample as long as costs most memory."""
         tokens, longest = spec.max_seq_len, min(EXPLICIT_UP_TO, spec.max_seq_len)
-        row = RowShape(tokens=tokens, learned=tokens, groups=1, padded=tokens, explicit=tokens * longest, flash=0)
+        row = RowShape(tokens=tokens, learned=tokens, groups=2, padded=1.1 * tokens, explicit=tokens * longest, flash=0)
         return cls(mean=row, most=row, distinct=1 << 31)
 
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """The parts of a training process' peak, in MB (2^20 bytes): of its resident set on a CPU, of the GPU's memory on a GPU."""
+    """The parts of a training process' peak, in MB (2^20 bytes): of its resident set on a CPU; on a GPU of what it allocates there
+
+    (CUDA itself takes more)."""
 
     runtime: int
     base: int
@@ -176,38 +178,91 @@ class PeakMemory:
     def total(self) -> int:
         return self.runtime + self.base + self.adapters + self.activations + self.logits + self.loading
 
+    def __str__(self) -> str:
+        parts = {"libraries": self.runtime, "model": self.base, "adapters and optimiser": self.adapters, "activations": self.activations}
+        parts |= {"logits": self.logits, "loading": self.loading}
+        return ", ".join(f"{name} {size:,}" for name, size in parts.items() if size)
 
-_RUNTIME_MB = 430  # torch, transformers, peft and bitsandbytes, imported and used
+
+_LIBRARIES_MB = 485  # torch, transformers, peft and bitsandbytes, imported and used
 _NF4 = 0.53  # bytes for a weight: 4 bits, and the scales of each 64 in 8 bits (arXiv:2305.14314, double quantisation)
-_GAPS = 1.5  # of activations: the heap keeps the gaps that temporaries leave
+_QUANTISING = 11  # times the largest map: the heap keeps what quantising and its correction took for it
+_SPLIT = 1.1  # of a GPU's activations: blocks that its allocator cannot put together
 
 
 def peak_memory(
     spec: TrainSpec, model: ModelFacts, dtype: str, rows: RowFacts | None = None, device: Literal["cpu", "gpu"] = "cpu"
 ) -> PeakMemory:
-    """What training takes on each machine when it computes in `dtype` on these rows; without them, on the costliest there can be."""
+    """What training takes on each machine when it computes in `dtype` on these rows; without them, on the costliest there can be.
+
+    With s bytes a number, n tokens in one forward pass, L layers, h hidden, f intermediate, a heads, d the width of one, k the width of
+    all keys, r the rank, and for a row's groups of samples p padded places and e pairs of places in explicit attention:
+
+        base         on a CPU the pages of the model's file that are read (all, but for rows of an embedding that is not the head, too);
+                     where the file has another dtype s bytes a weight more, with qlora not for those of the layers; with qlora 0.53 bytes
+                     more for each weight of the layers. On a GPU s bytes a weight, with qlora 0.53 for those of the layers
+        adapters     16 bytes a weight: fp32 value, gradient and AdamW's two moments
+        activations  kept for the backward pass (counted with hooks on saved tensors):
+                         L (n (8 h + s (2 h + 4 f + 7 r)) + p s (2 a d + 2 k) + e a (4, in bf16 6)) + s * adapters in bf16
+                     and on a CPU the temporaries of every layer, for glibc's heap does not give an aligned block that was freed to
+                     the next of the same size, so the gaps stay between what is kept:
+                         L (n (16 h + 4 s h + 3 s (a d + k), in bf16 4 h more) + 2 s e a); a GPU has them for one layer
+        logits       (4 + s) * vocabulary * min(learned places, 512)
+        loading      beyond all that, what the heap got to quantise the largest map (11 times its size); on a GPU, to which the model
+                     goes before it is quantised, s bytes for each weight where these are more
+
+    Measured on a CPU: whole runs of random Llamas (2M; 300M in 4 layers) and SmolLM2-135M, lora and qlora, 512, 1,024 and 2,048
+    tokens, by `python benchmarks/estimate.py --check`. Not measured: a GPU, models beyond 300M.
+    """
     size = 2 if dtype == "bfloat16" else 4
     rows = rows or RowFacts.worst(spec)
-    row = rows.most.times(spec.batch_rows)
-    gaps = _GAPS if device == "cpu" else 1.0
-    quantised = _NF4 * model.linear if spec.method == "qlora" else 0
+    row, low_rank = rows.most.times(spec.batch_rows), model.adapter(spec.lora_rank)
+    quantised = _NF4 * model.linear if spec.method == "qlora" else 0.0
+    kept, passing = _kept(spec, model, size, row), _passing(model, size, row)
+    logits = (4 + size) * model.vocabulary * min(row.learned, LOGITS_AT_ONCE)
+    if device == "gpu":
+        left = model.parameters - (model.linear if quantised else 0)
+        base, activations = size * left + quantised, _SPLIT * (kept + passing / model.layers)
+        while_training = base + 16 * low_rank + activations + 2 * logits
+        return PeakMemory(
+            runtime=0,
+            base=_mb(base),
+            adapters=_mb(16 * low_rank),
+            activations=_mb(activations),
+            logits=_mb(2 * logits),
+            loading=_mb(max(0.0, size * model.parameters - while_training)),
+        )
+    read = model.parameters - (0 if model.tied else max(0, model.vocabulary - rows.distinct) * model.hidden)
+    pages, base, loaded = model.stored * read, model.stored * read + quantised, 0.0
+    if size != model.stored:
+        base += size * (model.parameters - (model.linear if quantised else 0))
+        loaded = pages + size * model.parameters
+    heap = _QUANTISING * size * model.largest if quantised else 0.0
     return PeakMemory(
-        runtime=_RUNTIME_MB,
-        base=_mb(size * model.parameters + quantised),
-        adapters=_mb(16 * model.adapter(spec.lora_rank)),
-        activations=_mb(gaps * saved_bytes(spec, model, size, row)),
-        logits=_mb((8 + size) * model.vocabulary * min(row.learned, LOGITS_AT_ONCE)),
+        runtime=_LIBRARIES_MB,
+        base=_mb(base),
+        adapters=_mb(16 * low_rank),
+        activations=_mb(kept + passing),
+        logits=_mb(logits),
+        loading=_mb(max(heap, loaded - base - 16 * low_rank - kept - passing - logits)),
     )
 
 
-def saved_bytes(spec: TrainSpec, model: ModelFacts, size: int, row: RowShape) -> float:
-    """What the forward pass of a row keeps for its backward pass, in numbers of `size` bytes: counted with hooks on saved tensors."""
+def _kept(spec: TrainSpec, model: ModelFacts, size: int, row: RowShape) -> float:
+    """Bytes that the forward pass of a row keeps for its backward pass, in numbers of `size` bytes."""
     query, keys = model.heads * model.head_width, model.kv_heads * model.head_width
-    a_token = 8 * model.hidden + size * (2 * model.hidden + 4 * model.intermediate + 7 * spec.lora_rank) + 16
+    a_token = 8 * model.hidden + size * (2 * model.hidden + 4 * model.intermediate + 7 * spec.lora_rank)
     a_place = size * (2 * query + 2 * keys) + (0 if row.groups <= spec.batch_rows else size * query)
-    a_score = 4 + (2 if size == 2 else 0)
-    kept = row.tokens * a_token + row.padded * a_place + row.explicit * model.heads * a_score
-    return model.layers * kept + (size * model.adapter(spec.lora_rank) if size == 2 else 0) + 2 * row.learned * model.hidden * size
+    a_score = 6 if size == 2 else 4
+    low = size * model.adapter(spec.lora_rank) if size == 2 else 0  # their copies in bf16
+    return low + model.layers * (row.tokens * a_token + row.padded * a_place + row.explicit * model.heads * a_score)
+
+
+def _passing(model: ModelFacts, size: int, row: RowShape) -> float:
+    """Bytes that the same pass makes and frees on its way."""
+    query, keys = model.heads * model.head_width, model.kv_heads * model.head_width
+    a_token = (16 + 4 * size + (4 if size == 2 else 0)) * model.hidden + 3 * size * (query + keys)
+    return model.layers * (row.tokens * a_token + row.explicit * model.heads * 2 * size)
 
 
 class Rates(_Facts):
@@ -220,6 +275,7 @@ class Rates(_Facts):
     adapters: float = Field(gt=0, description="FLOP/s of the low-rank products")
     explicit: float = Field(gt=0, description="attention weights, forward and backward, of samples up to 512 tokens")
     flash: float = Field(gt=0, description="the same of longer samples, masked ones counted")
+    gathered: float = Field(gt=0, description="numbers that several groups' attention gathers and puts back, forward and backward")
     logits: float = Field(gt=0, description="logits turned into loss and gradient, products not counted")
     dequantised: float = Field(gt=0, description="4-bit weights made into numbers")
     bandwidth: float = Field(gt=0, description="bytes that elementwise operations read and write")
@@ -234,7 +290,8 @@ class Rates(_Facts):
         The shares of them that a run gets are those measured on two cores with avx512_bf16.
         """
         return cls(
-            dtype=dtype, linear=flops * 0.7, adapters=flops * 0.1, explicit=bandwidth / 30, flash=flops / 1000, logits=bandwidth / 24,
+            dtype=dtype, linear=flops * 0.7, adapters=flops * 0.1, explicit=bandwidth / 30, flash=flops / 1000, gathered=bandwidth / 20,
+            logits=bandwidth / 24,
             dequantised=bandwidth / 4, bandwidth=bandwidth * 0.5, layer_seconds=1e-3, group_seconds=2e-4, network=network,
         )  # fmt: skip
 
@@ -253,6 +310,9 @@ def step_seconds(spec: TrainSpec, model: ModelFacts, rates: Rates, rows: RowFact
         + row.tokens * model.layers * elementwise_bytes(model, size) / rates.bandwidth
         + model.layers * (rates.layer_seconds + row.groups * rates.group_seconds)
     )
+    if row.groups > spec.batch_rows:
+        places = row.padded * 2 * (model.heads + model.kv_heads) * model.head_width
+        forward_and_backward += model.layers * places / rates.gathered
     if spec.method == "qlora":
         forward_and_backward += 2 * model.linear / rates.dequantised
     update = 40 * low_rank / rates.bandwidth  # AdamW reads and writes values, moments and gradients, which were clipped before

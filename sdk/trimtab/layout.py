@@ -59,6 +59,11 @@ class JobDir:
         """What the run says of itself, one JSON line each."""
         return self.root / "output" / "data" / "events.jsonl"
 
+    @property
+    def rates(self) -> Path:
+        """What this machine does in a second, as `measure` found it."""
+        return self.root / "output" / "data" / "rates.json"
+
     def cause(self) -> str:
         """What the failure file says before its traceback, at most 1,024 characters; empty where there is none."""
         try:
