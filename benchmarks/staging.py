@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -64,6 +66,14 @@ with CRTTransferManager(client, BotocoreCRTRequestSerializer(session, {"region_n
 """
 
 
+@dataclass(frozen=True)
+class Turn:
+    """`seconds` by the clock; `processor`: seconds of a core, the client's alone."""
+
+    seconds: float
+    processor: float
+
+
 def commands(folder: Path, bucket: str, prefix: str) -> dict[str, list[str]]:
     """What to run for each contender."""
     other, rest = str(VENV / "bin" / "python"), [str(folder), bucket, prefix]
@@ -75,8 +85,8 @@ def commands(folder: Path, bucket: str, prefix: str) -> dict[str, list[str]]:
     }
 
 
-def measure(endpoint: str, megabytes: int, rounds: int, files: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each turn, in the order of the turns."""
+def measure(endpoint: str, megabytes: int, rounds: int, files: int) -> dict[str, list[Turn]]:
+    """What each contender took in each turn, in the order of the turns."""
     import boto3
 
     bucket, prefix = f"trimtab-benchmark-{uuid.uuid4().hex[:12]}", "data"
@@ -91,7 +101,7 @@ def measure(endpoint: str, megabytes: int, rounds: int, files: int) -> dict[str,
         environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"], region_name=environment["AWS_DEFAULT_REGION"]
     )
     s3 = session.client("s3", endpoint_url=endpoint)
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[Turn]] = {}
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "data"
         folder.mkdir()
@@ -99,17 +109,19 @@ def measure(endpoint: str, megabytes: int, rounds: int, files: int) -> dict[str,
             with (folder / f"model-{number + 1:05}-of-{files:05}.safetensors").open("wb") as file:
                 for _ in range(megabytes // files):
                     file.write(os.urandom(1 << 20))
+        time.sleep(3)  # a file that was just written may change unnoticed, and would be hashed twice
         s3.create_bucket(Bucket=bucket)
         try:
             for turn in range(rounds):
                 contenders = list(commands(folder, bucket, prefix).items())
                 for name, command in contenders[turn % len(contenders) :] + contenders[: turn % len(contenders)]:
                     cache = Path(work) / f"cache-{turn}"  # a new one for each turn: nothing is noted
-                    began = time.monotonic()
+                    before, began = processor_seconds(), time.monotonic()
                     subprocess.run(command, env={**environment, "TRIMTAB_CACHE": str(cache)}, check=True)
-                    found.setdefault(name, []).append(time.monotonic() - began)
+                    one = Turn(time.monotonic() - began, processor_seconds() - before)
+                    found.setdefault(name, []).append(one)
                     empty(s3, bucket)
-                    print(f"{name:<10} {found[name][-1]:6.2f} s  {megabytes / found[name][-1]:6.0f} MiB/s", file=sys.stderr)
+                    print(f"{name:<10} {one.seconds:6.2f} s  {one.processor:6.2f} s of a core", file=sys.stderr)
         finally:
             empty(s3, bucket)
             s3.delete_bucket(Bucket=bucket)
@@ -124,12 +136,18 @@ def empty(s3: object, bucket: str) -> None:
             s3.delete_object(Bucket=bucket, Key=found["Key"])  # type: ignore[attr-defined]
 
 
-def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
+def processor_seconds() -> float:
+    """Of all child processes that ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def ratios(turns: dict[str, list[Turn]]) -> dict[str, float]:
     """For each of the others the median, over the turns, of its seconds over ours."""
-    ours = seconds["trimtab"]
+    ours = turns["trimtab"]
     return {
-        name: statistics.median(other / own for other, own in zip(theirs, ours, strict=True))
-        for name, theirs in seconds.items()
+        name: statistics.median(other.seconds / own.seconds for other, own in zip(theirs, ours, strict=True))
+        for name, theirs in turns.items()
         if name != "trimtab"
     }
 
@@ -170,16 +188,17 @@ def main() -> int:
     asked = parser.parse_args()
     make_venv()
     with endpoint_of(asked.endpoint) as endpoint:
-        seconds = measure(endpoint, asked.mb, asked.rounds, asked.files)
-    against = ratios(seconds)
+        turns = measure(endpoint, asked.mb, asked.rounds, asked.files)
+    against = ratios(turns)
     figure = min(against.values())
     if asked.json:
-        print(json.dumps({"mib": asked.mb, "seconds": seconds, "ratios": against, "figure": figure, "bar": BAR}, indent=1))
+        found = {name: [asdict(one) for one in taken] for name, taken in turns.items()}
+        print(json.dumps({"mib": asked.mb, "turns": found, "ratios": against, "figure": figure, "bar": BAR}, indent=1))
     else:
-        for name, all_seconds in seconds.items():
-            median = statistics.median(all_seconds)
+        for name, taken in turns.items():
+            seconds, processor = (statistics.median(values) for values in zip(*map(astuple, taken), strict=True))
             ratio = "" if name == "trimtab" else f"  its seconds / trimtab's: {against[name]:.3f}"
-            print(f"{name:<10} {median:6.2f} s  {asked.mb / median:5.0f} MiB/s{ratio}")
+            print(f"{name:<10} {seconds:6.2f} s  {asked.mb / seconds:5.0f} MiB/s  {processor:5.2f} s of a core{ratio}")
         print(f"against the best {figure:.3f}  bar {BAR}  {'kept' if figure >= BAR else 'MISSED'}")
     return 1 if asked.check and figure < BAR else 0
 
