@@ -18,8 +18,8 @@ test: setup  ## every test
 lint: setup  ## ruff: rules and format
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
-types: setup  ## mypy --strict on the SDK
-	@$(PY) -m mypy --strict sdk
+types: setup  ## mypy --strict on the SDK and on localstack/
+	@$(PY) -m mypy --strict sdk && $(PY) -m mypy --strict localstack
 
 check: lint types test  ## what CI runs
 
@@ -28,4 +28,4 @@ cloud: setup  ## an AWS of this machine: S3 and a SageMaker that runs jobs, unti
 	@exec $(PY) localstack/cloud.py $(OPTIONS)
 
 clean:  ## remove what was built here, not the model cache
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .cloud build dist .pytest_cache .mypy_cache .ruff_cache
