@@ -63,6 +63,7 @@ def test_what_was_staged_is_in_the_container_what_it_was(s3: Staging, tmp_path: 
     assert all(one.headers["x-amz-expected-bucket-owner"] == ACCOUNT for one in s3.proxy.seen)
     checked = [one for one in s3.proxy.seen if one.operation in ("PutObject", "UploadPart")]
     assert all("x-amz-checksum-sha256" in one.headers or "x-amz-checksum-crc32" in one.headers for one in checked)
+    assert {one.headers["x-amz-content-sha256"] for one in checked} == {"UNSIGNED-PAYLOAD"}, "no body is hashed twice on its way"
 
 
 def test_what_is_there_is_not_sent(s3: Staging) -> None:

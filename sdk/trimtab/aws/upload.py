@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from trimtab.aws.bucket import Stored, find_bucket
 from trimtab.aws.channels import Content, PlannedChannel, channel_of, contents
@@ -97,10 +98,30 @@ def _noting(found: Iterable[Content], into: list[Content]) -> Iterator[Content]:
         yield content
 
 
+def _sign_headers_only(s3: Any) -> None:
+    """Have the client sign what is sent without hashing its body once more: each body has a checksum in a header, which is signed.
+
+    boto3 does so by itself over TLS when it computes the checksum, but not when it is given one. On the way to another machine without
+    TLS bodies stay signed.
+    """
+    from botocore.config import Config
+
+    settings = s3.meta.config.merge(Config(s3={**(s3.meta.config.s3 or {}), "payload_signing_enabled": False}))
+
+    def before_sign(request: Any, **_: Any) -> None:
+        to = urlsplit(request.url)
+        if to.scheme == "https" or to.hostname in ("localhost", "127.0.0.1", "::1"):
+            request.context["client_config"] = settings
+
+    for operation in ("PutObject", "UploadPart"):
+        s3.meta.events.register(f"before-sign.s3.{operation}", before_sign, unique_id=f"trimtab-{operation}")
+
+
 @contextmanager
 def _sending(s3: Any, place: S3Place, show: Callable[[int], None]) -> Iterator[_Sender]:
     what = f"to take data into {place.uri(place.content)} (what arrived stays there, and a repeat sends the rest)"
     with asking(what, error=StagingError):
+        _sign_headers_only(s3)
         sender = _Sender(s3, place, find_bucket(s3, place), show)
         try:
             yield sender
