@@ -40,10 +40,13 @@ class Life:
 
 
 class Lives:
-    """The lives of the run `handle`; `all` of those that were seen, the oldest first. What was read once is kept."""
+    """The lives of the run `handle`; `all` of those that were seen, the oldest first. What was read once is kept.
 
-    def __init__(self, aws: Aws, handle: RunHandle) -> None:
-        self._aws, self.handle = aws, handle
+    `known` tells that there is such a run, before it was looked at.
+    """
+
+    def __init__(self, aws: Aws, handle: RunHandle, *, known: bool = False) -> None:
+        self._aws, self.handle, self._known = aws, handle, known
         self.all: list[Life] = []
         self._events: list[Event] = []
 
@@ -65,9 +68,10 @@ class Lives:
             )
         return self.all[-1]
 
-    def exist(self) -> bool:
-        """Whether any training job of the run is there."""
-        return bool(self._names())
+    @property
+    def known(self) -> bool:
+        """Whether the run was ever there."""
+        return self._known or bool(self.all)
 
     def read(self, *, settle: bool = True) -> list[Event]:
         """Read what was said since the last time; every event of all lives. With `settle` an ended life's last lines are waited for."""

@@ -264,6 +264,7 @@ class SageMakerBackend:
                 if not submission.take_back():
                     records.delete(s3, self.place, self.place.run(handle.id))
             raise
+        self._lives[handle.id] = Lives(self.aws, handle, known=True)
         return handle
 
     def resume(self, handle: RunHandle) -> None:
@@ -287,8 +288,8 @@ class SageMakerBackend:
         return standing(handle, lives.all[-1].described, lives.all[-1].events)
 
     def _patiently(self, lives: Lives, ask: Callable[[], _T]) -> _T:
-        """What `ask` returns. Of a run that was seen before, and so is followed, a network that is away for minutes is waited for."""
-        wait, deadline = 0.0, time.monotonic() + (AWAY if lives.all else 0.0)
+        """What `ask` returns. Of a run that is known to be there, and so is followed, a network that is away for minutes is waited for."""
+        wait, deadline = 0.0, time.monotonic() + (AWAY if lives.known else 0.0)
         while True:
             try:
                 return ask()
