@@ -36,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 VENV = HERE.parent / ".cloud" / "localstack"
 SERVICES = "s3,sts,iam,logs,secretsmanager"
 REGION, ACCOUNT = "us-east-1", "000000000000"
-BUCKET, ROLE = f"trimtab-{REGION}-{ACCOUNT}", "SageMakerExecutionRole"
+BUCKET, ROLE = f"sagemaker-{REGION}-{ACCOUNT}", "SageMakerExecutionRole"
 START, END = 120.0, 5.0  # seconds: to answer, to end before it is killed (its own stop can hang)
 
 # LocalStack keeps what S3 holds in one constant folder, which another server's deletion of a bucket would take away.

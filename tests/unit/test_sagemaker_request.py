@@ -118,7 +118,7 @@ def test_settings_come_as_texts_from_the_command_line():
     assert listing("subnet-1, subnet-2,") == ("subnet-1", "subnet-2")
     assert pairs("tags", "team=search,cost=a=b") == {"team": "search", "cost": "a=b"}
     for wrong in (lambda: switch("spot", "perhaps"), lambda: number("volume_gb", "big"), lambda: number("volume_gb", "-1")):
-        with pytest.raises(SpecError, match="perhaps|big|-1"):
+        with pytest.raises(SpecError, match=r"perhaps|big|-1"):
             wrong()
     with pytest.raises(SpecError, match="tags=team"):
         pairs("tags", "team")

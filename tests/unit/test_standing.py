@@ -63,7 +63,7 @@ def test_limits_that_were_reached_are_named():
 @pytest.mark.parametrize(
     ("said", "cause"),
     [
-        ("AlgorithmError: tokens.npy does not match its digest\n\nTraceback (most recent call last):\n  File", "tokens.npy does not match its digest"),
+        ("AlgorithmError: tokens.npy is damaged\n\nTraceback (most recent call last):\n  File", "tokens.npy is damaged"),
         ("AlgorithmError: the loss is nan at step 3, exit code: 1", "the loss is nan at step 3"),
         ("ClientError: Data download failed: NoSuchKey", "Data download failed: NoSuchKey"),
         ("InternalServerError: We encountered an internal error. Please try again.", "We encountered an internal error. Please try again."),

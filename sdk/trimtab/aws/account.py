@@ -218,13 +218,22 @@ def _simulated(account: _Account, who: str, groups: Iterable[_Group], name: str)
             results = [result for page in pages.paginate(**asked) for result in page["EvaluationResults"]]
         decided: dict[str, list[str]] = {}
         for result in results:
-            decided.setdefault(result["EvalDecision"], []).append(result["EvalActionName"])
+            decided.setdefault(_decision(result), []).append(result["EvalActionName"])
         found += [Finding(f"{name} {action}", True, f"allowed on {group.resource}") for action in decided.pop("allowed", [])]
         found += [_denied(f"{name} {', '.join(actions)}", actions, decision, group.resource, who) for decision, actions in decided.items()]
     return found
 
 
+def _decision(result: dict[str, Any]) -> str:
+    """IAM names what denies: a statement, or a policy of the organisation or boundary. Imitations that cannot decide name nothing."""
+    named = ("MatchedStatements", "OrganizationsDecisionDetail", "PermissionsBoundaryDecisionDetail", "EvalDecisionDetails")
+    decision = str(result["EvalDecision"])
+    return "unknown" if decision == "explicitDeny" and not any(result.get(name) for name in named) else decision
+
+
 def _denied(name: str, actions: list[str], decision: str, resource: str, who: str) -> Finding:
+    if decision == "unknown":
+        return Finding(name, None, "what answers for IAM says denied and names no statement")
     statement = json.dumps({"Effect": "Allow", "Action": actions, "Resource": resource})
     if decision == "explicitDeny":
         return Finding(name, False, f"denied by a policy of {who}", f"ask an administrator to lift that, and for the statement {statement}")

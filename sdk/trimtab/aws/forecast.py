@@ -89,7 +89,7 @@ def _of_time(training: float | None, steps: int, bounds: Limits) -> list[str]:
 
 def _of_price(instance: Instance, nodes: int, spot: bool, keep_alive_seconds: int) -> str:
     date, region = instances.listed()
-    said = f"price of {nodes} x {instance.name} on demand, {instance.price} each, in {region} as listed on {date}; other regions differ"
+    said = f"price for {nodes} x {instance.name} on demand, {instance.price} each, in {region} as listed on {date}; other regions differ"
     if instance.estimated:
         said += "; computed by a rule, not listed"
     if spot:

@@ -25,8 +25,11 @@ _ACCOUNT = re.compile(r"\d{12}")
 
 
 def default_bucket(region: str, account: str) -> str:
-    """The bucket that is made when it is needed and none was named."""
-    return f"trimtab-{region}-{account}"
+    """The bucket that is made when it is needed and none was named.
+
+    The policy AmazonSageMakerFullAccess, which most execution roles have, gives objects only where a name holds `sagemaker`.
+    """
+    return f"trimtab-sagemaker-{region}-{account}"
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from trimtab.aws.download import download
 from trimtab.aws.forecast import Forecast, forecast
 from trimtab.aws.lives import Life, Lives
 from trimtab.aws.logs import jittered, next_wait
-from trimtab.aws.place import S3Place, parse_uri
+from trimtab.aws.place import S3Place, default_bucket, parse_uri
 from trimtab.aws.refusals import asking, error_code, is_passing
 from trimtab.aws.session import Aws
 from trimtab.aws.standing import DONE, standing
@@ -62,7 +62,7 @@ class SageMakerBackend:
 
     `role` is the execution role, by ARN or name (default: TRIMTAB_SAGEMAKER_ROLE); `image` a URI in ECR (default: this version's image in
     the account's own registry, where `trimtab image push` puts it); `instance_type` one of SageMaker's (default: chosen by the job's
-    memory and by price); `bucket` (default: trimtab-<region>-<account>, made when it is not there) and `prefix` where things lie in S3;
+    memory and by price); `bucket` (default: trimtab-sagemaker-<region>-<account>, made when absent) and `prefix` where things lie in S3;
     `bucket_owner` the account that must own the bucket; `kms_key` and `volume_kms_key` encrypt what is in S3 and on the disks.
     `spot`, `max_wait_minutes`, `max_pending_minutes`, `keep_alive_minutes`, `subnets`, `security_groups`, `network_isolation`,
     `encrypt_traffic`, `tags` and `volume_gb` are those of CreateTrainingJob; lists have commas between their parts. `region` and
@@ -136,7 +136,7 @@ class SageMakerBackend:
         """Where things lie in S3."""
         if self.bucket is not None:
             return S3Place(self.bucket, self.prefix, self.bucket_owner, self.settings.kms_key)
-        own = f"trimtab-{self.aws.region}-{self.aws.account}"
+        own = default_bucket(self.aws.region, self.aws.account)
         return S3Place(own, self.prefix, self.bucket_owner or self.aws.account, self.settings.kms_key)
 
     @cached_property
