@@ -75,7 +75,7 @@ def rates_for(folder: Path, spec: TrainSpec, dtype: torch.dtype) -> Rates:
             known = count * (4 * a_layer / linear + 6 * model.adapter(spec.lora_rank) / model.layers / adapters) + group
             rest[count] = layer[count] - known - model.heads * (row.explicit / explicit + row.flash / flash)
     moved = elementwise_bytes(model, size)
-    # what a token adds beyond the products, at least a fifth of what they take: noise may hide it
+    # what a token adds beyond the products, at least a fiftieth of the layer: noise may hide it
     a_token = max((rest[tokens] - rest[_SHORT]) / (tokens - _SHORT), 0.02 * layer[tokens] / tokens)
     return Rates(
         dtype=name, linear=linear, adapters=adapters, explicit=explicit, flash=flash, gathered=gathered,
