@@ -108,7 +108,9 @@ class CheckpointSync:
                 print(f"checkpoints of {self.folder}: {exc}", file=sys.stderr)
 
     def _files(self) -> dict[str, Path]:
-        """By relative path, in order."""
+        """By relative path, in order; of a link in the folder's place none."""
+        if self.folder.is_symlink():
+            return {}
         found = [Path(top) / name for top, _, names in os.walk(self.folder) for name in names]
         return {path.relative_to(self.folder).as_posix(): path for path in sorted(found) if path.is_file() and not path.is_symlink()}
 

@@ -85,7 +85,8 @@ class Tree:
 
     def reason(self) -> str:
         """The first 1,024 characters of the failure file; empty where there is none. A container may have made anything of that name."""
-        if self.failure.is_symlink() or not self.failure.is_file():
+        here = self.root.resolve() / "output" / "failure"
+        if here.resolve() != here or not self.failure.is_file():
             return ""
         try:
             with self.failure.open(encoding="utf-8", errors="replace") as file:

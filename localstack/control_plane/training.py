@@ -179,8 +179,7 @@ class _Run:
         job.move("Uploading")
         failed = self._failed() if why == "" else None
         self._end_machines(send=True)
-        left = [machine.tree for machine in self.machines]
-        artifacts = outputs.upload(self.runner.objects, request, [each.model for each in left], [each.data for each in left], work)
+        artifacts = outputs.upload(self.runner.objects, request, [each.tree for each in self.machines], work)
         if failed is not None:
             return _Over("Failed", reason=_reason(failed), artifacts=artifacts)
         return _Over("Completed", artifacts=artifacts) if why == "" else _Over("Stopped", why, artifacts=artifacts)
