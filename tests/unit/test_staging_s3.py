@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import contextlib
+import hashlib
+import json
 import os
-import tarfile
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -20,11 +19,11 @@ from support.bucket_of_files import ACCOUNT, MIB, Staging, staging
 from support.faulty_proxy import late
 from trimtab.aws import bucket as bucket_module
 from trimtab.aws import upload as upload_module
-from trimtab.aws.channels import BUNDLE, plan_channel
-from trimtab.aws.download import Received, download, download_archive
+from trimtab.aws.channels import BUNDLE, PlannedChannel, plan_channel
+from trimtab.aws.download import Received, download
 from trimtab.aws.place import S3Place, default_bucket
 from trimtab.aws.session import Aws
-from trimtab.aws.upload import PART, Sent, part_size, stage, upload
+from trimtab.aws.upload import PART, Sent, part_size, upload
 from trimtab.errors import StagingError
 from trimtab_runtime.channels import unfold
 
@@ -33,6 +32,12 @@ from trimtab_runtime.channels import unfold
 def s3(localstack: str, tmp_path: Path) -> Iterator[Staging]:
     with staging(localstack, tmp_path) as found:
         yield found
+
+
+def send(s3: Staging, place: S3Place | None = None) -> tuple[PlannedChannel, Sent]:
+    """The folder planned and sent, as the backend does it."""
+    planned = plan_channel(s3.folder, "train", cache=s3.cache)
+    return planned, upload([planned], s3.s3, place or s3.place)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -69,62 +74,61 @@ def test_what_was_staged_is_in_the_container_what_it_was(s3: Staging, tmp_path: 
 
 def test_what_is_there_is_not_sent(s3: Staging) -> None:
     s3.fill(model=18, small=0.1)
-    channels = {"train": s3.folder}
-    planned, sent = stage(channels, s3.s3, s3.place, cache=s3.cache)
+    planned, sent = send(s3)
     assert sent.bytes > 18 * MIB
     s3.proxy.heal()
-    assert stage(channels, s3.s3, s3.place, cache=s3.cache) == (planned, Sent(0, 0))
-    assert upload([planned["train"]], s3.s3, s3.place) == Sent(0, 0)
+    again, sent = send(s3)
+    assert (again.digest, sent) == (planned.digest, Sent(0, 0))
     assert sum(one.received for one in s3.proxy.seen) == 0
-    assert len(s3.proxy.seen) == 4, "a look at the content and one at the manifest, each time"
+    assert len(s3.proxy.seen) == 2, "a look at the content and one at the manifest"
     (s3.folder / "small").write_bytes(b"other")
-    again, sent = stage(channels, s3.s3, s3.place, cache=s3.cache)
-    index = again["train"].objects[-1]
-    assert sent == Sent(5 + index.size + len(again["train"].manifest(s3.place)), 3)
+    again, sent = send(s3)
+    index = again.objects[-1]
+    assert sent == Sent(5 + index.size + len(again.manifest(s3.place)), 3)
 
 
 def test_ten_thousand_small_files_are_at_most_twenty_objects(s3: Staging) -> None:
     for number in range(10_000):
         (s3.folder / f"{number}.txt").write_bytes(number.to_bytes(4, "big") * 2_500)
-    before, sent = stage({"train": s3.folder}, s3.s3, s3.place, cache=s3.cache)
-    assert before["train"].files == 10_000
-    assert all(content.size <= 1.25 * BUNDLE for content in before["train"].objects)
+    before, sent = send(s3)
+    assert before.files == 10_000
+    assert all(content.size <= 1.25 * BUNDLE for content in before.objects)
     assert sent.objects == len(s3.objects()) <= 20
-    assert stage({"train": s3.folder}, s3.s3, s3.place, cache=s3.cache)[1] == Sent(0, 0)
+    assert send(s3)[1] == Sent(0, 0)
     (s3.folder / "77.txt").write_bytes(b"other")
-    again = stage({"train": s3.folder}, s3.s3, s3.place, cache=s3.cache)[1]
+    again = send(s3)[1]
     assert again.objects == 3, "one bundle, the index, the manifest"
     assert again.bytes < 20 * MIB
 
 
 def test_beyond_the_first_page_objects_are_asked_for_one_by_one(s3: Staging, monkeypatch: pytest.MonkeyPatch) -> None:
     s3.fill(a=1, b=2, c=0.1)
-    planned, _ = stage({"train": s3.folder}, s3.s3, s3.place, cache=s3.cache)
+    planned, _ = send(s3)
     for digest in ("0" * 64, "f" * 64):
         s3.direct.put_object(Bucket=s3.place.bucket, Key=s3.place.content + digest)
     for page in (1, 2, 3, 4, 7):
         monkeypatch.setattr(bucket_module, "_PAGE", page)
         s3.proxy.heal()
-        assert upload(list(planned.values()), s3.s3, s3.place) == Sent(0, 0)
+        assert upload([planned], s3.s3, s3.place) == Sent(0, 0)
         assert s3.proxy.count("ListObjectsV2") == len(s3.proxy.seen)
-        asked = 2 + len(planned["train"].objects) - (page - 1 if page < 6 else len(planned["train"].objects))
+        asked = 2 + len(planned.objects) - (page - 1 if page < 6 else len(planned.objects))
         assert len(s3.proxy.seen) == asked
 
 
 def test_with_a_key_everything_is_encrypted_with_it_and_kept_apart(s3: Staging) -> None:
     s3.fill(model=18, small=0.1)
-    plain, _ = stage({"train": s3.folder}, s3.s3, s3.place, cache=s3.cache)
+    plain, _ = send(s3)
     s3.proxy.heal()
     key = "arn:aws:kms:us-east-1:000000000000:key/12345678-1234-1234-1234-123456789012"
     place = replace(s3.place, kms_key=key)
-    sealed, sent = stage({"train": s3.folder}, s3.s3, place, cache=s3.cache)
+    sealed, sent = send(s3, place)
     assert sent.objects == 4, "what lies there without the key does not count"
     makers = [one for one in s3.proxy.seen if one.operation in ("PutObject", "CreateMultipartUpload")]
     assert len(makers) == 4
     assert all(one.headers["x-amz-server-side-encryption"] == "aws:kms" for one in makers)
     assert all(one.headers["x-amz-server-side-encryption-aws-kms-key-id"] == key for one in makers)
     assert all("/kms-" in one.path for one in makers)
-    assert sealed["train"].manifest_uri(place) != plain["train"].manifest_uri(s3.place)
+    assert sealed.manifest_uri(place) != plain.manifest_uri(s3.place)
 
 
 @pytest.mark.parametrize("region", ["us-east-1", "eu-central-1"])
@@ -138,7 +142,7 @@ def test_the_default_bucket_is_made_and_closed(s3: Staging, region: str) -> None
                     s3.direct.delete_object(Bucket=place.bucket, Key=found["Key"])
             s3.direct.delete_bucket(Bucket=place.bucket)
         try:
-            assert stage({"train": s3.folder}, aws.client("s3"), place, cache=s3.cache)[1].objects == 3
+            assert upload([plan_channel(s3.folder, "train", cache=s3.cache)], aws.client("s3"), place).objects == 3
             closed = s3.direct.get_public_access_block(Bucket=place.bucket)["PublicAccessBlockConfiguration"]
             assert all(closed.values())
             assert len(closed) == 4
@@ -156,7 +160,7 @@ def test_another_bucket_is_not_made(s3: Staging) -> None:
     with pytest.raises(
         StagingError, match=r"there is no bucket nobodys-1234: make it with  aws s3 mb s3://nobodys-1234 --region us-east-1"
     ):
-        stage({"train": s3.folder}, s3.s3, S3Place("nobodys-1234"), cache=s3.cache)
+        send(s3, S3Place("nobodys-1234"))
 
 
 def test_a_file_that_changes_while_it_is_sent_is_refused(s3: Staging) -> None:
@@ -183,10 +187,11 @@ def test_what_a_manifest_states_wrongly_never_becomes_an_object(s3: Staging) -> 
     for path in s3.folder.iterdir():
         os.utime(path, (time.time() - 100, time.time() - 100))
     for name in ("model", "two"):
+        shutil.rmtree(s3.cache, ignore_errors=True)
         stated = {name: {"bytes": (s3.folder / name).stat().st_size, "sha256": "5" * 64}}
         (s3.folder / "manifest.json").write_text(json.dumps({"files": stated}))
         with pytest.raises(StagingError, match=rf"{name} does not have the contents that .*manifest.json states.*Remove the folder"):
-            stage({"train": s3.folder}, s3.s3, s3.place, cache=s3.cache)
+            send(s3)
         assert f"{s3.place.content}{'5' * 64}" not in s3.objects()
         assert not s3.unfinished()
 
@@ -200,8 +205,8 @@ def test_a_note_that_is_wrong_is_forgotten(s3: Staging) -> None:
         file.write(b"changed, and the time set back")
     os.utime(s3.folder / "model", (moment, moment))
     with pytest.raises(StagingError, match="model has other contents than when it was last read: repeat the command"):
-        stage({"train": s3.folder}, s3.s3, s3.place, cache=s3.cache)
-    stage({"train": s3.folder}, s3.s3, s3.place, cache=s3.cache)
+        send(s3)
+    send(s3)
     assert f"{s3.place.content}{hashlib.sha256((s3.folder / 'model').read_bytes()).hexdigest()}" in s3.objects()
 
 
@@ -219,7 +224,7 @@ def test_uploads_that_nobody_goes_on_with_are_aborted(s3: Staging, monkeypatch: 
     for key in (ours, others):
         s3.direct.create_multipart_upload(Bucket=s3.place.bucket, Key=key)
     monkeypatch.setattr(upload_module, "_STALE", upload_module._STALE * 0)
-    stage({"train": s3.folder}, s3.s3, s3.place, cache=s3.cache)
+    send(s3)
     assert [one["Key"] for one in s3.unfinished()] == [others]
 
 
@@ -275,30 +280,3 @@ def test_a_prefix_that_cannot_be_a_folder_is_refused(s3: Staging, tmp_path: Path
         s3.direct.put_object(Bucket=s3.place.bucket, Key=key, Body=b"x")
     with pytest.raises(StagingError, match="holds a and a/b, and the first cannot be a file and a folder: remove one"):
         download(s3.s3, f"s3://{s3.place.bucket}/out/", tmp_path / "out")
-
-
-def archive(**members: bytes) -> bytes:
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name.replace("__", "/").replace("up", ".."))
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return packed.getvalue()
-
-
-def test_an_archive_is_unpacked_whole(s3: Staging, tmp_path: Path) -> None:
-    uri = f"s3://{s3.place.bucket}/out/model.tar.gz"
-    good = archive(manifest=b"{}", a__weights=bytes(9 * MIB))
-    s3.direct.put_object(Bucket=s3.place.bucket, Key="out/model.tar.gz", Body=good)
-    assert download_archive(s3.s3, uri, tmp_path / "out") == Received(len(good), 1)
-    assert tree(tmp_path / "out") == {"manifest": b"{}", "a/weights": bytes(9 * MIB)}
-    for bad in (archive(good=b"x", up__x=b"x"), good[:-100], b"no archive"):
-        s3.direct.put_object(Bucket=s3.place.bucket, Key="out/model.tar.gz", Body=bad)
-        with pytest.raises(StagingError, match=r"model.tar.gz cannot be unpacked .*look at it with  aws s3 cp"):
-            download_archive(s3.s3, uri, tmp_path / "bad")
-        assert not (tmp_path / "bad").exists()
-        assert not (tmp_path / "x").exists()
-    s3.direct.put_object(Bucket=s3.place.bucket, Key="out/model.tar.gz", Body=good)
-    download_archive(s3.s3, uri, tmp_path / "bad")
-    assert tree(tmp_path / "bad") == tree(tmp_path / "out")

@@ -32,7 +32,7 @@ from support.faulty_proxy import (
 )
 from trimtab.aws.channels import plan_channel
 from trimtab.aws.download import Received, download
-from trimtab.aws.upload import PART, Sent, stage, upload
+from trimtab.aws.upload import PART, Sent, upload
 from trimtab.errors import StagingError
 
 
@@ -43,7 +43,7 @@ def s3(localstack: str, tmp_path: Path) -> Iterator[Staging]:
 
 
 def send(s3: Staging) -> Sent:
-    return stage({"train": s3.folder}, s3.s3, s3.place, cache=s3.cache)[1]
+    return upload([plan_channel(s3.folder, "train", cache=s3.cache)], s3.s3, s3.place)
 
 
 def is_whole(s3: Staging) -> None:
@@ -140,12 +140,13 @@ def test_a_permission_that_is_missing_is_named(s3: Staging, operation: str, acti
 CLIENT = """
 import sys
 from pathlib import Path
+from trimtab.aws.channels import plan_channel
 from trimtab.aws.place import S3Place
 from trimtab.aws.session import Aws
-from trimtab.aws.upload import stage
+from trimtab.aws.upload import upload
 folder, bucket = sys.argv[1:]
 with Aws() as aws:
-    print(stage({"train": Path(folder)}, aws.client("s3"), S3Place(bucket, "t", "000000000000"))[1])
+    print(upload([plan_channel(Path(folder), "train")], aws.client("s3"), S3Place(bucket, "t", "000000000000")))
 """
 
 

@@ -17,7 +17,7 @@ import os
 import re
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,46 +74,33 @@ def plan_channel(folder: Path, name: str, *, cache: Path | None = None, show: Ca
     """Read a folder as a channel. Links are followed, to files and to folders; empty folders are left out.
 
     Digests that the folder's own manifests state, or that were noted in `cache` (by default `cache_dir()`) at an earlier time, are used as
-    long as size, time of change and inode stay the same; other files are read. What is sent is compared with its digest again. `show` gets
-    the bytes read so far.
+    long as size, time of change and inode stay the same; other files are read, large ones by all cores. What is sent is compared with its
+    digest again, unless it was read now. `show` gets the bytes read so far, from any thread.
 
     Raises StagingError for a folder that is not there or has no file, a file that cannot be read or is none (a pipe, a socket), a file that
     is changing, and a name that could not be a file's name elsewhere.
     """
-    return channel_of(name, list(contents(folder, Digests(folder, cache or cache_dir(), show))))
-
-
-def channel_of(name: str, found: Iterable[Content]) -> PlannedChannel:
-    """The channel of what `contents` found."""
-    objects = {content.name: content for content in found}  # two files with the same bytes are one object
-    index = objects.popitem()[1]  # the last
-    listed = json.loads(index.data or b"")
-    rows = [*listed["files"].values(), *(row[1:] for rows in listed["bundles"].values() for row in rows)]
-    return PlannedChannel(name, index.sha256, len(rows), sum(row[0] for row in rows), (*objects.values(), index))
-
-
-def contents(folder: Path, digests: Digests) -> Iterator[Content]:
-    """The objects of a folder as they become known: large files, then bundles, then the index. Raises what `plan_channel` does."""
+    digests = Digests(folder, cache or cache_dir(), show)
+    objects: dict[str, Content] = {}  # two files with the same bytes are one object
     try:
         found = dict(_files(folder))
         if not found:
             raise StagingError(f"{folder} has no file: name the folder that holds the data")
-        large = {name: path for name, (path, size) in found.items() if size >= LARGE}
-        small = {name: path for name, (path, size) in found.items() if size < LARGE}
-        files, bundles = {}, {}
-        for name, path in large.items():
-            source = digests.of(name, path)
-            files[name] = [source.stamp.size, source.sha256]
-            yield Content(source.sha256, source.stamp.size, (source,))
-        for names in _together({name: found[name][1] for name in small}):
-            content, rows = _bundle({name: small[name] for name in names}, digests)
-            bundles[content.name] = rows
-            yield content
+        large = digests.of_all({name: path for name, (path, size) in found.items() if size >= LARGE})
+        for source in large.values():
+            objects[source.sha256] = Content(source.sha256, source.stamp.size, (source,))
+        bundles = {}
+        for names in _together({name: size for name, (_, size) in found.items() if size < LARGE}):
+            content, rows = _bundle({name: found[name][0] for name in names}, digests)
+            objects[content.name], bundles[content.name] = content, rows
         digests.keep()
     except OSError as exc:
         raise StagingError(f"{exc.filename or folder} cannot be read ({exc.strerror or exc}): mend that and repeat the command") from exc
+    files = {name: [source.stamp.size, source.sha256] for name, source in large.items()}
     data = json.dumps({"format": 1, "files": files, "bundles": bundles}, ensure_ascii=False, separators=(",", ":")).encode()
-    yield Content(INDEX + hashlib.sha256(data).hexdigest(), len(data), data=data)
+    index = Content(INDEX + hashlib.sha256(data).hexdigest(), len(data), data=data)
+    total = sum(size for _, size in found.values())
+    return PlannedChannel(name, index.sha256, len(found), total, (*objects.values(), index))
 
 
 def _bundle(paths: dict[str, Path], digests: Digests) -> tuple[Content, list[list[str | int]]]:

@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +51,27 @@ def stamp_of(path: Path) -> Stamp:
     return Stamp(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
+def refuse_changed(wanted: str, sources: Sequence[Source], found: str) -> None:
+    """Refuse the bytes of files together that have not the digest that names them: one was changed, or what told its digest is wrong.
+
+    Raises StagingError; a note that was wrong is forgotten.
+    """
+    changed = [source for source in sources if stamp_of(source.path) != source.stamp]
+    if changed:
+        raise StagingError(f"{changed[0].path} was changed while it was sent: wait until what writes it is done, then repeat the command")
+    if found == wanted:
+        return
+    for source in sources:
+        if source.manifest:
+            raise StagingError(
+                f"{source.path} does not have the contents that {source.manifest} states: it was changed, or the disk fails. Remove the "
+                f"folder {source.manifest.parent} and repeat the command, which makes it again"
+            )
+        if source.note:
+            source.note.unlink(missing_ok=True)
+    raise StagingError(f"{sources[0].path} has other contents than when it was last read: repeat the command, which reads it again")
+
+
 class Digests:
     """Digests of the files of one folder, and of its bundles.
 
@@ -59,12 +82,24 @@ class Digests:
     def __init__(self, folder: Path, cache: Path, show: Callable[[int], None] = lambda read: None) -> None:
         self._notes = cache / "digests"
         self._note = self._notes / f"channel-{_short(str(folder.absolute()))}.json"
-        self._show, self._read = show, 0
+        self._show, self._read, self._lock = show, 0, threading.Lock()
+        self._given_up = False
         noted = _object(self._note)
         self._noted, self._bundles = ({**found} if isinstance(found := noted.get(of), dict) else {} for of in ("files", "bundles"))
         self._now: dict[str, Any] = {}
         self._bundles_now: dict[str, str] = {}
         self._manifests: dict[Path, dict[str, Any]] = {}
+
+    def of_all(self, paths: Mapping[str, Path]) -> dict[str, Source]:
+        """The files' digests, also as manifests give them; those that must be read are read by all cores. Raises what `of` does."""
+        with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="trimtab-digest") as pool:
+            futures = {name: pool.submit(self.of, name, path) for name, path in paths.items()}
+            try:
+                return {name: future.result() for name, future in futures.items()}
+            except BaseException:  # Ctrl-C does not wait for the rest of large files
+                self._given_up = True
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def of(self, name: str, path: Path, *, stated: bool = True) -> Source:
         """The file's digest, with `stated` also as a manifest gives it.
@@ -128,10 +163,11 @@ class Digests:
     def _sha256(self, path: Path) -> str:
         whole = hashlib.sha256()
         with path.open("rb", buffering=0) as file:
-            while block := file.read(_BLOCK):
+            while not self._given_up and (block := file.read(_BLOCK)):
                 whole.update(block)
-                self._read += len(block)
-                self._show(self._read)
+                with self._lock:
+                    self._read += len(block)
+                    self._show(self._read)
         return whole.hexdigest()
 
 

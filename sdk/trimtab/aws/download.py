@@ -12,8 +12,6 @@ import fcntl
 import hashlib
 import json
 import re
-import shutil
-import tarfile
 import threading
 import time
 import zlib
@@ -83,36 +81,6 @@ def download(
             return receiver.fetch(receiver.under(uri, prefix))
 
 
-def download_archive(
-    s3: Any, uri: str, folder: Path, *, owner: str | None = None, show: Callable[[int, int], None] = lambda done, of: None
-) -> Received:
-    """Fetch the archive `uri` (`s3://BUCKET/.../model.tar.gz`) and unpack it as `folder`. Otherwise as `download`.
-
-    Members that would lie outside, devices, and links that lead outside are refused (tarfile's data filter, PEP 706).
-    """
-    with _gathering(uri, folder) as partial:
-        if partial is None:
-            return Received(0, 0)
-        bucket, key = parse_uri(uri)
-        archive = partial / PurePosixPath(key).name
-        with _Receiver(s3, bucket, owner, partial, show) as receiver:
-            received = receiver.fetch([receiver.one(uri, key)])
-        try:
-            with tarfile.open(archive) as packed:
-                packed.extractall(partial / "unpacked", filter="data")
-        except (tarfile.TarError, EOFError, zlib.error) as exc:
-            archive.unlink()
-            shutil.rmtree(partial / "unpacked", ignore_errors=True)
-            why = str(exc).splitlines()[0]
-            raise StagingError(f"{uri} cannot be unpacked ({why}): look at it with  aws s3 cp {uri} - | tar tzv") from exc
-        unpacked = partial.with_name(f"{partial.name}.unpacked")
-        shutil.rmtree(unpacked, ignore_errors=True)
-        (partial / "unpacked").rename(unpacked)
-        shutil.rmtree(partial)
-        unpacked.rename(partial)
-        return received
-
-
 @contextmanager
 def _gathering(uri: str, folder: Path) -> Iterator[Path | None]:
     """A folder beside the wanted one, renamed at the end; None when the wanted one is there. Others who want the same wait."""
@@ -169,12 +137,6 @@ class _Receiver:
                 if str(folder) in found:
                     raise StagingError(f"{uri} holds {folder} and {name}, and the first cannot be a file and a folder: remove one of them")
         return list(found.values())
-
-    def one(self, uri: str, key: str) -> _Object:
-        """A single object."""
-        with asking(f"for {uri}", action="s3:GetObject", error=StagingError):
-            answer = self._s3.head_object(**self._named, Key=key)
-        return _Object(key, PurePosixPath(key).name, answer["ContentLength"], answer["ETag"])
 
     def fetch(self, objects: list[_Object]) -> Received:
         """Fetch what is not noted to be there."""

@@ -1,9 +1,9 @@
 """Sends channels to S3: only what is not there, in parts at once, checked by both sides, its manifest last.
 
-An object is made only when its bytes have the digest that is its name: they are hashed while they are read, unless they were hashed a
-moment ago and the file's stamp is the same. S3 compares the sha256 of what comes in one request, and the CRC-32 of each part. So what
-is there under a digest is whole and right, whoever sent it. Every object is made under the condition that there is none (If-None-Match),
-so of two clients that send the same, one makes it.
+An object is made only when its bytes have the digest that is its name: they are hashed while they are read, unless they were hashed when
+the channel was planned and the file's stamp is the same. S3 compares the sha256 of what comes in one request, and the CRC-32 of each part.
+So what is there under a digest is whole and right, whoever sent it. Every object is made under the condition that there is none
+(If-None-Match), so of two clients that send the same, one makes it.
 
 What a killed client had sent of a large file is found again by S3's own list of unfinished uploads, and each part that is there with the
 right checksum is not sent again. Unfinished uploads cost money, so those under our prefix that began more than a day ago are aborted.
@@ -19,21 +19,18 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from trimtab.aws.bucket import Stored, find_bucket
-from trimtab.aws.channels import Content, PlannedChannel, channel_of, contents
-from trimtab.aws.digests import Digests, Source, stamp_of
+from trimtab.aws.channels import Content, PlannedChannel
+from trimtab.aws.digests import refuse_changed
 from trimtab.aws.place import S3Place
 from trimtab.aws.refusals import asking, error_code
-from trimtab.cache import cache_dir
 from trimtab.errors import StagingError
 
 PART = 16 << 20  # bytes of a part, at least; a file up to that size goes in one request
@@ -62,40 +59,17 @@ def upload(channels: Sequence[PlannedChannel], s3: Any, place: S3Place, show: Ca
     """
     objects = {content.name: content for channel in channels for content in channel.objects}
     total = sum(content.size for content in objects.values())
-    with _sending(s3, place, lambda done: show(done, total)) as sender:
-        sender.send(objects.values())
-        for channel in channels:
-            sender.finish(channel)
+    what = f"to take data into {place.uri(place.content)} (what arrived stays there, and a repeat sends the rest)"
+    with asking(what, error=StagingError):
+        _sign_headers_only(s3)
+        sender = _Sender(s3, place, find_bucket(s3, place), lambda done: show(done, total))
+        try:
+            sender.send(objects.values())
+            for channel in channels:
+                sender.finish(channel)
+        finally:
+            sender.close()
     return sender.sent
-
-
-def stage(
-    folders: Mapping[str, Path],
-    s3: Any,
-    place: S3Place,
-    *,
-    cache: Path | None = None,
-    show: Callable[[int], None] = lambda done: None,
-) -> tuple[dict[str, PlannedChannel], Sent]:
-    """`plan_channel` and `upload` at once, for folders by the names of their channels: a file is sent while the next one is hashed.
-
-    `show` gets the bytes that are there. Raises what those two raise.
-    """
-    planned: dict[str, PlannedChannel] = {}
-    with _sending(s3, place, show) as sender:
-        for name, folder in folders.items():
-            found: list[Content] = []
-            sender.send(_noting(contents(folder, Digests(folder, cache or cache_dir())), found))
-            planned[name] = channel_of(name, found)
-        for channel in planned.values():
-            sender.finish(channel)
-    return planned, sender.sent
-
-
-def _noting(found: Iterable[Content], into: list[Content]) -> Iterator[Content]:
-    for content in found:
-        into.append(content)
-        yield content
 
 
 def _sign_headers_only(s3: Any) -> None:
@@ -115,18 +89,6 @@ def _sign_headers_only(s3: Any) -> None:
 
     for operation in ("PutObject", "UploadPart"):
         s3.meta.events.register(f"before-sign.s3.{operation}", before_sign, unique_id=f"trimtab-{operation}")
-
-
-@contextmanager
-def _sending(s3: Any, place: S3Place, show: Callable[[int], None]) -> Iterator[_Sender]:
-    what = f"to take data into {place.uri(place.content)} (what arrived stays there, and a repeat sends the rest)"
-    with asking(what, error=StagingError):
-        _sign_headers_only(s3)
-        sender = _Sender(s3, place, find_bucket(s3, place), show)
-        try:
-            yield sender
-        finally:
-            sender.close()
 
 
 class _Sender:
@@ -252,7 +214,7 @@ class _Sender:
                     parts.open += 1
                     self._submit(self._send_part, parts, number, data)
         try:
-            _refuse_changed(content, [source], source.sha256 if source.sure else whole.hexdigest())
+            refuse_changed(content.sha256, [source], source.sha256 if source.sure else whole.hexdigest())
         except StagingError:
             self._abort(parts.key, parts.upload_id)
             raise
@@ -370,26 +332,8 @@ def _whole(content: Content) -> bytes:
     """The bytes of an object that is sent in one request. Raises StagingError when they are not what was planned."""
     pieces = [source.path.read_bytes() for source in content.sources]
     data = b"".join(pieces)
-    _refuse_changed(content, content.sources, hashlib.sha256(data).hexdigest())
+    refuse_changed(content.sha256, content.sources, hashlib.sha256(data).hexdigest())
     return data
-
-
-def _refuse_changed(content: Content, sources: Sequence[Source], sha256: str) -> None:
-    """Refuse bytes that have not the digest that names them: a file was changed, or what told its digest is wrong."""
-    changed = [source for source in sources if stamp_of(source.path) != source.stamp]
-    if changed:
-        raise StagingError(f"{changed[0].path} was changed while it was sent: wait until what writes it is done, then repeat the command")
-    if sha256 == content.sha256:
-        return
-    for source in sources:
-        if source.manifest:
-            raise StagingError(
-                f"{source.path} does not have the contents that {source.manifest} states: it was changed, or the disk fails. Remove the "
-                f"folder {source.manifest.parent} and repeat the command, which makes it again"
-            )
-        if source.note:
-            source.note.unlink(missing_ok=True)
-    raise StagingError(f"{sources[0].path} has other contents than when it was last read: repeat the command, which reads it again")
 
 
 def crc32_text(value: int) -> str:
