@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trimtab import SpecError
 from trimtab.aws import instances
 from trimtab.aws.forecast import forecast
-from trimtab.aws.instances import GRACE_MINUTES, SAVE_MINUTES, START_MINUTES, Instance, choose, cost, find, limits, minutes_for
+from trimtab.aws.instances import GRACE_MINUTES, SAVE_MINUTES, START_MINUTES, Instance, choose, cost, find, limits, minutes_for, spent_usd
 from trimtab.estimate import ModelFacts
 from trimtab.ledger import Account, Ledger
 from trimtab.plan import Work, plan
@@ -166,21 +166,25 @@ def test_cost_is_by_the_second_for_each_machine_and_less_for_spot():
     nodes=st.integers(1, 64),
     keep=st.integers(0, 21_600),
     megabytes=st.integers(0, 200_000),
+    step=st.floats(0, 600),
+    spent=st.just(0.0) | st.floats(0, 1e5),
+    region=st.sampled_from([None, "us-east-1", "sa-east-1"]),
 )
-def test_money_is_never_exceeded_and_always_leaves_time_to_save(name, usd, minutes, nodes, keep, megabytes):
-    one = find(name)
+def test_money_is_never_exceeded_and_always_leaves_time_to_save(name, usd, minutes, nodes, keep, megabytes, step, spent, region):
+    one = find(name, region)
+    further = {"keep_alive_seconds": keep, "model_mb": megabytes, "step_seconds": step, "spent_usd": spent}
     try:
-        found = limits(usd, minutes, one, nodes, keep_alive_seconds=keep, model_mb=megabytes)
+        found = limits(usd, minutes, one, nodes, **further)
     except SpecError as exc:
         least = float(re.search(r"raise max_usd to ([\d.]+) at least", str(exc))[1])
         assert least > usd
-        assert limits(least, minutes, one, nodes, keep_alive_seconds=keep, model_mb=megabytes).max_runtime_seconds > 0
+        assert limits(least, minutes, one, nodes, **further).max_runtime_seconds > 0
         return
     billed = found.max_runtime_seconds + GRACE_MINUTES * 60 + keep
-    assert cost(billed, one, nodes).high <= usd * (1 + 1e-9)
-    assert found.max_usd <= usd * (1 + 1e-9)
+    assert spent + cost(billed, one, nodes).high <= usd * (1 + 1e-9)
+    assert spent + found.max_usd <= usd * (1 + 1e-9)
     assert found.max_minutes is None or 0 < found.max_minutes <= (minutes or float("inf"))
-    around = START_MINUTES + SAVE_MINUTES + megabytes / 6000
+    around = START_MINUTES + SAVE_MINUTES + megabytes / 6000 + step / 60
     if found.max_minutes is not None:
         assert found.max_minutes + around <= found.max_runtime_seconds / 60 + 0.02  # so that it is saved before
     assert 1 <= found.max_runtime_seconds <= 2_419_200
@@ -188,7 +192,13 @@ def test_money_is_never_exceeded_and_always_leaves_time_to_save(name, usd, minut
 
 def test_limits_have_their_reasons():
     one = find("ml.m7i.4xlarge")
-    assert limits(None, None, one).reasons == ("time at most 5 days: what a new account's quota lets a job run",)
+    usual = limits(None, None, one)
+    assert usual.max_runtime_seconds == 86_400
+    assert usual.reasons == (
+        "time at most 1 day, SageMaker's own default, then it is stopped with a checkpoint: for longer set max_minutes, such as "
+        "--max-minutes 2880",
+    )
+    assert limits(None, 2880, one).max_runtime_seconds == (2880 + 10) * 60
     assert limits(None, None, one).max_minutes is None
     assert limits(None, 30, one).max_runtime_seconds == 40 * 60
     found = limits(1, 60, one)
@@ -199,6 +209,75 @@ def test_limits_have_their_reasons():
     assert "28 days" in limits(None, 1e6, one).reasons[-1]
     with pytest.raises(SpecError, match=r"\$0\.10 buys 6\.2 minutes of ml\.m7i\.4xlarge at \$0\.97/h; .* raise max_usd to 0\.25 at least"):
         limits(0.1, None, one)
+
+
+def life(kind: str, seconds: int, count: int = 1, **more: object) -> dict[str, object]:
+    return {
+        "ResourceConfig": {"InstanceType": kind, "InstanceCount": count, **more.pop("resources", {})},
+        "BillableTimeInSeconds": seconds,
+        **more,
+    }
+
+
+def test_what_earlier_lives_cost_is_billed_time_by_machines_by_the_highest_price():
+    assert spent_usd([]) == 0
+    assert spent_usd([life("ml.m7i.4xlarge", 1800, 2), life("ml.c7i.4xlarge", 3600)]) == pytest.approx(0.968 + 0.857)
+    assert spent_usd([life("ml.m7i.4xlarge", 3600)], "eu-west-1") == pytest.approx(1.7 * 0.968)
+    assert spent_usd([life("ml.p5en.48xlarge", 3600)]) == pytest.approx(1.15 * 72.79)
+    assert spent_usd([{"ResourceConfig": {"InstanceType": "ml.m7i.4xlarge", "InstanceCount": 1}}]) == 0  # it never began
+    kept = {"resources": {"KeepAlivePeriodInSeconds": 3600}}
+    waiting = life("ml.m7i.4xlarge", 0, WarmPoolStatus={"Status": "Available", "ResourceRetainedBillableTimeInSeconds": 60}, **kept)
+    assert spent_usd([waiting]) == pytest.approx(0.968)
+    ended = life("ml.m7i.4xlarge", 0, WarmPoolStatus={"Status": "Terminated", "ResourceRetainedBillableTimeInSeconds": 1800}, **kept)
+    assert spent_usd([ended]) == pytest.approx(0.484)
+
+
+def test_a_resumed_run_has_what_is_left_of_its_money_at_the_price_of_its_new_machine():
+    first = forecast(job(), work(), ask="ml.m7i.16xlarge", max_usd=9).limits
+    spent = spent_usd([life("ml.m7i.16xlarge", 3600)])
+    again = forecast(job(), work(), ask="ml.m7i.16xlarge", max_usd=9, spent_usd=spent).limits
+    assert again.max_runtime_seconds == pytest.approx(first.max_runtime_seconds - 3600, abs=1)
+    assert again.max_minutes == pytest.approx(first.max_minutes - 60, abs=0.01)
+    assert any(reason.startswith("money $9.00 less $3.87 that the run has cost: ") for reason in again.reasons)
+    dearer = forecast(job(), work(), ask="ml.m7i.24xlarge", max_usd=9, spent_usd=spent).limits
+    assert dearer.max_runtime_seconds + 60 * GRACE_MINUTES == pytest.approx((9 - spent) / 5.806 * 3600, abs=1)
+    with pytest.raises(
+        SpecError, match=r"\$9\.00 less \$9\.50 that the run has cost buys 0\.0 minutes .* raise max_usd to 1[01]\.\d\d at least"
+    ):
+        forecast(job(), work(), ask="ml.m7i.16xlarge", max_usd=9, spent_usd=9.5)
+
+
+def test_another_region_may_be_dearer_and_money_counts_on_it():
+    here, there = (forecast(job(), work(), ask="ml.m7i.16xlarge", max_usd=9, region=region) for region in ("us-east-1", "sa-east-1"))
+    assert find("ml.m7i.16xlarge", "sa-east-1").price == "about $3.87/h ($3.87 to $6.58)"
+    assert there.limits.max_runtime_seconds < here.limits.max_runtime_seconds
+    hours = (there.limits.max_runtime_seconds + 60 * GRACE_MINUTES) / 3600
+    assert hours * 3.871 * 1.7 <= 9
+    assert there.foreseen.price.high <= 9
+    assert "sa-east-1 is not listed and may cost up to 1.7 times as much, which max_usd counts on" in there.foreseen.reasons[-1]
+    assert "as much" not in here.foreseen.reasons[-1]
+    dear, plain = (
+        forecast(job(max_minutes=600), work(), ask="ml.m7i.16xlarge", region=region).foreseen.price for region in ("sa-east-1", None)
+    )
+    assert (dear.low, dear.high) == (plain.low, pytest.approx(1.7 * plain.high))
+    assert choose(job(), 20_000, region="sa-east-1").name == choose(job(), 20_000).name
+
+
+def test_a_step_that_outlasts_sagemakers_patience_is_told_and_kept_free():
+    slow = forecast(job(max_minutes=600, accumulation=16), work(), ask="ml.m6i.8xlarge")
+    said = next(reason for reason in slow.foreseen.reasons if reason.startswith("time of a step"))
+    step = float(re.search(r"about ([\d,]+) s: SageMaker ends a job 120 s after", said)[1].replace(",", ""))
+    assert step > 60
+    around = slow.limits.max_runtime_seconds / 60 - 600 - 25_000 / 6000
+    assert around == pytest.approx(START_MINUTES + SAVE_MINUTES + 2 * step / 60, abs=0.05)
+    quick = forecast(job(max_minutes=600), work(), ask="ml.m7i.48xlarge").foreseen.reasons
+    assert not [reason for reason in quick if reason.startswith("time of a step")]
+
+
+def test_more_work_than_a_day_takes_is_told():
+    found = forecast(job(epochs=30), work(), ask="ml.m7i.8xlarge").foreseen
+    said = next(reason for reason in found.reasons if reason.startswith("time ends"))
+    assert "with a checkpoint, from which  trimtab resume  goes on" in said
 
 
 def test_a_forecast_names_machine_time_price_and_every_reason():
@@ -230,14 +309,15 @@ def test_a_budget_ends_the_run_before_its_last_step_and_bounds_the_price():
 
 
 def test_more_work_takes_longer_and_spot_may_cost_less():
-    plain = forecast(job(), work(), ask="ml.m7i.8xlarge").foreseen
-    assert forecast(job(epochs=10), work(), ask="ml.m7i.8xlarge").foreseen.time.seconds > plain.time.seconds
-    assert forecast(job(), work(), ask="ml.m7i.16xlarge").foreseen.time.seconds < plain.time.seconds
-    assert forecast(job(), work(), ask="ml.m6i.8xlarge").foreseen.time.seconds > 3 * plain.time.seconds
-    spot = forecast(job(), work(), ask="ml.m7i.8xlarge", spot=True).foreseen
+    weeks = {"max_minutes": 30_000}
+    plain = forecast(job(**weeks), work(), ask="ml.m7i.8xlarge").foreseen
+    assert forecast(job(epochs=10, **weeks), work(), ask="ml.m7i.8xlarge").foreseen.time.seconds > plain.time.seconds
+    assert forecast(job(**weeks), work(), ask="ml.m7i.16xlarge").foreseen.time.seconds < plain.time.seconds
+    assert forecast(job(**weeks), work(), ask="ml.m6i.8xlarge").foreseen.time.seconds > 3 * plain.time.seconds
+    spot = forecast(job(**weeks), work(), ask="ml.m7i.8xlarge", spot=True).foreseen
     assert spot.price.low == pytest.approx(0.3 * plain.price.low)
     assert spot.price.high == plain.price.high
-    kept = forecast(job(), work(), ask="ml.m7i.8xlarge", keep_alive_seconds=600).foreseen
+    kept = forecast(job(**weeks), work(), ask="ml.m7i.8xlarge", keep_alive_seconds=600).foreseen
     assert kept.price.high == pytest.approx(plain.price.high + cost(600, find("ml.m7i.8xlarge")).high)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from trimtab.aws import instances
 from trimtab.aws.standing import failure, standing
 from trimtab.backends.base import RunHandle, RunState
 from trimtab.events import Finished, Step
@@ -19,6 +20,10 @@ def described(status: str, secondary: str, said: str = "", **more):
         "SecondaryStatusTransitions": [{"Status": secondary, "StatusMessage": said}],
         **more,
     }
+
+
+def failed(said: str, kind: str = "ml.m7i.4xlarge"):
+    return described("Failed", "Failed", FailureReason=said, ResourceConfig={"InstanceType": kind, "InstanceCount": 1})
 
 
 @pytest.mark.parametrize(
@@ -70,21 +75,47 @@ def test_limits_that_were_reached_are_named():
     ],
 )  # fmt: skip
 def test_the_cause_is_told_without_what_surrounds_it(said, cause):
-    assert failure(HANDLE, said) == cause
+    assert failure(HANDLE, failed(said)) == cause
 
 
 @pytest.mark.parametrize(
     "said", ["", "AlgorithmError: , exit code: 137", "AlgorithmError: exit code: 137", "AlgorithmError: , exit code: 2"]
 )
 def test_an_end_without_a_cause_says_what_to_type(said):
-    found = failure(HANDLE, said)
+    found = failure(HANDLE, failed(said))
     assert "without a word" in found
     assert "trimtab resume sagemaker://trim-7f3a9c21" in found
     assert ("out of memory?" in found) == ("137" in said)
 
 
-def test_no_capacity_names_another_way():
-    found = failure(
-        HANDLE, "CapacityError: Unable to provision requested ML compute capacity. Please retry using a different ML instance type."
-    )
-    assert "--backend-option instance_type=" in found
+CAPACITY = "CapacityError: Unable to provision requested ML compute capacity. Please retry using a different ML instance type."
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [
+        ("ml.m7i.4xlarge", "ml.r7i.4xlarge"),
+        ("ml.m6i.4xlarge", "ml.r7i.2xlarge"),
+        ("ml.g6e.2xlarge", "ml.g6e.xlarge"),
+        ("ml.g6.xlarge", "ml.g6.2xlarge"),
+        ("ml.p5.48xlarge", "ml.p5.4xlarge"),
+    ],
+)
+def test_no_capacity_names_another_type_of_the_same_device(kind, other):
+    found = failure(HANDLE, failed(CAPACITY, kind))
+    assert f"no {kind} is free now" in found
+    assert found.endswith(f"trimtab resume {HANDLE} --backend-option instance_type={other}")
+    assert instances.find(other).room_mb >= instances.find(kind).room_mb
+
+
+def test_no_capacity_of_a_type_like_which_there_is_no_other_says_to_wait():
+    for kind in ("ml.r7i.48xlarge", "ml.unknown.large"):
+        found = failure(HANDLE, failed(CAPACITY, kind))
+        assert found.endswith(f"no {kind} is free now: try it later with  trimtab resume {HANDLE}")
+    assert "no instance of that type is free" in failure(HANDLE, {"FailureReason": CAPACITY})
+
+
+@pytest.mark.parametrize("name", sorted(instances.instances()))
+def test_a_type_is_never_its_own_replacement(name):
+    one, other = instances.find(name), instances.instead_of(name)
+    assert other is None or (other.name != name and bool(other.gpus) == bool(one.gpus) and other.room_mb >= one.room_mb)

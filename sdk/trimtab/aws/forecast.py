@@ -11,6 +11,7 @@ from trimtab.plan import Foreseen, Price, Time, Work
 from trimtab.spec import JobSpec
 
 STATED_FROM, STATED_TO = 0.5, 2.0  # stated rates may be wrong by so much
+PATIENT_STEP = 60.0  # seconds; a step that takes longer may not end, and be saved, in the 120 that SageMaker gives before it kills
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,20 @@ class Forecast:
 
 
 def forecast(
-    spec: JobSpec, work: Work, *, ask: str | None = None, max_usd: float | None = None, spot: bool = False, keep_alive_seconds: int = 0
+    spec: JobSpec,
+    work: Work,
+    *,
+    ask: str | None = None,
+    max_usd: float | None = None,
+    spot: bool = False,
+    keep_alive_seconds: int = 0,
+    region: str | None = None,
+    spent_usd: float = 0.0,
 ) -> Forecast:
     """`ask` names the instance type, else one is chosen; `max_usd` bounds the whole job; `keep_alive_seconds` is a warm pool after it.
+
+    Prices are `region`'s, as far as they are known. `spent_usd` is what the run's earlier training jobs cost (`instances.spent_usd`):
+    with it this is the forecast of a resumed run, whose limits are by what is left of the money.
 
     Raises SpecError for a job that no machine holds, a type that cannot run it, and money that does not pay for starting and saving.
     """
@@ -39,7 +51,9 @@ def forecast(
         assert model is not None
         return steps * step_seconds(spec.train, model, rates_of(instance, dtype), work.rows, spec.nodes)
 
-    chosen = instances.choose(spec, memory.total if memory else None, ask=ask, seconds=seconds if model else None)
+    chosen = instances.choose(spec, memory.total if memory else None, ask=ask, seconds=seconds if model else None, region=region)
+    training = seconds(chosen.instance) if model else None
+    step = training / max(1, steps) if training is not None else 0.0
     bounds = instances.limits(
         max_usd,
         spec.train.max_minutes,
@@ -47,11 +61,13 @@ def forecast(
         spec.nodes,
         keep_alive_seconds=keep_alive_seconds,
         model_mb=work.model_mb,
+        step_seconds=STATED_TO * step,
+        spent_usd=spent_usd,
     )
-    time = _time(seconds(chosen.instance), bounds, work) if model else None
+    time = _time(training, bounds, work) if training is not None else None
     price = _price(time, chosen.instance, spec.nodes, bounds, spot=spot, keep_alive_seconds=keep_alive_seconds)
-    reasons = [chosen.reason, *bounds.reasons, *_of_time(seconds(chosen.instance) if model else None, steps, bounds)]
-    reasons.append(_of_price(chosen.instance, spec.nodes, spot, keep_alive_seconds))
+    reasons = [chosen.reason, *bounds.reasons, *_of_time(training, steps, bounds), *_of_step(step)]
+    reasons.append(_of_price(chosen.instance, spec.nodes, spot, keep_alive_seconds, region))
     return Forecast(chosen, bounds, Foreseen(chosen.name, memory, time, price, tuple(reasons), bounds.max_runtime_seconds))
 
 
@@ -79,17 +95,34 @@ def _price(time: Time | None, instance: Instance, nodes: int, bounds: Limits, *,
 def _of_time(training: float | None, steps: int, bounds: Limits) -> list[str]:
     if training is None:
         return ["time unknown: the model does not name its sizes; --dry-run runs two steps there, which are paid for"]
-    if bounds.max_minutes is None or training <= bounds.max_minutes * 60:
+    own = bounds.max_minutes if bounds.max_minutes is not None else bounds.max_runtime_seconds / 60
+    if training <= own * 60:
         return []
-    done = int(steps * bounds.max_minutes * 60 / training)
+    left = "checkpoint and artifact" if bounds.max_minutes is not None else "a checkpoint, from which  trimtab resume  goes on"
+    return [f"time ends the run after about {int(steps * own * 60 / training):,} of {steps:,} steps, with {left}; {_all_of(training)}"]
+
+
+def _all_of(training: float) -> str:
+    return f"all would take {training / 60:,.0f} min"
+
+
+def _of_step(step: float) -> list[str]:
+    """A run looks between its steps whether it is to stop. Source: "Use managed spot training", SageMaker AI developer guide."""
+    if step <= PATIENT_STEP:
+        return []
     return [
-        f"time ends the run after about {done:,} of {steps:,} steps, with checkpoint and artifact; all would take {training / 60:,.0f} min"
+        f"time of a step about {step:,.0f} s: SageMaker ends a job 120 s after it asks it to stop, so a stop or a spot interruption may "
+        "lose what was done since the last checkpoint; lower batch_rows or accumulation, or save oftener with save_every_minutes"
     ]
 
 
-def _of_price(instance: Instance, nodes: int, spot: bool, keep_alive_seconds: int) -> str:
-    date, region = instances.listed()
-    said = f"price for {nodes} x {instance.name} on demand, {instance.price} each, in {region} as listed on {date}; other regions differ"
+def _of_price(instance: Instance, nodes: int, spot: bool, keep_alive_seconds: int, region: str | None) -> str:
+    date, listed = instances.listed()
+    said = f"price for {nodes} x {instance.name} on demand, {instance.price} each, in {listed} as listed on {date}"
+    if region is None:
+        said += "; other regions differ"
+    elif instance.dearer > 1:
+        said += f"; {region} is not listed and may cost up to {instance.dearer:g} times as much, which max_usd counts on"
     if instance.estimated:
         said += "; computed by a rule, not listed"
     if spot:

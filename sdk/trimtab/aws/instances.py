@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -28,14 +28,15 @@ START_MINUTES = 6.0  # from the first billed second to the first step: image, ch
 SAVE_MINUTES = 4.0  # from the last step to the last billed second: checkpoint, artifact, upload
 GRACE_MINUTES = 4.0  # from the hard stop to the last billed second: 120 s between SIGTERM and SIGKILL, then the upload
 LONGEST_SECONDS = 2_419_200  # 28 days: what CreateTrainingJob takes for MaxRuntimeInSeconds
-USUAL_SECONDS = 432_000  # 5 days: what a new account's quota lets a training job run
+USUAL_SECONDS = 86_400  # 1 day: SageMaker's own default (StoppingCondition, API reference)
 
 
 @dataclass(frozen=True)
 class Instance:
     """A training instance type. Memory in GiB (`gpu_memory_gib` of one GPU), price in USD an hour for one instance on demand.
 
-    `estimated` tells that the price was computed by a rule and not found in a list; `usd` is the range that it stands for.
+    `estimated` tells that the price was computed by a rule and not found in a list; `dearer` is how many times the price it may cost in
+    a region of which no list was found. `usd` is the range that all that stands for.
     Stated, not measured: `flops` (operations a second) of a large matrix product, `bandwidth` (bytes a second) of memory, on one GPU where
     it has some, and `network` between two such machines.
     """
@@ -48,6 +49,7 @@ class Instance:
     bandwidth: float
     network: float
     estimated: bool = False
+    dearer: float = 1.0
     amx: bool = False
     gpus: int = 0
     gpu: str = ""
@@ -57,12 +59,12 @@ class Instance:
     def usd(self) -> tuple[float, float]:
         """The lowest and the highest price an hour that the table stands for."""
         slack = ESTIMATED if self.estimated else 0.0
-        return self.usd_per_hour * (1 - slack), self.usd_per_hour * (1 + slack)
+        return self.usd_per_hour * (1 - slack), self.usd_per_hour * (1 + slack) * self.dearer
 
     @property
     def price(self) -> str:
-        """`$0.97/h`; `about $72.79/h ($61.87 to $83.71)` when it is estimated."""
-        if not self.estimated:
+        """`$0.97/h`; `about $72.79/h ($61.87 to $83.71)` when it is estimated, or not listed for the region."""
+        if self.usd[0] == self.usd[1]:
             return f"${self.usd_per_hour:,.2f}/h"
         return f"about ${self.usd_per_hour:,.2f}/h (${self.usd[0]:,.2f} to ${self.usd[1]:,.2f})"
 
@@ -89,7 +91,8 @@ class Chosen:
 @dataclass(frozen=True)
 class Limits:
     """`max_runtime_seconds` is the hard stop for SageMaker; `max_minutes` what the run itself keeps to, so that it ends before with
-    checkpoint and artifact (None: it is not limited); `max_usd` the most that the job can then cost on demand; each with its reason."""
+    checkpoint and artifact (None: it is not limited); `max_usd` the most that this training job can then cost on demand; each with its
+    reason."""
 
     max_runtime_seconds: int
     max_minutes: float | None
@@ -107,12 +110,18 @@ def listed() -> tuple[str, str]:
     return _table()["listed"], _table()["region"]
 
 
+def elsewhere(region: str | None) -> float:
+    """How many times the table's prices a region may cost: 1 for the table's own, and where no region is named."""
+    return 1.0 if region in (None, _table()["region"]) else float(_table()["elsewhere"])
+
+
 @cache
-def instances() -> Mapping[str, Instance]:
-    """The table, by name."""
+def instances(region: str | None = None) -> Mapping[str, Instance]:
+    """The table, by name, with the prices of a region as far as they are known."""
     table = _table()
     stated, found = table["stated"], {}
     for name, row in table["types"].items():
+        row = row | {"dearer": elsewhere(region)}
         if "gpu" in row:
             gpu, share = table["gpus"][row["gpu"]], stated["gpu"]
             flops, bandwidth = gpu["tflops"] * share["share_of_tflops"], gpu["gb_per_second"] * share["share_of_bandwidth"]
@@ -125,9 +134,9 @@ def instances() -> Mapping[str, Instance]:
     return found
 
 
-def find(name: str) -> Instance:
+def find(name: str, region: str | None = None) -> Instance:
     """The type of that name. Raises SpecError with the nearest right one."""
-    known = instances()
+    known = instances(region)
     if name in known:
         return known[name]
     for sure in (f"ml.{name}", name.lower().replace("_", "."), f"ml.{name.lower().removeprefix('ml')}"):
@@ -138,7 +147,27 @@ def find(name: str) -> Instance:
     raise SpecError(f"trimtab's table of training instances has no {name!r}: {hint}")
 
 
-def choose(spec: JobSpec, memory_mb: int | None, *, ask: str | None = None, seconds: Callable[[Instance], float] | None = None) -> Chosen:
+def instead_of(name: str) -> Instance | None:
+    """The cheapest other type that runs what the named one runs: the same device, no less memory, and no slower where there is one.
+
+    None where the table has no such type. A Xeon without AMX is replaced by one with it.
+    """
+    if name not in instances():
+        return None
+    one = find(name)
+    like = [two for two in instances().values() if (two.gpus if one.gpus else two.amx) and two.name != name and two.room_mb >= one.room_mb]
+    no_slower = [two for two in like if two.flops >= one.flops]
+    return min(no_slower or like, key=lambda two: (two.usd_per_hour, -two.vcpus), default=None)
+
+
+def choose(
+    spec: JobSpec,
+    memory_mb: int | None,
+    *,
+    ask: str | None = None,
+    seconds: Callable[[Instance], float] | None = None,
+    region: str | None = None,
+) -> Chosen:
     """The instance type for a job: the one asked for, checked, or one that holds it and makes it cheap.
 
     `memory_mb` (2^20 bytes) is what training takes on one machine, of a GPU's memory when the device is gpu; None: not known.
@@ -150,13 +179,13 @@ def choose(spec: JobSpec, memory_mb: int | None, *, ask: str | None = None, seco
     """
     gpu = spec.device == "gpu"
     fitting = sorted(
-        (one for one in instances().values() if (one.gpus == 1 if gpu else one.amx) and one.room_mb >= (memory_mb or 0)),
+        (one for one in instances(region).values() if (one.gpus == 1 if gpu else one.amx) and one.room_mb >= (memory_mb or 0)),
         key=lambda one: (one.usd_per_hour, -one.vcpus),
     )
     if ask is not None:
-        return _check(find(ask), gpu, memory_mb, fitting)
+        return _check(find(ask, region), gpu, memory_mb, fitting)
     if memory_mb is None:
-        unknown = find("ml.g6e.2xlarge" if gpu else "ml.m7i.4xlarge")
+        unknown = find("ml.g6e.2xlarge" if gpu else "ml.m7i.4xlarge", region)
         why = "its model does not name its sizes, so a middle one; name another with  --backend-option instance_type=TYPE"
         return Chosen(unknown, f"instance {unknown.name}, {unknown.price}: {_holds(unknown)}; {why}")
     if not fitting:
@@ -190,48 +219,77 @@ def minutes_for(usd: float, instance: Instance, count: int = 1) -> float:
     return usd / (instance.usd[1] * count) * 60
 
 
+def spent_usd(described: Iterable[Mapping[str, Any]], region: str | None = None) -> float:
+    """What training jobs cost at most so far, by DescribeTrainingJob's answers: their billed seconds, and those of their warm pools.
+
+    A pool that still waits counts as if nobody used it until its end. Raises SpecError for a type that the table does not hold.
+    """
+    total = 0.0
+    for job in described:
+        resources, pool = job["ResourceConfig"], job.get("WarmPoolStatus", {})
+        waits = resources.get("KeepAlivePeriodInSeconds", 0) if pool.get("Status") == "Available" else 0
+        billed = job.get("BillableTimeInSeconds", job.get("TrainingTimeInSeconds", 0))
+        billed += max(waits, pool.get("ResourceRetainedBillableTimeInSeconds", 0))
+        total += cost(billed, find(resources["InstanceType"], region), resources["InstanceCount"]).high
+    return total
+
+
 def limits(
-    max_usd: float | None, max_minutes: float | None, instance: Instance, nodes: int = 1, *, keep_alive_seconds: int = 0, model_mb: int = 0
+    max_usd: float | None,
+    max_minutes: float | None,
+    instance: Instance,
+    nodes: int = 1,
+    *,
+    keep_alive_seconds: int = 0,
+    model_mb: int = 0,
+    step_seconds: float = 0.0,
+    spent_usd: float = 0.0,
 ) -> Limits:
     """When the job has to end: by the user's time and money, so that it is saved before and never costs more.
 
     Of the billed time that `max_usd` buys on demand, the end is kept free: the hard stop comes so early that the two minutes which
-    SageMaker then gives and the upload are paid for, and the run itself stops earlier by what starting and saving take. `model_mb`
-    (2^20 bytes), the base model's files, lengthens the start by their download at 100 MB/s; `keep_alive_seconds`, a warm pool after the
-    job, is paid from the same money.
+    SageMaker then gives and the upload are paid for, and the run itself stops earlier by what starting, saving and a step that has just
+    begun take. `model_mb` (2^20 bytes), the base model's files, lengthens the start by their download at 100 MB/s; `step_seconds` is what
+    a step takes; `keep_alive_seconds`, a warm pool after the job, is paid from the same money, and so is `spent_usd`: what the run's
+    earlier training jobs cost.
 
     Raises SpecError when the money buys less than starting and saving.
     """
-    around = START_MINUTES + model_mb / 100 / 60 + SAVE_MINUTES
+    around = START_MINUTES + model_mb / 100 / 60 + SAVE_MINUTES + step_seconds / 60
     machines = f"{instance.name if nodes == 1 else f'{nodes} x {instance.name}'} at {instance.price}"
     own, hard, reasons = max_minutes, USUAL_SECONDS / 60, []
     if own is not None:
         hard = own + around
         reasons.append(f"time {own:,.5g} min: max_minutes; the hard stop {around:,.1f} min later, which starting and saving may take")
     if max_usd is not None:
-        bought = minutes_for(max_usd, instance, nodes) - keep_alive_seconds / 60
+        money = f"${max_usd:,.2f}" + (f" less ${spent_usd:,.2f} that the run has cost" if spent_usd else "")
+        bought = minutes_for(max_usd - spent_usd, instance, nodes) - keep_alive_seconds / 60
         kept = " after its warm pool" if keep_alive_seconds else ""
         if bought <= around + GRACE_MINUTES:
-            least = (around + GRACE_MINUTES + 1 + keep_alive_seconds / 60) / minutes_for(1, instance, nodes)
+            least = spent_usd + (around + GRACE_MINUTES + 1 + keep_alive_seconds / 60) / minutes_for(1, instance, nodes)
             raise SpecError(
-                f"${max_usd:,.2f} buys {max(0.0, bought):,.1f} minutes of {machines}{kept}; to start, to save and to end alone may take "
+                f"{money} buys {max(0.0, bought):,.1f} minutes of {machines}{kept}; to start, to save and to end alone may take "
                 f"{around + GRACE_MINUTES:,.1f}: raise max_usd to {math.ceil(least * 100) / 100:.2f} at least, or name a cheaper instance"
             )
         if bought - GRACE_MINUTES < hard:
             hard = bought - GRACE_MINUTES
             own = hard - around
             reasons.append(
-                f"money ${max_usd:,.2f}: {bought:,.1f} min of {machines} on demand{kept}; the run ends itself after {own:,.1f} min with "
+                f"money {money}: {bought:,.1f} min of {machines} on demand{kept}; the run ends itself after {own:,.1f} min with "
                 f"checkpoint and artifact, the hard stop comes at {hard:,.1f} min"
             )
         else:
-            reasons.append(f"money ${max_usd:,.2f}: more than the time limit lets {machines} cost")
+            reasons.append(f"money {money}: more than the time limit lets {machines} cost")
     if hard * 60 > LONGEST_SECONDS:
         hard = LONGEST_SECONDS / 60
         own = hard - around
         reasons.append("time at most 28 days: SageMaker runs no job longer")
-    elif not reasons or (own is None and max_usd is not None):
-        reasons.append(f"time at most {USUAL_SECONDS / 86400:g} days: what a new account's quota lets a job run")
+    elif own is None:
+        day = USUAL_SECONDS / 86400
+        reasons.append(
+            f"time at most {day:g} day, SageMaker's own default, then it is stopped with a checkpoint: for longer set max_minutes, such as "
+            f"--max-minutes {2 * USUAL_SECONDS // 60}"
+        )
     most = cost(hard * 60 + GRACE_MINUTES * 60 + keep_alive_seconds, instance, nodes).high
     return Limits(math.floor(hard * 60), own, most, tuple(reasons))
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trimtab.aws.instances import instead_of
 from trimtab.backends.base import RunHandle, RunState, RunStatus
 from trimtab.events import Event, Finished, Step
 
@@ -35,7 +36,7 @@ def standing(handle: RunHandle, described: Mapping[str, Any], events: Sequence[E
         )
     if status == "Completed":
         return RunStatus(state=RunState.SUCCEEDED, reason=word.reason if word else "", progress=1.0, eta=0.0, step=step)
-    reason = _stopped(secondary, handle, described) if status == "Stopped" else failure(handle, described.get("FailureReason", ""))
+    reason = _stopped(secondary, handle, described) if status == "Stopped" else failure(handle, described)
     return RunStatus(state=_STATES[status], reason=reason, progress=progress, step=step)
 
 
@@ -55,16 +56,16 @@ def _stopped(secondary: str, handle: RunHandle, described: Mapping[str, Any]) ->
     return f"{why}; {_again(handle)}"
 
 
-def failure(handle: RunHandle, said: str) -> str:
+def failure(handle: RunHandle, described: Mapping[str, Any]) -> str:
     """SageMaker's failure reason as the run's own cause, and where there is none, what it means; ends with what to type."""
+    said, kind = described.get("FailureReason", ""), described.get("ResourceConfig", {}).get("InstanceType", "")
     found = _FAILURE.match(said.strip())
     cause, code = (found["cause"], found["code"]) if found else (said, None)
     cause = cause.partition("\nTraceback (most recent call last)")[0].strip().rstrip(",").strip()
     if "capacityerror" in said.lower() or "insufficient capacity" in said.lower():
-        return (
-            f"{said.strip()}; no instance of that type is free now: try later or another type with  "
-            f"trimtab resume {handle} --backend-option instance_type=ml.m7i.4xlarge"
-        )
+        other = instead_of(kind)
+        another = f" or on another type with  trimtab resume {handle} --backend-option instance_type={other.name}" if other else ""
+        return f"{said.strip()}; no {kind or 'instance of that type'} is free now: try it later with  trimtab resume {handle}{another}"
     if cause and not (code == _KILLED and _bare(cause)):
         return cause
     how = {_KILLED: "killed? out of memory?", None: "SageMaker gave no reason"}.get(code, f"exit code {code}")
