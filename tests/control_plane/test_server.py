@@ -20,13 +20,14 @@ import control_plane
 from control_plane import ControlPlane
 from control_plane.store import TrainingJob
 from support.plane import ACCOUNT, client, job_request, refused
+from support.training_jobs import until
 
 FOLDER = Path(control_plane.__file__).parents[1]
 SIGNED = {"Authorization": "AWS4-HMAC-SHA256 Credential=AKIA/20261122/us-east-1/sagemaker/aws4_request, SignedHeaders=host, Signature=0"}
 
 
 def _send(plane: ControlPlane, method: str, path: str, body: Any = b"", headers: dict[str, str] | None = None) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection(urlsplit(plane.url).netloc, timeout=10)
+    connection = http.client.HTTPConnection(urlsplit(plane.url).netloc, timeout=60)
     try:
         connection.request(method, path, body if isinstance(body, bytes) else json.dumps(body), headers or {})
         response = connection.getresponse()
@@ -120,27 +121,26 @@ def test_an_answer_is_late_on_request(plane: ControlPlane) -> None:
     with client(plane) as made:
         made.list_models()
     assert time.monotonic() - began >= 0.3
-    plane.fault(operation="CreateTrainingJob", hang=5.0, after=True)
+    plane.fault(operation="CreateTrainingJob", hang=300.0, after=True)
     with client(plane, read_timeout=0.2) as hasty, pytest.raises(ReadTimeoutError):
         hasty.create_training_job(**job_request())
-    assert list(plane.store.jobs) == ["job"]
+    until(lambda: list(plane.store.jobs) == ["job"])  # the client has given up, not the control plane
 
 
 def test_closing_waits_for_no_late_answer() -> None:
     def ask() -> None:
-        with contextlib.suppress(HTTPClientError), client(plane, read_timeout=60) as made:
+        with contextlib.suppress(HTTPClientError), client(plane, read_timeout=600) as made:
             made.list_models()
 
     with ControlPlane(runner=None) as plane:
         plane.fault(operation="ListModels", hang=300.0)
-        asking = threading.Thread(target=ask)
+        asking = threading.Thread(target=ask, daemon=True)
         asking.start()
-        while not plane.requests:
-            time.sleep(0.01)
+        until(lambda: plane.requests)
         began = time.monotonic()
         plane.close()
-        assert time.monotonic() - began < 5
-        asking.join(10)
+        assert time.monotonic() - began < 60
+        asking.join(60)
         assert not asking.is_alive()
 
 
@@ -207,9 +207,28 @@ def test_a_fault_of_its_own_is_answered_as_one(plane: ControlPlane, sagemaker: A
     sagemaker.list_models()  # it goes on
 
 
+def test_an_answer_that_the_model_does_not_allow_is_not_given(plane: ControlPlane, sagemaker: Any) -> None:
+    """botocore does not look at what it is answered, so that a wrong answer here would prove a client right that no service would."""
+    sagemaker.create_training_job(**job_request())
+    job = plane.store.jobs["job"]
+    told = "the answer to DescribeTrainingJob is not what the model of sagemaker has"
+    right, job.arn = job.arn, "arn:aws:sagemaker:nowhere"
+    with refused("InternalFailure", told, "'arn:aws:sagemaker:nowhere' at 'trainingJobArn'", "regular expression"):
+        sagemaker.describe_training_job(TrainingJobName="job")
+    job.arn, job.status = right, "Finished"  # type: ignore[assignment]
+    with refused("InternalFailure", told, "'Finished' at 'trainingJobStatus'", "enum value set"):
+        sagemaker.describe_training_job(TrainingJobName="job")
+    job.status = "InProgress"
+    job.request["HyperParameters"] = {"k" * 300: "v"}
+    with refused("InternalFailure", told, "'hyperParameters'", "less than or equal to 256"):
+        sagemaker.describe_training_job(TrainingJobName="job")
+    del job.request["HyperParameters"]
+    assert sagemaker.describe_training_job(TrainingJobName="job")["TrainingJobStatus"] == "InProgress"
+
+
 def test_a_body_of_no_size_or_too_large_is_not_read(plane: ControlPlane) -> None:
     for length in ("-1", "x", str(2**40)):
-        connection = http.client.HTTPConnection(urlsplit(plane.url).netloc, timeout=10)
+        connection = http.client.HTTPConnection(urlsplit(plane.url).netloc, timeout=60)
         connection.putrequest("POST", "/")
         connection.putheader("Content-Length", length)
         connection.endheaders()
@@ -228,10 +247,10 @@ def test_the_program_serves_until_it_is_told_to_end() -> None:
         assert started.stdout is not None
         said = started.stdout.readline()
         url = urlsplit(said.removeprefix("control plane: ").strip())
-        connection = http.client.HTTPConnection(url.netloc, timeout=10)
+        connection = http.client.HTTPConnection(url.netloc, timeout=60)
         with contextlib.closing(connection):
             connection.request("GET", "/_control/health")
             with contextlib.closing(connection.getresponse()) as answer:
                 assert answer.status == 200
         started.terminate()
-        assert started.wait(10) == 0
+        assert started.wait(60) == 0

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from docker import DockerClient
 from control_plane import ControlPlane, channels, cloudwatch
 from control_plane.container import LABEL
 from control_plane.layout import Host, hosts_of, resource_config
-from control_plane.training import Settings, TrainingRunner
-from support.cloud import hasten
-from support.training_jobs import Jobs, client_at, prefix, statuses, until
+from control_plane.training import TrainingRunner
+from support.cloud import QUICK, hasten
+from support.training_jobs import WAITS, Jobs, client_at, prefix, statuses, until
 
 
 class TestWhatAContainerFinds:
@@ -50,24 +51,25 @@ class TestWhatAContainerFinds:
 
     def test_volumes_in_place_of_folders_look_the_same(self, jobs: Jobs, localstack: str, client: DockerClient) -> None:
         """What a caller gets who is not root."""
-        volumes = len(client.volumes.list())
         with ControlPlane(aws_url=localstack) as plane:
-            hasten(plane, Settings(grace=4, notice=4, sync_every=0.2, volumes=True))
+            hasten(plane, replace(QUICK, volumes=True))
+            mine_alone = {"label": f"{LABEL}={plane.place(plane.account, plane.region).training.engine.mark}"}  # type: ignore[union-attr]
             mine = Jobs(plane, None, jobs.s3, jobs.logs, jobs.bucket, jobs.image)
             with contextlib.closing(client_at(jobs.sagemaker, plane.url)) as mine.sagemaker:
                 script = """
                 cd /opt/ml; stat -c '%n %u:%g %a' input model output checkpoints
                 if [ -f checkpoints/1 ]; then cat checkpoints/1 >model/m; exit 0; fi
-                umask 077; echo one >checkpoints/1; echo saved; sleep 60
+                trap 'exit 143' TERM; umask 077; echo one >checkpoints/1; echo saved; while :; do sleep 0.1; done
                 """
                 name = mine.spot(script)
                 mine.until_printed(name, "saved")
-                until(lambda: mine.keys("checkpoints/"), 20)
+                until(lambda: mine.keys("checkpoints/"))
+                assert len(client.volumes.list(filters=mine_alone)) == 4
                 plane.interrupt(name)
                 assert mine.wait(name)["TrainingJobStatus"] == "Completed"
                 assert mine.lines(name)[:4] == [f"{each} 0:0 755" for each in ("input", "model", "output", "checkpoints")]
                 assert mine.packed(name) == {"m": "one\n"}
-        assert len(client.volumes.list()) == volumes
+                assert client.volumes.list(filters=mine_alone) == []
 
     def test_an_entrypoint_and_arguments_of_the_request_take_the_place_of_the_images(self, jobs: Jobs) -> None:
         algorithm = {"ContainerEntrypoint": ["/bin/sh", "-c"], "ContainerArguments": ["echo $0 $1 >/opt/ml/model/said", "a", "b c"]}
@@ -101,28 +103,31 @@ class TestChannels:
         assert jobs.wait(name)["TrainingJobStatus"] == "Completed"
         assert jobs.lines(name) == ["listed/a A", "listed/deep/b B", "one/a A", "unpacked/c C", "whole/a A", "whole/deep/b B"]
 
-    @pytest.mark.parametrize(
-        ("source", "said"),
-        [
-            ({"S3DataType": "ManifestFile", "S3Uri": "s3://{bucket}/broken"}, "is no manifest"),
-            ({"S3DataType": "ManifestFile", "S3Uri": "s3://{bucket}/lacking"}, "NoSuchKey|404"),
-            ({"S3DataType": "ManifestFile", "S3Uri": "s3://{bucket}/outside"}, "names no file in its folder"),
-            ({"S3DataType": "S3Prefix", "S3Uri": "s3://{bucket}/absolute/"}, "names no file in its folder"),
-            ({"S3DataType": "S3Prefix", "S3Uri": "s3://{bucket}/clash/"}, "is an object and the folder of"),
-        ],
-    )
-    def test_data_that_cannot_be_had_fails_the_job_before_it_trains(self, jobs: Jobs, source: dict[str, str], said: str) -> None:
+    def test_data_that_cannot_be_had_fails_the_job_before_it_trains(self, jobs: Jobs) -> None:
+        """Each of these in a job of its own, all at once."""
+        reasons = {
+            ("ManifestFile", "broken"): "is no manifest",
+            ("ManifestFile", "lacking"): "NoSuchKey|404",
+            ("ManifestFile", "outside"): "names no file in its folder",
+            ("S3Prefix", "absolute/"): "names no file in its folder",
+            ("S3Prefix", "clash/"): "is an object and the folder of",
+        }
         jobs.put("broken", "[1, 2")
         jobs.put("lacking", json.dumps([{"prefix": f"s3://{jobs.bucket}/"}, "nowhere"]))
         jobs.put("outside", json.dumps([{"prefix": f"s3://{jobs.bucket}/"}, "../../nowhere"]))
         jobs.put("clash/a", "file")
         jobs.put("absolute//tmp/file", "file")
         jobs.put("clash/a/b", "file")
-        found = jobs.run("echo ran", channels=[prefix("data", source["S3Uri"].format(bucket=jobs.bucket), S3DataType=source["S3DataType"])])
-        assert found["TrainingJobStatus"] == "Failed"
-        assert found["FailureReason"].startswith("ClientError: Data download failed:")
-        assert any(each in found["FailureReason"] for each in said.split("|")), found["FailureReason"]
-        assert "Training" not in statuses(found)
+        started = {
+            jobs.start("echo ran", channels=[prefix("data", f"s3://{jobs.bucket}/{key}", S3DataType=kind)]): said
+            for (kind, key), said in reasons.items()
+        }
+        for name, said in started.items():
+            found = jobs.wait(name)
+            assert found["TrainingJobStatus"] == "Failed", said
+            assert found["FailureReason"].startswith("ClientError: Data download failed:")
+            assert any(each in found["FailureReason"] for each in said.split("|")), (said, found["FailureReason"])
+            assert "Training" not in statuses(found)
 
     @pytest.mark.parametrize(
         ("key", "asked", "place"),
@@ -158,9 +163,10 @@ class TestChannels:
 class TestLogs:
     def test_every_line_comes_once_in_order_while_it_runs(self, jobs: Jobs) -> None:
         count = 3000
-        name = jobs.start(f"echo early; sleep 2; i=0; while [ $i -lt {count} ]; do echo line $i; i=$((i+1)); done; printf 'no end'")
+        name = jobs.start(f"echo early\n{WAITS}i=0; while [ $i -lt {count} ]; do echo line $i; i=$((i+1)); done; printf 'no end'")
         jobs.until_printed(name, "early")
         assert jobs.describe(name)["TrainingJobStatus"] == "InProgress"
+        jobs.let_go(name)
         jobs.wait(name)
         stream, found, token = jobs.streams(name)[0], [], ""
         while True:
@@ -215,7 +221,7 @@ def test_nothing_is_left_when_the_control_plane_ends(jobs: Jobs, localstack: str
         with contextlib.closing(client_at(jobs.sagemaker, plane.url)) as sagemaker:
             mine = Jobs(plane, sagemaker, jobs.s3, jobs.logs, jobs.bucket, jobs.image)
             name = mine.start("trap '' TERM; echo going; while :; do sleep 0.1; done", resources={"InstanceCount": 2})
-            until(lambda: mine.lines(name).count("going") == 2, 60)
+            until(lambda: mine.lines(name).count("going") == 2)
             mark = plane.place(plane.account, plane.region).training.engine.mark  # type: ignore[union-attr]
             labelled = {"label": f"{LABEL}={mark}"}
             assert len(client.containers.list(filters=labelled)) == 2

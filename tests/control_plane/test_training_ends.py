@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from control_plane.faults import CAPACITY
 from control_plane.store import TrainingJob
 from control_plane.training import NO_IMAGE, NO_MEMORY, Settings, TrainingRunner, algorithm_error
 from support.cloud import QUICK, hasten
-from support.training_jobs import GRACEFUL, Jobs, client_at, prefix, statuses, until
+from support.training_jobs import GRACEFUL, PATIENCE, WAITS, Jobs, client_at, prefix, statuses, until
 
 
 class TestItsEnd:
@@ -77,10 +78,11 @@ class TestItsEnd:
                 assert mine.run("exec python3 -c 'bytearray(1 << 28)'")["FailureReason"] == NO_MEMORY
 
     def test_no_capacity(self, jobs: Jobs) -> None:
+        jobs.plane.fault(kind="capacity", instance_type="ml.m7i.2xlarge", hang=3.0)
+        late = jobs.start("echo late", resources={"InstanceType": "ml.m7i.2xlarge"})
         jobs.plane.fault(kind="capacity", instance_type="ml.m7i.xlarge")
         assert jobs.run("", resources={"InstanceType": "ml.m7i.xlarge"})["FailureReason"] == CAPACITY
-        jobs.plane.fault(kind="capacity", instance_type="ml.m7i.2xlarge", hang=1.0)
-        found = jobs.run("echo late", resources={"InstanceType": "ml.m7i.2xlarge"})
+        found = jobs.wait(late)
         assert found["TrainingJobStatus"] == "Completed"
         assert statuses(found)[:3] == ["Starting", "Pending", "Starting"]
 
@@ -97,25 +99,31 @@ class TestBeingEnded:
         assert jobs.lines(name) == ["going", "caught"]
         assert jobs.packed(name) == {"weights": "saved\n"}
 
-    def test_one_that_does_not_end_is_killed_and_its_model_is_kept(self, jobs: Jobs) -> None:
-        name = jobs.start("trap '' TERM; echo w >/opt/ml/model/w; echo going; while :; do sleep 0.1; done")
-        jobs.until_printed(name, "going")
-        jobs.sagemaker.stop_training_job(TrainingJobName=name)
-        began = time.monotonic()
-        assert jobs.wait(name)["TrainingJobStatus"] == "Stopped"
-        assert QUICK.grace <= time.monotonic() - began < QUICK.grace + 10
+    def test_one_that_does_not_end_is_killed_and_its_model_is_kept(self, jobs: Jobs, localstack: str) -> None:
+        grace = 2.0
+        with ControlPlane(aws_url=localstack) as plane:
+            hasten(plane, replace(QUICK, grace=grace))
+            with contextlib.closing(client_at(jobs.sagemaker, plane.url)) as sagemaker:
+                mine = replace(jobs, plane=plane, sagemaker=sagemaker)
+                name = mine.start("trap '' TERM; echo w >/opt/ml/model/w; echo going; while :; do sleep 0.1; done")
+                mine.until_printed(name, "going")
+                began = time.monotonic()
+                sagemaker.stop_training_job(TrainingJobName=name)
+                assert mine.wait(name)["TrainingJobStatus"] == "Stopped"
+                assert grace <= time.monotonic() - began < 60
         assert jobs.packed(name) == {"w": "w\n"}
 
-    def test_the_time_limit(self, jobs: Jobs) -> None:
-        found = jobs.run(GRACEFUL, limits={"MaxRuntimeInSeconds": 2})
-        assert (found["TrainingJobStatus"], found["SecondaryStatus"]) == ("Stopped", "MaxRuntimeExceeded")
-        assert jobs.packed(found["TrainingJobName"]) == {"weights": "saved\n"}
-
-    def test_the_time_limit_of_waiting(self, jobs: Jobs) -> None:
-        jobs.plane.fault(kind="capacity", instance_type="ml.m7i.xlarge", hang=60.0)
+    def test_the_time_limits_of_running_and_of_waiting(self, jobs: Jobs) -> None:
+        jobs.plane.fault(kind="capacity", instance_type="ml.m7i.xlarge", hang=600.0)
         limits = {"MaxRuntimeInSeconds": 1, "MaxWaitTimeInSeconds": 2}
-        found = jobs.wait(jobs.spot("", resources={"InstanceType": "ml.m7i.xlarge"}, limits=limits))
+        waiting = jobs.spot("", resources={"InstanceType": "ml.m7i.xlarge"}, limits=limits)
+        running = jobs.start(GRACEFUL, limits={"MaxRuntimeInSeconds": 10})  # the start of the container counts
+        found = jobs.wait(waiting)
         assert (found["TrainingJobStatus"], found["SecondaryStatus"]) == ("Stopped", "MaxWaitTimeExceeded")
+        found = jobs.wait(running)
+        assert (found["TrainingJobStatus"], found["SecondaryStatus"]) == ("Stopped", "MaxRuntimeExceeded")
+        assert jobs.lines(running) == ["going", "caught"]
+        assert jobs.packed(running) == {"weights": "saved\n"}
 
     def test_the_time_limit_of_being_pending(self, localstack: str, tmp_path: Path) -> None:
         """Of the runner itself: the least that the API takes is two hours."""
@@ -127,7 +135,7 @@ class TestBeingEnded:
         with contextlib.closing(TrainingRunner(localstack, cloud.REGION, tmp_path)) as runner:
             job.shortage = 60.0
             runner.start(job)
-            assert job.ended.wait(20)
+            assert job.ended.wait(PATIENCE)
         assert (job.status, job.training_seconds) == ("Stopped", None)
 
 
@@ -141,7 +149,7 @@ class TestSpot:
         """
         name = jobs.spot(script)
         jobs.until_printed(name, "going")
-        until(lambda: jobs.keys("checkpoints/") == ["1/step"], 20)  # while it runs
+        until(lambda: jobs.keys("checkpoints/") == ["1/step"])  # while it runs
         jobs.plane.interrupt(name)
         found = jobs.wait(name)
         assert found["TrainingJobStatus"] == "Completed"
@@ -159,24 +167,26 @@ class TestSpot:
         if [ -d 1 ]; then find . -type f | sort | sed 's/^/has /'; exit 0; fi
         trap 'exit 143' TERM
         mkdir 1; for n in a b c; do echo $n >1/$n; done; echo first
-        until [ -f /opt/ml/input/data/code/now ]; do sleep 0.1; done
+        until [ -f /go ]; do sleep 0.05; done
         mkdir 2; for n in a b c; do echo $n >2/$n; done; echo second; while :; do sleep 0.1; done
         """
         name = jobs.spot(script)
         jobs.until_printed(name, "first")
-        until(lambda: jobs.keys("checkpoints/") == ["1/a", "1/b", "1/c"], 20)
+        until(lambda: jobs.keys("checkpoints/") == ["1/a", "1/b", "1/c"])
         training: Any = jobs.plane.place(jobs.plane.account, jobs.plane.region).training
         training.cut_sync(name, 2)
-        next(training.work.glob(f"jobs/{name}/life-1/algo-1/input/data/code")).joinpath("now").touch()
+        jobs.let_go(name)
         jobs.until_printed(name, "second")
-        until(lambda: len(jobs.keys("checkpoints/2/")) == 2, 20)
+        until(lambda: len(jobs.keys("checkpoints/2/")) == 2)
         jobs.plane.interrupt(name)
         assert jobs.wait(name)["TrainingJobStatus"] == "Completed"
         assert jobs.lines(name)[2:] == ["has ./1/a", "has ./1/b", "has ./1/c", "has ./2/a", "has ./2/b"]
 
     def test_a_deleted_checkpoint_stays_in_s3_and_a_changed_one_is_sent_again(self, jobs: Jobs) -> None:
-        script = "cd /opt/ml/checkpoints; echo 1 >a; echo 1 >b; sleep 1; rm a; echo 2 >b; sleep 1"
-        jobs.wait(jobs.spot(script))
+        name = jobs.spot(f"cd /opt/ml/checkpoints; echo 1 >a; echo 1 >b\n{WAITS}rm a; echo 2 >b")
+        until(lambda: jobs.keys("checkpoints/") == ["a", "b"])
+        jobs.let_go(name)
+        assert jobs.wait(name)["TrainingJobStatus"] == "Completed"
         assert jobs.keys("checkpoints/") == ["a", "b"]
         assert jobs.object("checkpoints/b") == b"2\n"
 
@@ -199,7 +209,11 @@ class TestSeveralInstances:
         assert jobs.packed(name) == {"algo-1": "algo-1\n", "algo-2": "algo-2\n", "both": "algo-1\n"}
 
     def test_one_that_fails_ends_the_others(self, jobs: Jobs) -> None:
-        script = f"if [ $(hostname) = algo-2 ]; then sleep 1; echo lost >/opt/ml/output/failure; exit 3; fi\n{GRACEFUL}"
+        other = "python3 -c \"import socket; socket.create_connection(('algo-1', 4000))\""
+        script = f"""
+        if [ $(hostname) = algo-2 ]; then until {other} 2>/dev/null; do sleep 0.1; done; echo lost >/opt/ml/output/failure; exit 3; fi
+        trap 'echo caught; exit 143' TERM; echo going; python3 -m http.server 4000 >/dev/null 2>&1 & while :; do sleep 0.1; done
+        """
         found = jobs.run(script, resources={"InstanceCount": 2})
         assert found["FailureReason"] == "AlgorithmError: lost, exit code: 3"
         assert jobs.lines(found["TrainingJobName"], "algo-1") == ["going", "caught"]

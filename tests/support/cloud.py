@@ -22,7 +22,7 @@ import cloud  # noqa: E402
 from control_plane import ControlPlane  # noqa: E402
 from control_plane.training import Settings  # noqa: E402
 
-QUICK = Settings(grace=4.0, notice=4.0, sync_every=0.2)
+QUICK = Settings(grace=30.0, notice=30.0, sync_every=0.2)  # enough for a slow machine; what is to be killed has settings of its own
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def localstack(localstack_venv: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def control_plane(localstack: str) -> Iterator[ControlPlane]:
-    """The session's control plane: jobs run in containers, with short graces."""
+    """The session's control plane: jobs run in containers, with graces that no test waits for."""
     with ControlPlane(aws_url=localstack, runner="docker") as plane:
         hasten(plane)
         yield plane

@@ -310,12 +310,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _pass_on(self, seen: Seen, cut_after: int | None) -> None:
         body = self._read(seen)
         headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_BY_HOP}
-        try:
-            answer = self._ask(headers, body)
-        except (http.client.HTTPException, OSError):  # an idle connection that the service closed meanwhile
-            self.service.close()
-            answer = self._ask(headers, body)
-        with answer:
+        with self._ask(headers, body) as answer:
             if cut_after == -1:
                 answer.read()
                 seen.status = answer.status
@@ -336,7 +331,29 @@ class _Handler(BaseHTTPRequestHandler):
                 self.service.close()
 
     def _ask(self, headers: dict[str, str], body: bytes) -> http.client.HTTPResponse:
-        """The service's answer, which may come before it has read the body."""
+        """The service's answer, which may come before it has read the body.
+
+        A service closes a connection that idles, and a request may cross that: what ends on a used connection without one byte of an answer
+        is sent once more. Nothing else is, because the service may have done what it was asked.
+        """
+        used = self.service.sock is not None
+        try:
+            left = self._send_on(headers, body)
+            begun = self.service.sock.recv(1, socket.MSG_PEEK)
+        except ConnectionError:
+            if not used:
+                raise
+            begun = b""
+        if used and not begun:
+            self.service.close()
+            left = self._send_on(headers, body)
+        answer = self.service.getresponse()
+        if left:
+            answer.will_close = True  # the rest of the body is in the way of another request
+        return answer
+
+    def _send_on(self, headers: dict[str, str], body: bytes) -> memoryview:
+        """What is left of the body when the service has begun to answer, or nothing."""
         self.service.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in headers.items():
             self.service.putheader(name, value)
@@ -348,10 +365,7 @@ class _Handler(BaseHTTPRequestHandler):
                 break
             if ready:
                 left = left[line.send(left[:_BLOCK]) :]
-        answer = self.service.getresponse()
-        if left:
-            answer.will_close = True  # the rest of the body is in the way of another request
-        return answer
+        return left
 
     def _begin(self, answer: http.client.HTTPResponse) -> None:
         self.send_response_only(answer.status, answer.reason)

@@ -17,9 +17,12 @@ from docker import DockerClient
 
 import cloud
 from control_plane import ControlPlane, cloudwatch
+from control_plane.container import LABEL, NAME_LABEL
 from support.script_runs import MINE, derived
 
+PATIENCE = 180.0  # seconds: a busy machine takes long to start a container, and what does not come is told late
 OVER = ("Completed", "Failed", "Stopped")
+WAITS = "until [ -f /go ]; do sleep 0.05; done\n"  # in a script: here it waits for `let_go`
 GRACEFUL = """
 trap 'echo caught; echo saved >/opt/ml/model/weights; exit 143' TERM
 echo going; while :; do sleep 0.1; done
@@ -61,13 +64,13 @@ class Jobs:
             InputDataConfig=[prefix("code", f"s3://{self.bucket}/{name}/code/"), *more.pop("channels", [])],
             OutputDataConfig={"S3OutputPath": f"s3://{self.bucket}/out", **parts["output"]},
             ResourceConfig={"InstanceType": "ml.m7i.large", "InstanceCount": 1, "VolumeSizeInGB": 1, **parts["resources"]},
-            StoppingCondition={"MaxRuntimeInSeconds": 100, **parts["limits"]},
+            StoppingCondition={"MaxRuntimeInSeconds": 1200, **parts["limits"]},
             **more,
         )
         return name
 
     def spot(self, script: str, **more: Any) -> str:
-        limits = {"MaxWaitTimeInSeconds": 200, **more.pop("limits", {})}
+        limits = {"MaxWaitTimeInSeconds": 2400, **more.pop("limits", {})}
         checkpoints = {"S3Uri": f"s3://{self.bucket}/checkpoints"}
         return self.start(script, EnableManagedSpotTraining=True, CheckpointConfig=checkpoints, limits=limits, **more)
 
@@ -75,8 +78,8 @@ class Jobs:
         found: dict[str, Any] = self.sagemaker.describe_training_job(TrainingJobName=name)
         return found
 
-    def wait(self, name: str, seconds: float = 60.0) -> dict[str, Any]:
-        until(lambda: self.describe(name)["TrainingJobStatus"] in OVER, seconds)
+    def wait(self, name: str) -> dict[str, Any]:
+        until(lambda: self.describe(name)["TrainingJobStatus"] in OVER)
         return self.describe(name)
 
     def run(self, script: str, **more: Any) -> dict[str, Any]:
@@ -97,7 +100,23 @@ class Jobs:
         return found
 
     def until_printed(self, name: str, line: str) -> None:
-        until(lambda: line in self.lines(name), 60)
+        """Not for a job that ended before it printed it."""
+
+        def printed() -> bool:
+            over = self.describe(name)  # asked before the lines, of which none comes after the end
+            found = self.lines(name)
+            assert line in found or over["TrainingJobStatus"] not in OVER, (over.get("FailureReason"), found)
+            return line in found
+
+        until(printed)
+
+    def let_go(self, name: str) -> None:
+        """A script goes on that WAITS on the job's first machine."""
+        engine = self.plane.place(self.plane.account, self.plane.region).training.engine  # type: ignore[union-attr]
+        labels = [f"{LABEL}={engine.mark}", f"{NAME_LABEL}=sagemaker-{name}-algo-1"]
+        [container] = engine.client.containers.list(filters={"label": labels})
+        code, said = container.exec_run(["touch", "/go"])
+        assert code == 0, said
 
     def object(self, key: str) -> bytes:
         with self.s3.get_object(Bucket=self.bucket, Key=key)["Body"] as body:
@@ -117,7 +136,7 @@ def jobs(control_plane: ControlPlane, aws: Callable[..., Any], bucket: str, job_
     return Jobs(control_plane, aws("sagemaker", control_plane.url), aws("s3"), aws("logs"), bucket, job_image)
 
 
-def until(true: Callable[[], object], seconds: float) -> None:
+def until(true: Callable[[], object], seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "waited in vain"
