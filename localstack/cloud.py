@@ -24,7 +24,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if __name__ == "__main__":  # as a package's modules it is found by whoever imports this one
     sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -37,7 +37,7 @@ VENV = HERE.parent / ".cloud" / "localstack"
 SERVICES = "s3,sts,iam,logs,secretsmanager"
 REGION, ACCOUNT = "us-east-1", "000000000000"
 BUCKET, ROLE = f"sagemaker-{REGION}-{ACCOUNT}", "SageMakerExecutionRole"
-START, END = 120.0, 5.0  # seconds: to answer, to end before it is killed (its own stop can hang)
+START = 120.0  # seconds to answer
 
 # LocalStack keeps what S3 holds in one constant folder, which another server's deletion of a bucket would take away.
 # It ends when the other end of its standard input is closed, however whoever started it died.
@@ -97,11 +97,9 @@ class LocalStack:
     def __exit__(self, *ended: object) -> None:
         process, self._process = self._process, None
         if process is not None:
-            for how, patience in ((signal.SIGTERM, END), (signal.SIGKILL, None)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, how)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(patience)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # there is nothing that it would save, and its own stop can hang
+            process.wait()
             assert process.stdin is not None
             process.stdin.close()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -156,8 +154,7 @@ class Cloud:
 
     def __enter__(self) -> Cloud:
         try:
-            from control_plane import ControlPlane
-            from control_plane.training import Settings
+            from control_plane import ControlPlane, Settings
         except ImportError as exc:
             raise CloudError(
                 f"{exc}: the control plane needs  pip install boto3 docker  (or run it with {VENV / 'bin' / 'python'})"
@@ -166,11 +163,10 @@ class Cloud:
         with contextlib.ExitStack() as opened:
             opened.enter_context(self.localstack)
             prepare(self.localstack.url, self.bucket)
+            settings = Settings(root_variable=self.root_variable, port_variable=self.port_variable)
             self.plane: ControlPlane = opened.enter_context(
-                ControlPlane(aws_url=self.localstack.url, runner=self.runner, command=self.command, port=self.port)
+                ControlPlane(aws_url=self.localstack.url, runner=self.runner, command=self.command, port=self.port, settings=settings)
             )
-            place: Any = self.plane.place(ACCOUNT, REGION)
-            place.training.settings = place.hosting.settings = Settings(root_variable=self.root_variable, port_variable=self.port_variable)
             self._open = opened.pop_all()
         return self
 

@@ -13,7 +13,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m control_plane", description="SageMaker, its runtime and Service Quotas on this machine."
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=4567, help="port to listen on; 0 is any free one (default: %(default)s)")
     parser.add_argument("--aws-url", default="http://127.0.0.1:4566", help="where S3 and Logs are (default: %(default)s)")
     parser.add_argument("--region", default="us-east-1", help="region of the quotas that are set (default: %(default)s)")
@@ -25,7 +24,7 @@ def main() -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, lambda *_: over.set())
     runner = None if asked.runner == "none" else asked.runner
-    settings = {"host": asked.host, "port": asked.port, "region": asked.region, "work": asked.work}
+    settings = {"port": asked.port, "region": asked.region, "work": asked.work}
     with ControlPlane(asked.aws_url, runner, asked.command or None, **settings) as plane:
         print(f"control plane: {plane.url}", flush=True)
         over.wait()

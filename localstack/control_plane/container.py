@@ -189,11 +189,10 @@ class Engine:
         api, mine = self._client.api, {"label": f"{LABEL}={self.mark}"}
         with contextlib.suppress(*UNREACHABLE):
             for container in api.containers(all=True, filters=mine):
-                with contextlib.suppress(docker.errors.NotFound):
+                with contextlib.suppress(*UNREACHABLE):  # one that somebody else is just removing, too
                     api.remove_container(container["Id"], force=True, v=True)
             for network in api.networks(filters=mine):
-                with contextlib.suppress(docker.errors.NotFound):
-                    api.remove_network(network["Id"])
+                self.remove_network(network["Id"])
             self._remove_volumes([each["Name"] for each in api.volumes(filters=mine)["Volumes"] or []])
         self._client.close()
         self._client = None

@@ -16,8 +16,8 @@ from urllib.parse import unquote, urlsplit
 from control_plane import invocations, validation
 from control_plane.faults import Fault
 from control_plane.operations import OPERATIONS, carry_out
+from control_plane.place import Place
 from control_plane.refusal import Refused
-from control_plane.runners import Place
 
 if TYPE_CHECKING:
     from control_plane.server import ControlPlane

@@ -16,20 +16,19 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from control_plane import channels, cloudwatch
-from control_plane.container import Asked, Container, Engine, Network
+from control_plane.container import Asked, Container, Network
 from control_plane.instance import Instance, StartFailed
 from control_plane.layout import INSIDE, Tree
-from control_plane.objects import Objects, TransferFailed, client_of, place_in, split_uri
+from control_plane.objects import TransferFailed, place_in, split_uri
 from control_plane.process_place import Process
+from control_plane.runner import Runner, log_output
 from control_plane.store import Endpoint, EndpointConfig, Model
-from control_plane.training import Settings
 
 PORT = 8080
 GRACE = 30.0  # seconds from SIGTERM to SIGKILL
@@ -42,7 +41,6 @@ _POLL = 0.1
 class _Serving:
     """What serves an endpoint, one start of it."""
 
-    version: int
     folder: Path
     instance: Instance
     address: tuple[str, int]
@@ -51,48 +49,29 @@ class _Serving:
     network: Network | None = None
 
 
-class HostingRunner:
-    """Endpoints in containers ("docker") or as processes of `command` ("process"). `work` is a folder of its own."""
+@dataclass(eq=False)
+class HostingRunner(Runner):
+    """Runs endpoints; each start and each end of one is a thread."""
 
-    def __init__(
-        self,
-        aws_url: str,
-        region: str,
-        work: Path,
-        runner: Literal["docker", "process"] = "docker",
-        command: Sequence[str] | None = None,
-        settings: Settings | None = None,
-    ) -> None:
-        if runner == "process" and not command:
-            raise ValueError("the process runner needs a command: what the image's ENTRYPOINT would be")
-        self.region, self.work, self.runner, self.command = region, work, runner, list(command or ())
-        self.settings = settings or Settings()
-        self.objects = Objects(aws_url, region)
-        self.logs = client_of("logs", aws_url, region)
-        self.closing = threading.Event()
-        self._lock = threading.Lock()
-        self._serving: dict[str, _Serving] = {}
-        self._threads: list[threading.Thread] = []
-
-    @cached_property
-    def engine(self) -> Engine:
-        return self.settings.engine()
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _serving: dict[str, _Serving] = field(default_factory=dict, init=False)
 
     def start(self, endpoint: Endpoint, model: Model, config: EndpointConfig) -> None:
         """Returns at once; the endpoint is told when it serves, or why not. What served it before goes on until then."""
         version = endpoint.version
-        thread = threading.Thread(
-            target=self._start, args=(endpoint, model, config, version), name=f"endpoint {endpoint.name}", daemon=True
-        )
-        self._threads = [each for each in self._threads if each.is_alive()] + [thread]
-        thread.start()
+        self.begin(lambda: self._start(endpoint, model, config, version), f"endpoint {endpoint.name}")
 
-    def stop(self, endpoint: Endpoint) -> None:
-        """Ends what serves it; returns when that has ended."""
-        with self._lock:
-            serving = self._serving.pop(endpoint.name, None)
-        if serving is not None:
-            self._end(serving)
+    def stop(self, endpoint: Endpoint, gone: Callable[[], None]) -> None:
+        """Returns at once; `gone` is called when what serves it has ended."""
+
+        def end() -> None:
+            with self._lock:
+                serving = self._serving.pop(endpoint.name, None)
+            if serving is not None:
+                self._end(serving)
+            gone()
+
+        self.begin(end, f"end of endpoint {endpoint.name}")
 
     def invoke(self, endpoint_name: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, Mapping[str, str], Iterator[bytes]]:
         """What the container answers: status, headers (names in lower case) and its body as it comes; read it to its end, or close it.
@@ -124,18 +103,11 @@ class HostingRunner:
 
         return answer.status, {name.lower(): value for name, value in answer.getheaders()}, pieces()
 
-    def close(self) -> None:
-        """Ends everything at once, and waits for that."""
-        self.closing.set()
-        for thread in self._threads:
-            thread.join()
+    def end_rest(self) -> None:
         with self._lock:
             found, self._serving = list(self._serving.values()), {}
         for serving in found:
             self._end(serving, grace=0.0)
-        self.engine.close()
-        self.objects.close()
-        self.logs.close()
 
     def _start(self, endpoint: Endpoint, model: Model, config: EndpointConfig, version: int) -> None:
         variant = config.variants[0]
@@ -235,9 +207,7 @@ class HostingRunner:
             if network is not None:
                 self.engine.remove_network(network.name)
             raise
-        reader = threading.Thread(target=_read, args=(instance.output(), log), name=f"output {endpoint.name}", daemon=True)
-        reader.start()
-        return _Serving(version, tree.root, instance, address, log, reader, network)
+        return _Serving(tree.root, instance, address, log, log_output(instance.output(), log, endpoint.name), network)
 
     def _container(
         self, endpoint: Endpoint, model: Model, tree: Tree, environment: Mapping[str, str], network: Network | None, version: int
@@ -274,7 +244,7 @@ class HostingRunner:
         until = time.monotonic() + min(grace, self.settings.grace)
         if grace:
             serving.instance.terminate()
-        while serving.instance.poll() is None and time.monotonic() < until:
+        while serving.instance.poll() is None and time.monotonic() < until and not self.closing.is_set():
             time.sleep(_POLL)
         serving.instance.kill()
         serving.reader.join(30)
@@ -314,8 +284,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _read(output: Iterator[bytes], log: cloudwatch.LogStream) -> None:
-    for piece in output:
-        log.write(piece)

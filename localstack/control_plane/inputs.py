@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 from urllib.parse import urlsplit
 
-import boto3
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from control_plane.objects import client_of
 from control_plane.refusal import Refused, invalid
 from control_plane.store import Request
 
@@ -24,14 +22,7 @@ class Inputs:
 
     def __init__(self, aws_url: str, account: str, region: str) -> None:
         self.region = region
-        self.s3: Any = boto3.client(
-            "s3",
-            endpoint_url=aws_url,
-            region_name=region,
-            aws_access_key_id=account,  # LocalStack takes the account from it
-            aws_secret_access_key="unused",
-            config=Config(s3={"addressing_style": "path"}, connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 3}),
-        )
+        self.s3 = client_of("s3", aws_url, region, account, connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 3})
 
     def refuse_empty(self, request: Request) -> None:
         """Raises Refused for a channel without objects, or in a bucket that is not there, not allowed, or another region's."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from control_plane import event_stream, validation
 from control_plane.operations_hosting import serving
+from control_plane.place import Place
 from control_plane.refusal import Refused
-from control_plane.runners import Place
 from control_plane.store import Endpoint, Request
 
 _LONGEST_MESSAGE = 1024  # characters of a container's error that are handed on

@@ -16,10 +16,6 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 THREADS = 8
-FAILURES = (
-    BotoCoreError,
-    ClientError,
-)  # what a call to AWS can raise; boto3's own transfer errors are among them as they are re-raised here
 
 
 class TransferFailed(Exception):
@@ -34,15 +30,19 @@ class Object:
     size: int
 
 
-def client_of(service: str, aws_url: str, region: str) -> Any:
-    """A boto3 client of the emulator at `aws_url`. Its credentials are made up, so that real ones never go there."""
+def client_of(service: str, aws_url: str, region: str, account: str, **config: Any) -> Any:
+    """A boto3 client of the emulator at `aws_url`, with more of botocore's Config where it is given.
+
+    Its credentials are made up, so that real ones never go there; LocalStack takes the account from the access key id.
+    """
+    usual = {"s3": {"addressing_style": "path"}, "retries": {"mode": "standard", "max_attempts": 5}, "max_pool_connections": 4 * THREADS}
     return boto3.client(
         service,
         endpoint_url=aws_url,
         region_name=region,
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
-        config=Config(s3={"addressing_style": "path"}, retries={"mode": "standard", "max_attempts": 5}, max_pool_connections=4 * THREADS),
+        aws_access_key_id=account,
+        aws_secret_access_key="unused",
+        config=Config(**{**usual, **config}),
     )
 
 
@@ -65,8 +65,8 @@ def place_in(folder: Path, relative: str) -> Path:
 class Objects:
     """The objects of one S3. Safe to use from several threads. Errors are TransferFailed's."""
 
-    def __init__(self, aws_url: str, region: str) -> None:
-        self.client = client_of("s3", aws_url, region)
+    def __init__(self, aws_url: str, region: str, account: str) -> None:
+        self.client = client_of("s3", aws_url, region, account)
 
     def close(self) -> None:
         self.client.close()

@@ -10,8 +10,8 @@ from control_plane import operations_quotas as quotas
 from control_plane import operations_search, validation
 from control_plane import operations_tags as tags
 from control_plane import operations_training as training
+from control_plane.place import Place
 from control_plane.refusal import Refused
-from control_plane.runners import Place
 from control_plane.store import Request
 
 Operation = Callable[[Request, Place], dict[str, Any]]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import threading
 from typing import Any
 
 from control_plane.listing import page, wanted
 from control_plane.operations_tags import new_tags
 from control_plane.operations_training import refuse_over_quota
+from control_plane.place import Place
 from control_plane.quotas import quota_name
 from control_plane.refusal import Refused, invalid
-from control_plane.runners import Place
 from control_plane.store import Endpoint, EndpointConfig, Model, Request, Store
 
 Answer = dict[str, Any]
@@ -208,17 +207,15 @@ def delete_endpoint(request: Request, place: Place) -> Answer:
                 raise invalid(f'Cannot update in-progress endpoint "{endpoint.arn}".')
             endpoint.move("Deleting")
 
-    def remove() -> None:
-        if place.hosting is not None:
-            place.hosting.stop(endpoint)
+    def gone() -> None:
         with store.lock:
             store.endpoints.pop(endpoint.name, None)
             store.tags.pop(endpoint.arn, None)
 
     if place.hosting is None:
-        remove()
+        gone()
     else:
-        threading.Thread(target=remove, name=f"delete {endpoint.name}").start()
+        place.hosting.stop(endpoint, gone)
     return {}
 
 

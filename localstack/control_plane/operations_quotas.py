@@ -6,9 +6,9 @@ from typing import Any
 
 from control_plane import validation
 from control_plane.listing import page
+from control_plane.place import Place
 from control_plane.quotas import SERVICE, Quota, quota_code
 from control_plane.refusal import Refused
-from control_plane.runners import Place
 from control_plane.store import Request, Store
 
 

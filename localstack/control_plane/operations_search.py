@@ -11,8 +11,8 @@ from control_plane import validation
 from control_plane.listing import page
 from control_plane.operations_tags import shown
 from control_plane.operations_training import description
+from control_plane.place import Place
 from control_plane.refusal import invalid
-from control_plane.runners import Place
 from control_plane.store import Request
 
 Record = dict[str, Any]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from control_plane.place import Place
 from control_plane.refusal import Refused, invalid
-from control_plane.runners import Place
 from control_plane.store import Request, Store
 
 MOST = 50  # tags of one resource

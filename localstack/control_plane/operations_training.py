@@ -9,9 +9,9 @@ from control_plane import validation
 from control_plane.faults import CAPACITY
 from control_plane.listing import page, wanted
 from control_plane.operations_tags import new_tags
+from control_plane.place import Place
 from control_plane.quotas import Usage, quota_name
 from control_plane.refusal import Refused, invalid
-from control_plane.runners import Place
 from control_plane.store import Request, Store, TrainingJob, WarmPool, now
 from control_plane.training_rules import instances, refuse_contradictions
 

@@ -7,7 +7,6 @@ access key id of twelve digits is the account).
 from __future__ import annotations
 
 import contextlib
-import importlib
 import socket
 import tempfile
 import threading
@@ -18,11 +17,12 @@ from typing import Any, Literal
 
 from control_plane.exchange import Exchange
 from control_plane.faults import Fault, Faults
+from control_plane.hosting import HostingRunner
 from control_plane.inputs import Inputs
-from control_plane.runners import Place
-from control_plane.store import Request, Store
-
-ACCOUNT = "000000000000"
+from control_plane.place import Place
+from control_plane.runner import Settings
+from control_plane.store import ACCOUNT, Request, Store
+from control_plane.training import TrainingRunner
 
 
 class ControlPlane:
@@ -30,8 +30,9 @@ class ControlPlane:
 
     `aws_url` is where S3 and Logs are (LocalStack), `runner` what training jobs and endpoints run in: "docker", "process" (`command`), or
     None for nothing at all, when whoever holds the store moves the jobs. `check_inputs`: whether a job whose channels are empty is refused,
-    as SageMaker does (default: when something runs). `work` is a folder for what they need meanwhile (default: a
-    temporary one, removed at the end). `port` 0 is any free one. Raises ValueError for a process runner without a command.
+    as SageMaker does (default: when something runs). `work` is a folder for what they need meanwhile (default: a temporary one, removed at
+    the end). `settings` are those of all that runs, in every account and region. `port` 0 is any free one. Raises ValueError for a process
+    runner without a command.
     """
 
     def __init__(
@@ -40,17 +41,17 @@ class ControlPlane:
         runner: Literal["docker", "process"] | None = "docker",
         command: Sequence[str] | None = None,
         *,
-        host: str = "127.0.0.1",
         port: int = 0,
         region: str = "us-east-1",
         account: str = ACCOUNT,
         work: str | Path | None = None,
         check_inputs: bool | None = None,
+        settings: Settings | None = None,
     ) -> None:
         if runner == "process" and not command:
             raise ValueError('runner="process" needs a command: what the ENTRYPOINT of the jobs\' image would be')
-        self.aws_url, self.runner, self.command = aws_url, runner, list(command) if command is not None else None
-        self.region, self.account = region, account
+        self.aws_url, self.runner, self.command = aws_url, runner, list(command or ())
+        self.region, self.account, self.settings = region, account, settings or Settings()
         self.check_inputs = runner is not None if check_inputs is None else check_inputs
         self.faults = Faults()
         self.requests: list[tuple[str, Request]] = []  # every operation asked for and its request as received, in order
@@ -59,8 +60,8 @@ class ControlPlane:
         self._places: dict[tuple[str, str], Place] = {}
         self._own_work = tempfile.TemporaryDirectory(prefix="control-plane-") if work is None else None
         self.work = Path(self._own_work.name if self._own_work is not None else str(work))
-        self._server = _Server((host, port), Exchange, self)
-        self.url = f"http://{host}:{self._server.server_port}"
+        self._server = _Server(("127.0.0.1", port), Exchange, self)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="control plane")
 
     @property
@@ -79,16 +80,9 @@ class ControlPlane:
         place = Place(Store(account, region), faults=self.faults)
         if self.check_inputs:
             place.inputs = Inputs(self.aws_url, account, region)
-        if self.runner is not None:  # loaded when used: docker and boto3 are theirs
-            settings: dict[str, Any] = {
-                "aws_url": self.aws_url,
-                "region": region,
-                "work": self.work / account / region,
-                "runner": self.runner,
-                "command": self.command,
-            }
-            place.training = importlib.import_module("control_plane.training").TrainingRunner(**settings)
-            place.hosting = importlib.import_module("control_plane.hosting").HostingRunner(**settings)
+        if self.runner is not None:
+            given = (self.aws_url, region, self.work / account / region, self.runner, self.command, self.settings, account)
+            place.training, place.hosting = TrainingRunner(*given), HostingRunner(*given)
         return place
 
     def fault(self, **members: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from control_plane.quotas import Quotas
 
 Request = dict[str, Any]
+ACCOUNT = "000000000000"  # of credentials that name none, as in LocalStack
 JobStatus = Literal["InProgress", "Completed", "Failed", "Stopping", "Stopped", "Deleting"]
 
 SPOT_SHARE = 0.3  # of a spot job's seconds are billed; SageMaker's own share moves with the market, up to 90 % off (its user guide)
@@ -283,7 +284,7 @@ class Endpoint:
 class Store:
     """One account's state in one region. `lock` guards the dictionaries; the values guard themselves."""
 
-    def __init__(self, account: str = "000000000000", region: str = "us-east-1") -> None:
+    def __init__(self, account: str = ACCOUNT, region: str = "us-east-1") -> None:
         self.account, self.region = account, region
         self.lock = threading.RLock()
         self.jobs: dict[str, TrainingJob] = {}

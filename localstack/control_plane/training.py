@@ -11,22 +11,22 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from control_plane import channels, cloudwatch, outputs
 from control_plane.checkpoints import Budget, CheckpointSync
-from control_plane.container import Asked, Engine, Network
+from control_plane.container import Asked, Network
 from control_plane.instance import Ended, Instance, StartFailed
 from control_plane.layout import INSIDE, Host, Tree, container_environment, hosts_of, local_checkpoints, write_config
-from control_plane.objects import Objects, TransferFailed, client_of
+from control_plane.objects import TransferFailed
 from control_plane.process_place import Process
+from control_plane.runner import Runner, log_output
+from control_plane.runner import Settings as Settings  # its place for who runs jobs alone
 from control_plane.store import TrainingJob
 
-GRACE = 120.0  # seconds from SIGTERM to SIGKILL, and of a spot instance's notice (StoppingCondition; EC2 user guide)
 NO_IMAGE = "ClientError: Cannot pull algorithm container. Either the image does not exist or its permissions are incorrect."
 NO_MEMORY = "ClientError: Please use an instance type with more memory, or reduce the size of job data processed on an instance."
 INTERNAL = "InternalServerError: We encountered an internal error. Please try again."
@@ -34,24 +34,6 @@ _POLL = 0.2
 
 Ending = Literal["Completed", "Failed", "Stopped"]
 Why = Literal["", "Stopped", "MaxRuntimeExceeded", "MaxWaitTimeExceeded", "Interrupted", "Closed"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the runner differs from SageMaker where a test wants it to. Times in seconds."""
-
-    grace: float = GRACE
-    notice: float = GRACE
-    sync_every: float = 1.0
-    answer: float = 60.0  # that an endpoint's container has for an answer
-    shm_size: str = "1g"
-    memory: str | None = None  # a container's limit, such as "512m": SageMaker's is the instance's, none here
-    volumes: bool | None = None  # see container.py; None: by whether this process is root
-    root_variable: str = "SM_ML_ROOT"  # names the tree to a process
-    port_variable: str = "SAGEMAKER_BIND_TO_PORT"  # names the port to a process that serves
-
-    def engine(self) -> Engine:
-        return Engine(shm_size=self.shm_size, memory=self.memory, volumes=self.volumes)
 
 
 class _Over(Exception):
@@ -62,38 +44,15 @@ class _Over(Exception):
         self.status, self.secondary, self.reason, self.artifacts = status, secondary, reason, artifacts
 
 
-class TrainingRunner:
-    """Runs jobs: in containers (`runner` "docker"), or as processes of `command` ("process"). `work` is a folder of its own."""
+@dataclass(eq=False)
+class TrainingRunner(Runner):
+    """Runs training jobs, each in a thread."""
 
-    def __init__(
-        self,
-        aws_url: str,
-        region: str,
-        work: Path,
-        runner: Literal["docker", "process"] = "docker",
-        command: Sequence[str] | None = None,
-        settings: Settings | None = None,
-    ) -> None:
-        if runner == "process" and not command:
-            raise ValueError("the process runner needs a command: what the image's ENTRYPOINT would be")
-        self.region, self.work, self.runner, self.command = region, work, runner, list(command or ())
-        self.settings = settings or Settings()
-        self.objects = Objects(aws_url, region)
-        self.logs = client_of("logs", aws_url, region)
-        self.closing = threading.Event()
-        self._threads: list[threading.Thread] = []
-        self._budgets: dict[str, Budget] = {}
-
-    @cached_property
-    def engine(self) -> Engine:
-        return self.settings.engine()
+    _budgets: dict[str, Budget] = field(default_factory=dict, init=False)
 
     def start(self, job: TrainingJob) -> None:
         """Returns at once; the job is told what happens."""
-        self._threads = [thread for thread in self._threads if thread.is_alive()]
-        thread = threading.Thread(target=_Run(self, job).run, name=f"job {job.name}", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        self.begin(_Run(self, job).run, f"job {job.name}")
 
     def cut_sync(self, job: str, after: int = 0) -> None:
         """A fault: of this life of the job's instances, only `after` more checkpoint files reach S3."""
@@ -101,15 +60,6 @@ class TrainingRunner:
 
     def budget(self, job: str) -> Budget:
         return self._budgets.setdefault(job, Budget())
-
-    def close(self) -> None:
-        """Ends every job's containers and processes, and waits for that."""
-        self.closing.set()
-        for thread in self._threads:
-            thread.join()
-        self.engine.close()
-        self.objects.close()
-        self.logs.close()
 
 
 @dataclass(eq=False)
@@ -120,8 +70,8 @@ class _Machine:
     tree: Tree
     log: cloudwatch.LogStream
     instance: Instance
-    sync: CheckpointSync | None = None
-    reader: threading.Thread | None = None
+    sync: CheckpointSync | None
+    reader: threading.Thread
     ended: Ended | None = None
 
 
@@ -281,9 +231,7 @@ class _Run:
             log.write(f"{exc}\n".encode())
             log.close()
             raise
-        machine = _Machine(host, tree, log, instance, sync)
-        machine.reader = threading.Thread(target=_read, args=(instance.output(), log), name=f"output {host.name}", daemon=True)
-        machine.reader.start()
+        machine = _Machine(host, tree, log, instance, sync, log_output(instance.output(), log, host.name))
         if sync is not None:
             sync.start(lambda: instance.pull(tree.checkpoints))
         return machine
@@ -348,8 +296,7 @@ class _Run:
         """What goes on around machines that have ended: the last lines, the last checkpoints, what they wrote."""
         for machine in self.machines:
             machine.instance.kill()  # of a process, what it started
-            if machine.reader is not None:
-                machine.reader.join(30)
+            machine.reader.join(30)
             machine.log.close()
             if machine.sync is not None:
                 try:
@@ -366,18 +313,12 @@ class _Run:
             machine.instance.remove()
             if machine.sync is not None:
                 machine.sync.close(send=False)
-            if machine.reader is not None:
-                machine.reader.join(30)
+            machine.reader.join(30)
             machine.log.close()
         self.machines.clear()
         if self.network is not None:
             self.runner.engine.remove_network(self.network.name)
             self.network = None
-
-
-def _read(output: Iterator[bytes], log: cloudwatch.LogStream) -> None:
-    for piece in output:
-        log.write(piece)
 
 
 def _reason(machine: _Machine) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -32,9 +32,14 @@ class Echo:
         self.serving[endpoint.name] = (model.name, config.name)
         endpoint.move("InService")
 
-    def stop(self, endpoint: Endpoint) -> None:
-        self.release.wait(10)
-        del self.serving[endpoint.name]
+    def stop(self, endpoint: Endpoint, gone: Callable[[], None]) -> None:
+        def end() -> None:
+            self.release.wait(10)
+            del self.serving[endpoint.name]
+            gone()
+
+        self.ending = threading.Thread(target=end)
+        self.ending.start()
 
     def invoke(self, endpoint_name: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, Mapping[str, str], Iterator[bytes]]:
         self.headers = dict(headers)
