@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.aws import limits
+from trimtab.aws.instances import instances
 from trimtab.aws.limits import refuse, refuse_secrets, violations
 from trimtab.errors import SpecError
 
@@ -124,6 +125,7 @@ BAD = [
     ("StoppingCondition.MaxWaitTimeInSeconds", 7_200, "is for spot training only", ""),
     ("EnableManagedSpotTraining", True, "MaxWaitTimeInSeconds: is missing", ""),
     ("EnableManagedSpotTraining", "yes", "EnableManagedSpotTraining: 'yes' is not true or false", ""),
+    ("StoppingCondition.MaxPendingTimeInSeconds", 7_200, "has no effect on ml.m7i.4xlarge", "leave max_pending_minutes out"),
     ("VpcConfig", {"SecurityGroupIds": ["sg-1"] * 6, "Subnets": ["subnet-1"]}, "VpcConfig.SecurityGroupIds: 6 entries", "1 to 5"),
     ("HyperParameters", None, "HyperParameters: None is no value", "leave it out"),
 ]
@@ -154,6 +156,27 @@ def test_everything_is_found_at_once():
         request[path] = value
     with pytest.raises(SpecError, match="would be refused for 5 things"):
         refuse("CreateTrainingJob", request)
+
+
+@pytest.mark.parametrize("kind", ["g5.xlarge", "g6.xlarge", "g6e.48xlarge", "p4d.24xlarge", "p4de.24xlarge", "p5.4xlarge", "p5en.48xlarge"])
+def test_machines_with_disks_of_their_own_take_no_key_for_them(kind):
+    request = changed("ResourceConfig", GOOD["ResourceConfig"] | {"InstanceType": f"ml.{kind}", "VolumeKmsKeyId": "alias/mine"})
+    found = violations("CreateTrainingJob", request)
+    assert len(found) == 1
+    assert f"VolumeKmsKeyId: ml.{kind} has disks of its own" in found[0]
+    assert "leave volume_kms_key out" in found[0]
+    del request["ResourceConfig"]["VolumeKmsKeyId"]
+    refuse("CreateTrainingJob", request)
+    request["StoppingCondition"] = {"MaxRuntimeInSeconds": 3600, "MaxPendingTimeInSeconds": 7_200}
+    refuse("CreateTrainingJob", request)  # and such types may be waited for
+
+
+def test_a_machine_on_volumes_takes_a_key():
+    refuse("CreateTrainingJob", changed("ResourceConfig.VolumeKmsKeyId", "alias/mine"))
+
+
+def test_every_type_with_a_gpu_of_the_table_has_disks_of_its_own():
+    assert {name for name in instances() if limits._OWN_DISKS.match(name)} == {name for name, one in instances().items() if one.gpus}
 
 
 def test_a_long_value_is_shortened_and_a_secret_is_not_shown():

@@ -21,6 +21,9 @@ from trimtab.secrets import kind_of_token, redact
 
 _SHOWN = 60  # characters of a value in a message
 _DAYS_28 = 28 * 24 * 3600
+_ACCELERATED = re.compile(r"ml\.(p|g|trn)\d")
+# training types whose machines have disks of their own: "Instance store volumes", Amazon EC2 user guide
+_OWN_DISKS = re.compile(r"ml\.(g4dn|g5|g6e?|g7e|p3dn|p4de?|p5(en?)?|p6e?-\w+|trn1n?|trn2|r5d)\.")
 
 _PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,), "boolean": (bool,), "integer": (int,), "long": (int,), "float": (int, float), "double": (int, float),
@@ -249,10 +252,22 @@ def _times(request: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _machines(request: Mapping[str, Any]) -> Iterator[str]:
-    """Developer guide, Managed warm pools: not with spot. API reference, ResourceConfig: a type with a count, or groups of instances."""
+    """Developer guide, Managed warm pools: not with spot. API reference, ResourceConfig: a type with a count, or groups of instances; no
+    key for volumes of types with local storage. StoppingCondition: which types a limit of pending time is for."""
     resources = request.get("ResourceConfig", {})
     if resources.get("KeepAlivePeriodInSeconds") and request.get("EnableManagedSpotTraining"):
         yield "ResourceConfig.KeepAlivePeriodInSeconds: machines that are kept warm cannot be spot instances; use one of the two"
+    kinds = [group["InstanceType"] for group in (resources, *resources.get("InstanceGroups", [])) if "InstanceType" in group]
+    if resources.get("VolumeKmsKeyId") and (own := [kind for kind in kinds if _OWN_DISKS.match(kind)]):
+        yield (
+            f"ResourceConfig.VolumeKmsKeyId: {own[0]} has disks of its own, which its hardware encrypts, and takes no key for them; leave "
+            "volume_kms_key out, or name an instance type without such disks"
+        )
+    if request.get("StoppingCondition", {}).get("MaxPendingTimeInSeconds") and kinds and not any(map(_ACCELERATED.match, kinds)):
+        yield (
+            f"StoppingCondition.MaxPendingTimeInSeconds: has no effect on {kinds[0]}, only on types with accelerators; leave "
+            "max_pending_minutes out, and end a wait that is too long with  trimtab stop"
+        )
     if resources.get("InstanceCount") == 0:
         yield "ResourceConfig.InstanceCount: 0 is out of range; at least 1 is allowed"
 
