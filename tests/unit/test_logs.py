@@ -9,6 +9,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import boto3
@@ -18,10 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.faulty_proxy import Fault, FaultyProxy, cut_answer, cut_request, hang, lost_answer, refused_json
-from trimtab.aws import logs
-from trimtab.aws.logs import LogReader, next_wait
+from trimtab.aws import lives, logs
+from trimtab.aws.lives import Life, Lives
+from trimtab.aws.logs import LogLine, LogReader, next_wait
+from trimtab.aws.refusals import is_passing
 from trimtab.aws.session import refuse_page
+from trimtab.backends.base import RunHandle
 from trimtab.errors import BackendError
+from trimtab.events import Finished
 
 JOB = "trim-7f3a9c21"
 NOW = int(time.time() * 1000)
@@ -90,6 +95,39 @@ def texts(lines: Any) -> list[str]:
     return [line.text for line in lines]
 
 
+def watch(reader: LogReader, done: Callable[[], bool], failures: list[BackendError], *, seconds: float = 60.0) -> list[LogLine]:
+    """What a watcher gets who polls until `done()`, then reads until nothing comes, and rides out what may pass.
+
+    One last look would not do: where it fails half-way it returns what it has.
+    """
+    lines: list[LogLine] = []
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        over = done()  # asked before reading: what was written until then is read
+        try:
+            came = reader.read(eager=over)
+        except BackendError as exc:
+            if exc.__cause__ is None or not is_passing(exc.__cause__):
+                raise
+            failures.append(exc)
+        else:
+            lines += came
+            if over and not came:
+                return lines
+        time.sleep(0.005)
+    raise AssertionError(f"not over after {seconds} seconds, with {len(lines)} lines")
+
+
+def polled(reader: LogReader, *, seconds: float = 30.0) -> list[LogLine]:
+    """The next lines that come to a watcher who asks only those streams whose turn it is."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if came := reader.read(eager=False):
+            return came
+        time.sleep(0.005)
+    raise AssertionError(f"no line came in {seconds} seconds")
+
+
 def test_what_is_not_there_yet_has_no_lines(client, group, looking_often):
     reader = LogReader(client, group.name, JOB)
     assert reader.read() == []
@@ -132,7 +170,8 @@ def test_ten_thousand_lines(client, group, looking_often):
     assert came == written
     assert reader.read() == []
     assert texts(LogReader(client, group.name, JOB).read()) == written
-    assert len(reader.cursor) < 150_000  # it holds the overlap, not the log
+    kept = sum(marks.total() for stream in reader._streams.values() for held in (stream.told, stream.met) for marks in held.values())
+    assert kept <= 2 * (logs.OVERLAP_LINES + 7)  # the overlap, not the log
 
 
 def test_lines_that_arrive_late_behind_newer_ones_are_told_once(client, group, looking_often):
@@ -165,34 +204,36 @@ def test_messages_become_lines_without_ends_and_without_secrets(client, group):
     assert "MIIEvQ" not in "".join(lines)
 
 
-def test_another_reader_goes_on_where_one_stood(client, group, looking_often):
-    written, cursor, came = [], None, []
-    for number in range(6):
-        lines = [(NOW + 10 * number + step, f"{number}.{step}") for step in range(3)]
-        group.write(f"algo-{number % 2 + 1}-1", *lines)
-        written += [text for _, text in lines]
-        reader = LogReader(client, group.name, JOB, cursor)
-        came += texts(reader.read())
-        cursor = reader.cursor
-        json.loads(cursor)
-    assert came == written
-    assert texts(LogReader(client, group.name, JOB).read()) == written  # one that begins anew is not disturbed
+def test_a_machine_that_is_taken_away_is_read_on_by_who_polls(client, group, looking_often):
+    reader = LogReader(client, group.name, JOB)
+    group.write("algo-1-1700000000000", "a1")
+    group.write("algo-2-1700000000001", "b1")
+    assert [line[:2] for line in polled(reader)] == [("algo-1", "a1"), ("algo-2", "b1")]
+    for life in range(1, 4):
+        assert reader.read(eager=False) == []
+        group.write(f"algo-1-170000000{life}000", f"life {life}")
+        assert [line[:2] for line in polled(reader)] == [("algo-1", f"life {life}")]
+    group.write("algo-2-1700000000001", "b2")  # a stream that was quiet for long
+    group.write("algo-1-1700000000000", "a2")  # written before the machine went, there after it
+    assert sorted(texts(watch(reader, lambda: True, []))) == ["a2", "b2"]
 
 
-def test_a_cursor_in_the_middle_of_following_goes_on_with_the_next_line(client, group, looking_often):
-    group.write("algo-1-1", *[f"line {number}" for number in range(10)])
-    first = LogReader(client, group.name, JOB)
-    following = first.follow(lambda: False)
-    assert [next(following).text for _ in range(4)] == [f"line {number}" for number in range(4)]
-    following.close()
-    assert texts(LogReader(client, group.name, JOB, first.cursor).read()) == [f"line {number}" for number in range(4, 10)]
-    assert texts(first.read()) == [f"line {number}" for number in range(4, 10)]
+def test_what_was_read_before_an_interruption_is_not_lost(client, group, looking_often):
+    group.write("algo-1-1", *[f"a{number}" for number in range(5)])
+    group.write("algo-2-1", *[f"b{number}" for number in range(5)], at=NOW + 1)
+    asked: list[str] = []
 
+    def interrupt(model: Any, **_: Any) -> None:
+        asked.append(model.name)
+        if model.name == "GetLogEvents" and asked.count("GetLogEvents") == 3:  # behind the first stream's lines
+            raise KeyboardInterrupt
 
-@pytest.mark.parametrize("cursor", ["", "{}", "[]", '{"job": "other", "streams": {}, "ready": []}', f'{{"job": "{JOB}", "streams": 1}}'])
-def test_a_cursor_that_is_none_is_refused(cursor):
-    with pytest.raises(BackendError, match="read the log from its beginning"):
-        LogReader(None, "g", JOB, cursor)
+    client.meta.events.register("before-call", interrupt)
+    reader = LogReader(client, group.name, JOB)
+    with pytest.raises(KeyboardInterrupt):
+        reader.read()
+    assert texts(reader.read()) == [f"a{number}" for number in range(5)] + [f"b{number}" for number in range(5)]
+    assert reader.read() == []
 
 
 FAULTS = {
@@ -206,19 +247,21 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("kind", FAULTS)
-def test_no_line_is_lost_or_doubled_by_a_failure(proxy, group, looking_often, kind):
+def test_no_line_is_lost_or_doubled_by_a_failure(proxy, group, looking_often, kind, eager):
     group.write("algo-1-1", *[f"a{number}" for number in range(5)])
     group.write("algo-2-1", *[f"b{number}" for number in range(5)], at=NOW + 1)
     with client_at(proxy.url) as client:
         reader = LogReader(client, group.name, JOB)
         proxy.fault(FAULTS[kind], on="DescribeLogStreams")
         proxy.fault(FAULTS[kind], on="GetLogEvents", times=1, after=2)  # behind the first stream's lines
-        with pytest.raises(BackendError, match=f"for the log streams of {JOB}"):
-            reader.read()
-        came = reader.read()
+        with pytest.raises(BackendError, match=f"for the log streams of {JOB}") as error:
+            reader.read(eager=eager)
+        assert is_passing(error.value.__cause__)
+        came = reader.read(eager=eager)
         assert [line.host for line in came] == ["algo-1"] * 5  # what was read before the failure
-        came += reader.read()
+        came += reader.read(eager=eager)
         assert texts(came) == [f"a{number}" for number in range(5)] + [f"b{number}" for number in range(5)]
         assert reader.read() == []
 
@@ -235,10 +278,10 @@ def test_a_permission_that_is_missing_is_named(proxy, group):
     group.write("algo-1-1", "one")
     proxy.fault(refused_json(400, "AccessDeniedException", "no"), on="GetLogEvents", times=9)
     with client_at(proxy.url) as client:
-        with pytest.raises(BackendError, match="logs:GetLogEvents"):
-            LogReader(client, group.name, JOB).read()
-        with pytest.raises(BackendError, match="logs:GetLogEvents"):
-            list(LogReader(client, group.name, JOB).follow(lambda: False))  # no waiting for what does not pass
+        for eager in (True, False):
+            with pytest.raises(BackendError, match="logs:GetLogEvents") as error:
+                LogReader(client, group.name, JOB).read(eager=eager)
+            assert not is_passing(error.value.__cause__)  # no waiting for what does not pass
 
 
 def page(token: str, *events: tuple[int, str]) -> Fault:
@@ -267,11 +310,16 @@ def test_an_empty_page_with_another_token_is_not_the_end(proxy, group, looking_o
         assert reader.read() == []
 
 
-def test_who_follows_crosses_a_gap_in_several_looks(proxy, group, looking_often):
+def test_who_polls_crosses_a_gap_in_several_looks(proxy, group, looking_often):
     group.write("algo-1-1", "behind a gap")
     gap(proxy, 12)
     with client_at(proxy.url) as client:
-        assert next(LogReader(client, group.name, JOB).follow(lambda: False)).text == "behind a gap"
+        reader = LogReader(client, group.name, JOB)
+        assert reader.read(eager=False) == []
+        assert proxy.count("GetLogEvents") == 5
+        assert texts(polled(reader)) == ["behind a gap"]
+        assert proxy.count("GetLogEvents") == 12 + 2  # no page of the gap was asked for again
+        assert reader.read() == []
 
 
 def test_a_token_that_has_expired_begins_the_look_anew(proxy, group, looking_often):
@@ -295,7 +343,31 @@ def test_who_waits_asks_seldom(proxy, group):
     assert proxy.count("GetLogEvents") == 2 + 2 + 8  # to the end of the stream, again from where the overlap begins, then one a look
 
 
-def test_two_who_follow_see_all_of_a_job_over_a_bad_network(proxy, localstack, group, looking_often):
+def test_who_polls_asks_only_the_streams_whose_turn_it_is(proxy, group, monkeypatch):
+    for name in ("LOOK_EVERY", "SHORTEST_WAIT", "LONGEST_WAIT"):
+        monkeypatch.setattr(logs, name, 600.0)  # none of it passes in the test
+    group.write("algo-1-1", "a1")
+    group.write("algo-2-1", "b1", at=NOW + 1)
+    with client_at(proxy.url, attempts=4, silence=30) as client:
+        reader = LogReader(client, group.name, JOB)
+        assert texts(reader.read(eager=False)) == ["a1", "b1"]
+        group.write("algo-2-1", "b2", at=NOW + 2)
+        assert texts(reader.read(eager=False)) == ["b2"]  # algo-1 said nothing, and rests
+        group.write("algo-1-1", "a2")
+        group.write("algo-2-1", "b3", at=NOW + 3)
+        assert texts(reader.read(eager=False)) == ["b3"]
+        assert reader.read(eager=False) == []  # and so does algo-2
+        asked = len(proxy.seen)
+        assert [reader.read(eager=False) for _ in range(50)] == [[]] * 50
+        assert len(proxy.seen) == asked
+        group.write("algo-2-1", "b4", at=NOW + 4)
+        assert texts(reader.read()) == ["a2", "b4"]
+        group.write("algo-1-1", "a3")
+        assert texts(reader.read(eager=False)) == ["a3"]  # who spoke is asked again at once
+    assert proxy.count("DescribeLogStreams") == 1
+
+
+def test_two_who_watch_see_all_of_a_job_over_a_bad_network(proxy, localstack, group, looking_often):
     over, rounds = threading.Event(), 40
     steady = [THROTTLED, BROKEN, cut_request(), cut_answer(40), lost_answer()]
 
@@ -313,13 +385,12 @@ def test_two_who_follow_see_all_of_a_job_over_a_bad_network(proxy, localstack, g
 
     writer = threading.Thread(target=job)
     came: dict[str, list[str]] = {}
-    said: list[str] = []
+    failures: dict[str, list[BackendError]] = {"bad": [], "good": []}
 
     def follow(who: str, url: str) -> None:
         with client_at(url) as client:
-            came[who] = [
-                f"{line.host} {line.text}" for line in LogReader(client, group.name, JOB).follow(over.is_set, grace=0.5, say=said.append)
-            ]
+            lines = watch(LogReader(client, group.name, JOB), over.is_set, failures[who])
+        came[who] = [f"{line.host} {line.text}" for line in lines]
 
     readers = [threading.Thread(target=follow, args=each) for each in (("bad", proxy.url), ("good", localstack))]
     for thread in (writer, *readers):
@@ -330,30 +401,62 @@ def test_two_who_follow_see_all_of_a_job_over_a_bad_network(proxy, localstack, g
         for host in (1, 2):
             mine = [line for line in came[who] if line.startswith(f"algo-{host} ")]
             assert mine == [f"algo-{host} {host}.{number}.{step}" for number in range(rounds) for step in range(5)], who
-    assert said
-    assert all(line.endswith("(it is tried again)") for line in said)
+    assert failures["bad"]
 
 
-def test_lines_after_the_jobs_end_are_waited_for_and_not_for_ever(client, group, looking_often):
+def test_a_network_that_is_away_loses_no_line(proxy, group, looking_often):
+    group.write("algo-1-1", "one")
+    with client_at(proxy.url) as client:
+        reader = LogReader(client, group.name, JOB)
+        assert texts(reader.read(eager=False)) == ["one"]
+        proxy.fault(cut_request(), on=lambda seen: True, times=10_000)
+        group.write("algo-1-1", "two")
+        for eager in (False, True, False):
+            with pytest.raises(BackendError, match="does not answer") as error:
+                reader.read(eager=eager)
+            assert is_passing(error.value.__cause__)
+        proxy.heal()
+        assert texts(reader.read(eager=False)) == ["two"]
+        assert reader.read() == []
+
+
+def ended_job(client: Any, group: Group) -> tuple[Lives, Life]:
+    """A job that ended half a minute ago, as a machine sees it whose clock is ahead."""
+    ended = datetime.now(UTC) - timedelta(seconds=30)
+    described = {"TrainingJobStatus": "Completed", "TrainingStartTime": ended - timedelta(seconds=60), "TrainingEndTime": ended}
+    run = Lives(None, RunHandle("sagemaker", JOB))
+    return run, Life(JOB, LogReader(client, group.name, JOB), described)
+
+
+def settle(run: Lives, life: Life) -> float:
+    """Read the job's log until it counts as read; the seconds that it took."""
+    begun = time.monotonic()
+    while not life.settled:
+        run._read(life)
+        assert time.monotonic() - begun < 30
+        time.sleep(0.05)
+    return time.monotonic() - begun
+
+
+def test_lines_after_the_jobs_end_are_waited_for_and_not_for_ever(client, group, looking_often, monkeypatch):
+    monkeypatch.setattr(lives, "SETTLING", 1.0)
     group.write("algo-1-1", "one")
     late = threading.Timer(0.4, lambda: group.write("algo-1-1", "late"))
     late.start()
-    begun = time.monotonic()
-    assert texts(LogReader(client, group.name, JOB).follow(lambda: True, grace=1.0)) == ["one", "late"]
-    assert 1.2 < time.monotonic() - begun < 10
+    run, life = ended_job(client, group)
+    seconds = settle(run, life)
     late.join()
+    assert life.lines == ["one", "late"]
+    assert 1.2 < seconds < 10
 
 
-def test_a_network_that_stays_away_ends_the_following(proxy, group, looking_often):
-    group.write("algo-1-1", "one")
-    with client_at(proxy.url) as client:
-        following = LogReader(client, group.name, JOB).follow(lambda: False, patience=0.5)
-        assert next(following).text == "one"
-        proxy.fault(cut_request(), on=lambda seen: True, times=10_000)
-        begun = time.monotonic()
-        with pytest.raises(BackendError, match="does not answer"):
-            next(following)
-        assert 0.5 < time.monotonic() - begun < 10
+def test_who_has_the_runs_last_word_waits_for_no_more(client, group, looking_often):
+    last = Finished(state="failed", reason="no", seconds=1.0)
+    group.write("algo-1-1", last.model_dump_json(), (NOW + 1, "Traceback"))  # the failure is printed after the last word
+    run, life = ended_job(client, group)
+    assert settle(run, life) < lives.SETTLING / 2
+    assert life.lines == ["Traceback"]
+    assert life.events == [last]
 
 
 def test_the_wait_grows_while_nothing_comes_and_falls_back():
@@ -397,10 +500,6 @@ def test_however_lines_arrive_each_is_told_once(data):
         sizes = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5))
         pages = iter(sizes)
         told += service.look(stream, lambda pages=pages: next(pages, 3))
-        if data.draw(st.booleans()):  # another process goes on
-            reader = LogReader(None, "g", JOB)
-            reader._streams["s"] = stream
-            stream = LogReader(None, "g", JOB, reader.cursor)._streams["s"]
     assert Counter(told) == Counter((at, message) for at, _, message in service.events)
 
 

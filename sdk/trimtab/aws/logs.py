@@ -8,17 +8,15 @@ token comes back unchanged; an empty page is none (Amazon CloudWatch Logs API re
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
-from trimtab.aws.refusals import asking, is_passing
+from trimtab.aws.refusals import asking
 from trimtab.errors import BackendError
 from trimtab.secrets import redact
 
@@ -92,87 +90,23 @@ class _Stream:
 
 
 class LogReader:
-    """Reads the log of one training job, from where `cursor` (that of another reader, perhaps in another process) left off.
+    """Reads the log of one training job, from its beginning. `client` is boto3's client of `logs`."""
 
-    `client` is boto3's client of `logs`. Raises BackendError for a cursor that is none.
-    """
-
-    def __init__(self, client: Any, group: str, job_name: str, cursor: str | None = None) -> None:
+    def __init__(self, client: Any, group: str, job_name: str) -> None:
         self._client, self._group, self._job = client, group, job_name
         self._streams: dict[str, _Stream] = {}
-        self._ready: deque[LogLine] = deque()  # read, and not yet handed on
+        self._ready: list[LogLine] = []  # read, and not yet returned
         self._looked = -LOOK_EVERY
-        if cursor is not None:
-            self._restore(cursor)
 
-    @property
-    def cursor(self) -> str:
-        """Where the reader stands, as JSON: a reader that is made with it goes on behind the last line that was handed on."""
-        streams = {stream.name: {"since": stream.since, "told": stream.told} for stream in self._streams.values()}
-        return json.dumps({"job": self._job, "streams": streams, "ready": list(self._ready)}, separators=(",", ":"))
-
-    def _restore(self, cursor: str) -> None:
-        try:
-            kept = json.loads(cursor)
-            if kept["job"] != self._job:
-                raise ValueError(f"it belongs to {kept['job']}")
-            for name, state in kept["streams"].items():
-                told = {int(at): Counter({str(mark): int(count) for mark, count in marks.items()}) for at, marks in state["told"].items()}
-                self._streams[name] = _Stream(name, self._host(name), since=int(state["since"]), told=told)
-            self._ready.extend(LogLine(str(host), str(text), float(at)) for host, text, at in kept["ready"])
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
-            raise BackendError(f"the kept place in the log of {self._job} cannot be read ({exc}): read the log from its beginning") from exc
-
-    def read(self) -> list[LogLine]:
+    def read(self, *, eager: bool = True) -> list[LogLine]:
         """The lines since the last time, of all hosts and streams, by time; those of a host and of one moment as they came.
 
+        With `eager` every stream is asked, else those whose turn it is: a stream that says nothing is asked less and less often,
+        every ten seconds at last. A watcher may so call this often, and at the end with `eager` until nothing comes.
+
         A group or a stream that is not there has no lines yet. Raises BackendError when AWS refuses or does not answer, after the
-        client's own retries; no line is lost by that, and what was read before it is returned first.
+        client's own retries. No line is lost by that: what was read before it is returned, and the next call meets it again.
         """
-        self._fetch(eager=True)
-        lines = list(self._ready)
-        self._ready.clear()
-        return lines
-
-    def follow(
-        self, done: Callable[[], bool], *, grace: float = 10.0, patience: float = 600.0, say: Callable[[str], None] = lambda line: None
-    ) -> Iterator[LogLine]:
-        """The lines as they come, until `done()` and then `grace` seconds without another (at most six times that in all).
-
-        Failures that may pass are waited out, `say` told of the first, until none of the questions of `patience` seconds was answered.
-        Raises BackendError then, and at once for a refusal that stays.
-        """
-        wait, failing_since = SHORTEST_WAIT, None
-        over_since = quiet_since = None
-        while True:
-            finished = done()  # asked before reading: what was written until then is read
-            now = time.monotonic()
-            try:
-                came = self._fetch(eager=finished)
-            except BackendError as exc:
-                if not (exc.__cause__ is not None and is_passing(exc.__cause__)) or now - (failing_since or now) > patience:
-                    raise
-                if failing_since is None:
-                    say(f"{exc} (it is tried again)")
-                failing_since = failing_since or now
-                time.sleep(jittered(wait := next_wait(wait, came=False, failed=True)))
-                continue
-            failing_since = None
-            while self._ready:
-                yield self._ready.popleft()
-            wait = next_wait(wait, came=came, failed=False)
-            if finished:
-                now = time.monotonic()
-                over_since = over_since or now
-                quiet_since = now if came or quiet_since is None else quiet_since
-                if now - quiet_since >= grace or now - over_since >= 6 * grace:
-                    return
-                wait = min(wait, max(grace / 5, 0.05), SHORTEST_WAIT)
-            time.sleep(jittered(wait))
-
-    def _fetch(self, *, eager: bool) -> bool:
-        """Put new lines to those that are ready; whether any are. With `eager` of every stream, else of those whose turn it is:
-        streams that say nothing are asked less and less often. A failure is raised when nothing was read before it."""
         found: list[tuple[int, str, int, LogLine]] = []
         try:
             self._look_for_streams()
@@ -185,8 +119,9 @@ class LogReader:
             if not found:
                 raise  # else it comes again with the next question
         finally:  # also when it is interrupted: what was read counts as told
-            self._ready.extend(line for *_, line in sorted(found, key=lambda each: each[:3]))
-        return bool(self._ready)
+            self._ready += [line for *_, line in sorted(found, key=lambda each: each[:3])]
+        lines, self._ready = self._ready, []
+        return lines
 
     def _look_for_streams(self) -> None:
         now = time.monotonic()
