@@ -18,6 +18,8 @@ from .errors import WeightsError
 
 MANIFEST = "trimtab-weights.json"
 
+_IN_S3 = "trimtab-in-s3.json"
+
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _OTHERS = re.compile(r"[^/]+\.(json|jinja)|tokenizer\.model|merges\.txt|vocab\.txt")
 _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)")
@@ -169,6 +171,21 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def note_in_s3(folder: Path, uri: str, size: int) -> None:
+    """Note beside what was fetched of a model that all of it stays in S3, and how many bytes lie there."""
+    written = folder / f".{_IN_S3}.{os.getpid()}"
+    written.write_text(json.dumps({"uri": uri, "bytes": size}), encoding="utf-8")
+    written.replace(folder / _IN_S3)
+
+
+def model_bytes(folder: Path) -> int:
+    """Bytes that a run's machine gets as its model: those in the folder, or, of a model that stays in S3, all that lie there."""
+    try:
+        return int(json.loads((folder / _IN_S3).read_bytes())["bytes"])
+    except FileNotFoundError:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def local_facts(folder: Path, notes: Path, *, verify: bool = False) -> dict[str, FileFact]:

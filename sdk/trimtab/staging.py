@@ -33,9 +33,11 @@ from trimtab.errors import SpecError, StagingError
 from trimtab.events import Event, read_from
 from trimtab.layout import JobDir
 from trimtab.ledger import Ledger
+from trimtab.model_folder import note_in_s3
 from trimtab.spec import JobSpec, TrainSpec
 
 if TYPE_CHECKING:
+    from trimtab.aws.session import Aws
     from trimtab.data import Document, Loaded
     from trimtab.weights import BaseModel
 
@@ -65,11 +67,14 @@ def stage(
     offline: bool = False,
     say: Callable[[str], None] = print,
     show: Callable[[Event], None] = lambda event: None,
+    aws: Aws | None = None,
+    bucket_owner: str | None = None,
 ) -> Staged:
     """Resolve the base model, load the documents, and prepare the rows, or find them prepared.
 
     `cache` is by default `cache_dir()`; `token` is the user's Hugging Face token, `offline` forbids asking a hub; `say` gets sentences,
-    `show` the events of preparing. Whatever interrupts it, only complete data stays.
+    `show` the events of preparing. `aws` and `bucket_owner` are for a model in S3, as `weights.resolve` takes them. Whatever interrupts
+    it, only complete data stays.
 
     Raises SpecError, WeightsError (LicenceRequired before anything is fetched), DataError, and StagingError with the runtime's reason.
     """
@@ -77,7 +82,7 @@ def stage(
     refuse_missing_runtime(sys.executable)
     if in_s3(spec.train.model) and spec.train.replay > 0:
         raise SpecError("the weights stay in S3, so nothing can be rehearsed with them here: set replay to 0 (--replay 0)")
-    model = weights.resolve(spec.train.model, cache=cache, token=token, offline=offline, say=say)
+    model = weights.resolve(spec.train.model, cache=cache, token=token, offline=offline, say=say, aws=aws, bucket_owner=bucket_owner)
     limits = data.FetchLimits(max_bytes=max(1, round(spec.max_page_mb * 1e6)), total_s=spec.max_page_seconds)
     loaded = data.load(spec.data, on_error=spec.on_error, allow_private_hosts=spec.allow_private_hosts, limits=limits, say=say)
     filled = {
@@ -93,6 +98,8 @@ def stage(
         else:
             _prepare(folder, train, model, loaded.documents, show)
         job = JobDir(folder)
+        if model.uri is not None:
+            note_in_s3(job.channel("model"), model.uri, model.uri_bytes)
         ledger = Ledger.model_validate_json((job.channel("train") / "ledger.json").read_bytes())
     except OSError as exc:
         raise StagingError(f"the data cannot be kept in {folder} ({exc}): make room there, or set TRIMTAB_CACHE to another folder") from exc

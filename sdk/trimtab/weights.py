@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from . import hub
@@ -23,6 +24,7 @@ from .model_folder import Manifest, chosen, digest_of, fact_of, lacking, link_or
 
 if TYPE_CHECKING:
     from .artifact import Artifact
+    from .aws.session import Aws
 
 SHORT_PATIENCE = 4.0  # seconds for the hub to answer when there is another way to the model
 LONG_PATIENCE = 15.0  # seconds when there is none
@@ -35,7 +37,8 @@ class BaseModel:
     `folder` holds config.json, safetensors and the tokenizer; `files` are the names in it that belong to the model, in order (whatever
     else a local folder holds is not to be staged). `source` says in a sentence where they came from. `digest` names them by their
     contents. `hub_id` and `revision` (a commit) are None for a local folder, `revision` also for a fallback; `entry` is None for
-    what the catalog does not hold. Of a model that stays in S3 `uri` is where, and `folder` has all but its weights.
+    what the catalog does not hold. Of a model that stays in S3 `uri` is where, `uri_bytes` what everything there takes, and `folder` has
+    all but its weights.
     """
 
     folder: Path
@@ -46,6 +49,7 @@ class BaseModel:
     entry: CatalogEntry | None
     files: tuple[str, ...]
     uri: str | None = None
+    uri_bytes: int = 0
 
 
 def resolve(
@@ -56,6 +60,8 @@ def resolve(
     offline: bool = False,
     say: Callable[[str], None] = print,
     verify: bool = False,
+    aws: Aws | None = None,
+    bucket_owner: str | None = None,
 ) -> BaseModel:
     """The base model `model`: an alias of the catalog, a Hub id `owner/name` or `owner/name@revision`, a local folder, or a prefix
     `s3://bucket/prefix/` whose weights stay there.
@@ -65,16 +71,18 @@ def resolve(
     cache, then the alias's fallback. A gated model that lies whole in either cache is used without a token.
     With `offline` nothing is fetched at all. `token` is the user's Hugging Face token (else HF_TOKEN, else that of `hf auth login`);
     it goes to the hub and nowhere else. With `verify` every file is read and compared by digest, otherwise by name and size; a broken
-    copy is made again. `say` gets lines for the user.
+    copy is made again. `say` gets lines for the user. For a prefix in S3 `aws` is the account and region where jobs run (by default the
+    environment's), and `bucket_owner` the account that must own the bucket.
 
     Raises SpecError for a name that is none of these; LicenceRequired for a gated model without a token, or a token without access;
-    WeightsError when the model cannot be had, cannot be used, or is not what it should be.
+    WeightsError when the model cannot be had, cannot be used, or is not what it should be; StagingError for a bucket of another region.
     """
     entry = lookup(model)
     cache = cache or cache_dir()
     try:
         if in_s3(model):
-            found = _in_s3(model if model.endswith("/") else f"{model}/", cache, say)
+            with contextlib.nullcontext(aws) if aws else _own_aws() as used:
+                found = _in_s3(model, cache, say, used.client("s3"), bucket_owner)
         elif is_path(model):
             found = _local(Path(model).expanduser(), cache, verify=verify)
         else:
@@ -97,15 +105,20 @@ def resolve_trained(artifact: Artifact) -> BaseModel:
     return base
 
 
-def _in_s3(uri: str, cache: Path, say: Callable[[str], None]) -> BaseModel:
-    from .aws.model import listing, small_files
+def _own_aws() -> Aws:
     from .aws.session import Aws
 
-    with Aws() as aws:
-        digest = digest_of(listing(aws.client("s3"), uri))
-        folder = cache / "models" / f"s3-{digest[:16]}"
-        manifest = make_once(folder, lambda place: small_files(aws, uri, place), say)
-    return BaseModel(folder, manifest.source, None, None, digest, None, tuple(manifest.files), uri)
+    return Aws()
+
+
+def _in_s3(uri: str, cache: Path, say: Callable[[str], None], s3: Any, owner: str | None) -> BaseModel:
+    from .aws.model import fetch_small, look
+
+    model = look(s3, uri, owner)
+    folder = cache / "models" / f"s3-{model.digest[:16]}"
+    manifest = make_once(folder, lambda place: fetch_small(s3, model, place), say)
+    source = f"the model in {model.uri}, whose weights stay there"  # of two copies the folder may be the other's
+    return BaseModel(folder, source, None, None, model.digest, None, tuple(manifest.files), model.uri, model.bytes)
 
 
 def _local(folder: Path, cache: Path, *, verify: bool) -> BaseModel:

@@ -56,13 +56,19 @@ def find_bucket(s3: Any, place: S3Place) -> Stored:
                 ) from exc
             _make(s3, place, region)
             page = s3.list_objects_v2(**place.named(), Prefix=place.content, MaxKeys=_PAGE)
-    found = page["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region", region)
+    refuse_elsewhere(s3, place.bucket, page)
+    return Stored(s3, place, page)
+
+
+def refuse_elsewhere(s3: Any, bucket: str, answer: dict[str, Any]) -> None:
+    """Raises StagingError when the answer to a request about a bucket says that it is in another region than the client's."""
+    region = s3.meta.region_name
+    found = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region", region)
     if found != region:  # boto3 goes there by itself, a training job does not
         raise StagingError(
-            f"the bucket {place.bucket} is in {found}, and jobs run in {region}: use that region with  --backend-option region={found} , "
+            f"the bucket {bucket} is in {found}, and jobs run in {region}: use that region with  --backend-option region={found} , "
             f"or a bucket of {region}"
         )
-    return Stored(s3, place, page)
 
 
 def _make(s3: Any, place: S3Place, region: str) -> None:

@@ -37,6 +37,8 @@ _S3_ACTIONS = {
     "CreateMultipartUpload": "s3:PutObject", "UploadPart": "s3:PutObject", "UploadPartCopy": "s3:PutObject",
     "CompleteMultipartUpload": "s3:PutObject", "AbortMultipartUpload": "s3:AbortMultipartUpload", "DeleteObject": "s3:DeleteObject",
     "DeleteObjects": "s3:DeleteObject", "CreateBucket": "s3:CreateBucket", "ListMultipartUploads": "s3:ListBucketMultipartUploads",
+    "ListParts": "s3:ListMultipartUploadParts", "PutPublicAccessBlock": "s3:PutBucketPublicAccessBlock",
+    "PutBucketLifecycleConfiguration": "s3:PutLifecycleConfiguration",
 }  # fmt: skip
 
 THROTTLED = frozenset(
