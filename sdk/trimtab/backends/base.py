@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -139,6 +139,15 @@ class Priced(Protocol):
 
     def findings(self, spec: JobSpec, foreseen: Foreseen) -> list[Finding]:
         """The permissions and quotas that the job needs there, as far as the place tells. Raises nothing for what it does not tell."""
+        ...
+
+
+@runtime_checkable
+class Typed(Protocol):
+    """A backend whose machines have types, of which it chooses one by the whole job's work."""
+
+    def on(self, instance: str) -> Self:
+        """The same place with this type for every job. What the two know of their runs is one."""
         ...
 
 
