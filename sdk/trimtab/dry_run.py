@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimtab.backends.base import Backend, Removable, Reporting, RunHandle, RunState
-from trimtab.errors import BackendError, RunNotFound
+from trimtab.backends.base import Backend, Removable, Reporting, RunHandle, RunState, Typed
+from trimtab.errors import BackendError, RunNotFound, TrimtabError
 from trimtab.events import Event, Phase, Step
 from trimtab.plan import Plan
 from trimtab.progress import Display, clock
@@ -17,6 +17,7 @@ from trimtab.run import Run
 from trimtab.spec import JobSpec
 
 STEPS = 2  # the first warms caches and allocator up, the second is like those to come
+LONGEST_MINUTES = 60.0  # of a trial's steps: it ends by itself, whatever the job's own limits are
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class DryRun:
 
 
 def trial_of(spec: JobSpec) -> JobSpec:
-    """The same job, ended after two steps, without checkpoints on the way."""
-    train = spec.train.model_copy(update={"max_steps": STEPS, "max_minutes": None, "save_every_steps": STEPS, "save_every_minutes": 1e6})
-    return spec.model_copy(update={"train": train})
+    """The same job, ended after two steps or an hour of them, without checkpoints on the way."""
+    ends = {"max_steps": STEPS, "max_minutes": LONGEST_MINUTES, "save_every_steps": STEPS, "save_every_minutes": 1e6}
+    return spec.model_copy(update={"train": spec.train.model_copy(update=ends)})
 
 
 def projection(events: Sequence[Event], plan: Plan, *, submitted: float, max_minutes: float | None) -> DryRun:
@@ -95,10 +96,14 @@ def projection(events: Sequence[Event], plan: Plan, *, submitted: float, max_min
 def try_out(backend: Backend, spec: JobSpec, channels: Mapping[str, Path], run_id: str, plan: Plan, screen: Display) -> DryRun:
     """Run the trial to its end and remove it. Ctrl-C ends and removes it; one that fails is kept, so that its log can be read.
 
+    It runs on the type of machine that `plan` names: two steps alone might be given another than the whole job.
+
     Raises RunFailed with the trial's own reason, and BackendError on a place that hands on no events.
     """
     if not isinstance(backend, Reporting):
         raise BackendError(f"the {backend.name} backend does not hand on events: see what would be sent with  --dry-run=render")
+    if plan.instance is not None and isinstance(backend, Typed):
+        backend = backend.on(plan.instance)
     handle = RunHandle(backend.name, run_id)
     submitted = time.time()
     try:
@@ -120,7 +125,11 @@ def try_out(backend: Backend, spec: JobSpec, channels: Mapping[str, Path], run_i
 
 
 def _remove(backend: Backend, handle: RunHandle, screen: Display) -> None:
-    if isinstance(backend, Removable):
-        backend.remove(handle)
-    else:
+    """Remove the trial; what prevents it is said, for what was measured holds all the same."""
+    if not isinstance(backend, Removable):
         screen.say(f"the {backend.name} backend keeps the trial run {handle}")
+        return
+    try:
+        backend.remove(handle)
+    except TrimtabError as exc:
+        screen.say(f"the trial run {handle} is still there: {exc}")

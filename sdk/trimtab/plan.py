@@ -6,9 +6,9 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from trimtab.errors import StagingError
 from trimtab.estimate import ModelFacts, PeakMemory, Rates, RowFacts, optimiser_steps, step_seconds
@@ -35,8 +35,13 @@ class Finding:
     detail: str
     remedy: str = ""
 
+    @property
+    def said(self) -> str:
+        """All but its name."""
+        return self.detail + (f"  ->  {self.remedy}" if self.remedy else "")
+
     def __str__(self) -> str:
-        return f"{self.name}: {self.detail}" + (f"  ->  {self.remedy}" if self.remedy else "")
+        return f"{self.name}: {self.said}"
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,29 @@ class Work:
     model: ModelFacts | None = None
     model_mb: int = 0
     rows: RowFacts | None = None
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Self:
+        """What `as_json` wrote; of its values only `ledger` has to be there. Raises ValueError for what is no account of a job's work."""
+        try:
+            model, rows = found.get("model"), found.get("rows")
+            return cls(
+                Ledger.model_validate(found["ledger"]),
+                model=ModelFacts(**model) if model else None,
+                model_mb=found.get("model_mb", 0),
+                rows=RowFacts.model_validate(rows) if rows else None,
+            )
+        except (KeyError, TypeError) as exc:
+            raise ValueError(f"no account of a job's work: {exc!r}") from exc
+
+    def as_json(self) -> dict[str, Any]:
+        """As JSON values, so that a run can be foreseen again where its channels are not."""
+        return {
+            "ledger": self.ledger.model_dump(mode="json"),
+            "model": asdict(self.model) if self.model else None,
+            "model_mb": self.model_mb,
+            "rows": self.rows.model_dump(mode="json") if self.rows else None,
+        }
 
     @classmethod
     def read(cls, channels: Mapping[str, Path]) -> Work:
@@ -154,7 +182,11 @@ class Plan:
                 sections[finding.name].append(finding.detail)
         if there := [finding.name.removeprefix("permission ") for finding in asked if finding.ok]:
             sections["permissions"].append(f"there: {', '.join(there)}")
-        sections["permissions"] += [f"not known: {finding}" for finding in asked if finding.ok is None]
+        unknown: dict[str, list[str]] = {}  # what has the same reason is one line
+        for finding in asked:
+            if finding.ok is None:
+                unknown.setdefault(finding.said, []).append(finding.name)
+        sections["permissions"] += [f"not known: {', '.join(names)}: {why}" for why, names in unknown.items()]
         sections["missing"] += self.missing or ["nothing that is known"]
         return [
             f"{'' if number else name:<{_WIDTH}}{line}"

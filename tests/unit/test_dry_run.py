@@ -13,10 +13,11 @@ from trimtab.backends.base import RunHandle
 from trimtab.backends.docker import DockerBackend
 from trimtab.backends.process import ProcessBackend
 from trimtab.cli import main
-from trimtab.dry_run import projection, trial_of
+from trimtab.dry_run import projection, trial_of, try_out
 from trimtab.estimate import ModelFacts, peak_memory
 from trimtab.events import Event, Finished, Phase, Step
 from trimtab.plan import Plan, plan
+from trimtab.progress import Silent
 from trimtab.spec import JobSpec
 from trimtab.staging import Staged
 
@@ -89,6 +90,7 @@ def test_the_trial_is_the_same_job_but_for_its_end(small_job):
     assert tried.model_dump(exclude={"train"}) == asked.model_dump(exclude={"train"})
     assert tried.train.model_dump(exclude=ends) == asked.train.model_dump(exclude=ends)
     assert tried.train.preparation_digest() == asked.train.preparation_digest()
+    assert (tried.train.max_steps, tried.train.max_minutes) == (2, 60)
 
 
 def test_a_dry_run_measures_two_steps_and_leaves_no_run(small_job, staged, tmp_path):
@@ -104,6 +106,43 @@ def test_a_dry_run_measures_two_steps_and_leaves_no_run(small_job, staged, tmp_p
     assert 0.6 < found.peak_memory_mb / estimated(staged) < 1.2  # as peak_memory says
     assert asked.backend.runs() == []
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+class Elsewhere(ProcessBackend):
+    """A place with types of machines; each of its runs keeps the name of the type in a file beside it."""
+
+    kind = "the cheapest"
+
+    def on(self, instance: str) -> Elsewhere:
+        other = Elsewhere(self.home, python=self.python)
+        other.kind = instance
+        return other
+
+    def submit(self, spec, channels, run_id=None):
+        (self.home / f"{run_id}.kind").write_text(self.kind)
+        return super().submit(spec, channels, run_id)
+
+    def remove(self, handle):
+        raise BackendError(f"{handle} is held: let it go")
+
+
+class Heard(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_a_trial_runs_on_the_whole_jobs_machine_and_what_cannot_be_removed_is_said(small_job, staged, tmp_path):
+    screen = Heard()
+    spec = small_job.model_copy(update={"train": staged.train})
+    whole = Plan(rows=10, tokens=1_000, steps=50, reasons=(), memory_mb=700, instance="the middle one")
+    found = try_out(Elsewhere(tmp_path), spec, staged.channels, "trim-00000001", whole, screen)
+    assert (tmp_path / "trim-00000001.kind").read_text() == "the middle one"
+    assert found.steps == 50
+    assert "the trial run process://trim-00000001 is still there: process://trim-00000001 is held: let it go" in screen.said
+    ProcessBackend(tmp_path).remove(RunHandle("process", "trim-00000001"))
 
 
 def test_a_dry_run_in_the_image_leaves_no_container_and_no_run(small_job, staged, tmp_path, client, xeon_image):

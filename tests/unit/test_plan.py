@@ -104,6 +104,13 @@ def test_a_plan_is_one_json_value():
     assert facts["findings"] == [{"name": "role", "ok": None, "detail": "who knows", "remedy": ""}]
 
 
+def test_what_is_not_known_for_the_same_reason_is_one_line():
+    findings = [Finding(name, None, "nobody answers", "ask later") for name in ("image", "role")]
+    findings += [Finding("bucket", None, "it is another account's")]
+    page = sections(plan(SPEC, LEDGER, findings=findings).lines())
+    assert page["permissions"] == ["not known: image, role: nobody answers  ->  ask later", "not known: bucket: it is another account's"]
+
+
 def test_a_dry_run_takes_the_place_of_what_was_stated():
     found = measured(plan(SPEC, LEDGER, foreseen=FORESEEN), 1200, 700)
     assert (found.time.seconds, found.time.source, found.memory_mb) == (1200, "dry run", 700)
@@ -129,6 +136,11 @@ def test_work_is_read_from_the_channels_as_a_backend_gets_them(staged: Staged, t
     assert work.model == ModelFacts.from_config(json.loads((staged.model.folder / "config.json").read_text()))
     assert work.rows is not None
     assert work.model_mb == sum(path.stat().st_size for path in staged.channels["model"].iterdir()) >> 20
+    assert Work.from_json(json.loads(json.dumps(work.as_json()))) == work
+    assert Work.from_json({"ledger": work.as_json()["ledger"]}) == Work(work.ledger)
+    for damaged in ({}, {"ledger": {}}, {**work.as_json(), "model": {"layers": 1}}, {**work.as_json(), "rows": {"mean": 1}}):
+        with pytest.raises(ValueError, match=r"no account of a job's work|validation error"):
+            Work.from_json(damaged)
     with pytest.raises(StagingError, match="run the same command again"):
         Work.read({**staged.channels, "train": tmp_path})
     for name in ("train", "model"):
