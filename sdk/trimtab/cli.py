@@ -20,9 +20,9 @@ import click
 from pydantic.fields import FieldInfo
 
 from trimtab.backends import BACKENDS, load_backend
-from trimtab.backends.base import Listable, RunStatus
+from trimtab.backends.base import Listable, RunState, RunStatus
 from trimtab.doctor.command import doctor
-from trimtab.errors import EndpointError, TrimtabError
+from trimtab.errors import BackendError, EndpointError, TrimtabError
 from trimtab.image_cli import image
 from trimtab.job import OPTIONS, Job
 from trimtab.progress import clock, display
@@ -45,7 +45,7 @@ _settings = click.option(
     "settings",
     metavar="NAME=VALUE",
     multiple=True,
-    help="a setting of the backend, such as memory=8g for docker; may be repeated",
+    help="a setting of the backend, such as memory=8g for docker or region=us-east-1 for sagemaker; may be repeated",
 )
 
 
@@ -199,15 +199,16 @@ def plan(data: tuple[str, ...], backend: str, dry_run: bool, as_json: bool, **op
 
 @trimtab.command()
 @click.argument("handle")
+@_settings
 @_as_json
-def status(handle: str, as_json: bool) -> None:
+def status(handle: str, settings: tuple[str, ...], as_json: bool) -> None:
     """Say how a run stands.
 
     \b
     Example:
       trimtab status process://trim-7f3a9c21
     """
-    found = Run.attach(handle).status()
+    found = Run.attach(handle, **_pairs(settings)).status()
     if as_json:
         print(json.dumps({"handle": handle, **_facts(found)}))
         return
@@ -220,43 +221,55 @@ def status(handle: str, as_json: bool) -> None:
 
 @trimtab.command()
 @click.argument("handle")
-@click.option("-f", "--follow", is_flag=True, help="go on until the run is done")
-def logs(handle: str, follow: bool) -> None:
-    """Print what a run printed.
+@_settings
+@click.option("-f", "--follow", is_flag=True, help="go on until the run is done; exit code 1 when it fails")
+def logs(handle: str, settings: tuple[str, ...], follow: bool) -> None:
+    """Print what a run printed. With --follow Ctrl-C asks whether to leave the run or to stop it.
 
     \b
     Example:
       trimtab logs -f process://trim-7f3a9c21
     """
-    for line in Run.attach(handle).logs(follow=follow):
-        print(line, flush=follow)
+    run = Run.attach(handle, **_pairs(settings))
+    try:
+        for line in run.logs(follow=follow):
+            print(line, flush=follow)
+        found = run.status() if follow else None
+    except KeyboardInterrupt:
+        if follow:
+            detach_or_stop(run)
+        raise
+    if found is not None and found.state is RunState.FAILED:
+        raise BackendError(f"{handle} failed: {found.reason}")
 
 
 @trimtab.command()
 @click.argument("handle")
-def stop(handle: str) -> None:
+@_settings
+def stop(handle: str, settings: tuple[str, ...]) -> None:
     """Stop a run: it writes a checkpoint and ends. Quiet when it is done already.
 
     \b
     Example:
       trimtab stop process://trim-7f3a9c21
     """
-    run = Run.attach(handle)
+    run = Run.attach(handle, **_pairs(settings))
     run.stop()
     print(f"{handle} is {_state(run.status())}", file=sys.stderr)
 
 
 @trimtab.command(name="list")
 @_backend("whose runs")
+@_settings
 @_as_json
-def list_runs(backend: str, as_json: bool) -> None:
+def list_runs(backend: str, settings: tuple[str, ...], as_json: bool) -> None:
     """List runs, the newest first.
 
     \b
     Example:
       trimtab list
     """
-    place = load_backend(backend)
+    place = load_backend(backend, _pairs(settings))
     runs = place.runs() if isinstance(place, Listable) else []
     if as_json:
         rows = [{"handle": str(run.handle), "created": run.created.isoformat(), "model": run.model, **_facts(run.status)} for run in runs]
@@ -291,27 +304,29 @@ def resume(handle: str, settings: tuple[str, ...], detach: bool) -> None:
 
 @trimtab.command()
 @click.argument("handle")
-def remove(handle: str) -> None:
+@_settings
+def remove(handle: str, settings: tuple[str, ...]) -> None:
     """Delete a run that is done: its log, its checkpoints and its artifact.
 
     \b
     Example:
       trimtab remove process://trim-7f3a9c21
     """
-    Run.attach(handle).remove()
+    Run.attach(handle, **_pairs(settings)).remove()
 
 
 @trimtab.command()
 @click.argument("handle")
+@_settings
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="port on 127.0.0.1; 0: any that is free", show_default=True)
-def deploy(handle: str, port: int) -> None:
+def deploy(handle: str, settings: tuple[str, ...], port: int) -> None:
     """Serve a run's model on this machine until Ctrl-C, and print the address.
 
     \b
     Example:
       trimtab deploy process://trim-7f3a9c21 --port 8080
     """
-    run = Run.attach(handle)
+    run = Run.attach(handle, **_pairs(settings))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with run.deploy(port=port) as endpoint:
         print(endpoint.url, flush=True)
@@ -324,9 +339,10 @@ def deploy(handle: str, port: int) -> None:
 
 @trimtab.command()
 @click.argument("handle")
+@_settings
 @click.option("--question", help="ask this one question and end")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="longest answer, in tokens")
-def chat(handle: str, question: str | None, max_tokens: int) -> None:
+def chat(handle: str, settings: tuple[str, ...], question: str | None, max_tokens: int) -> None:
     """Talk to a run's model. `stop` or Ctrl-D ends it.
 
     \b
@@ -334,7 +350,7 @@ def chat(handle: str, question: str | None, max_tokens: int) -> None:
       trimtab chat process://trim-7f3a9c21
       trimtab chat process://trim-7f3a9c21 --question "When does the library open?"
     """
-    run = Run.attach(handle)
+    run = Run.attach(handle, **_pairs(settings))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with run.deploy() as endpoint:
         if question is not None:

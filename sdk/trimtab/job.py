@@ -107,13 +107,11 @@ class Job:
 
         Raises any TrimtabError but a backend's that is not there, which the plan says is missing.
         """
-        from trimtab.staging import stage
-
         tried = self.fit(dry_run=True, progress=progress) if dry_run else None
         with display(enabled=progress) as screen:
             backend = load_backend(self.backend) if isinstance(self.backend, str) else self.backend
             lacking = _lacking(backend, self.spec)
-            found = self._plan(stage(self.spec, say=screen.say, show=screen.show), backend, lacking)
+            found = self._plan(self._staged(backend, screen), backend, lacking)
         return found if tried is None else measured(found, tried.seconds, tried.memory_mb)
 
     def _plan(self, staged: Staged, backend: Backend, lacking: Sequence[Finding] | None = None) -> Plan:
@@ -145,12 +143,16 @@ class Job:
         return peak_memory(self.spec.train, work.model, dtype_of(self.spec.train.dtype, cpu().flags), work.rows)
 
     def _stage(self, screen: Display) -> tuple[Backend, Staged]:
-        from trimtab.staging import stage
-
         backend = load_backend(self.backend) if isinstance(self.backend, str) else self.backend
         if isinstance(backend, Preflight):
             backend.check(self.spec)
-        return backend, stage(self.spec, say=screen.say, show=screen.show)
+        return backend, self._staged(backend, screen)
+
+    def _staged(self, backend: Backend, screen: Display) -> Staged:
+        from trimtab.staging import stage
+
+        # a model in S3 is looked at with the account and region that the job will run in
+        return stage(self.spec, say=screen.say, show=screen.show, aws=getattr(backend, "aws", None))
 
     def __repr__(self) -> str:
         place = self.backend if isinstance(self.backend, str) else self.backend.name

@@ -53,16 +53,22 @@ class Run:
 
         Waiting again shows what is new; after a resume, what the resumed run says.
 
-        Raises RunFailed with the run's own reason, and WaitTimeout, after which the run goes on.
+        Raises RunFailed with the run's own reason, WaitTimeout, after which the run goes on, and BackendError when the place cannot be
+        asked, after which it goes on, too.
         """
         progress = progress or Silent()
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            status = self.status()
-            if isinstance(self.backend, Reporting):
-                events, self._shown = self.backend.events(self.handle, self._shown)
-                for event in events:
-                    progress.show(event)
+            try:
+                status = self.status()
+                if isinstance(self.backend, Reporting):
+                    events, self._shown = self.backend.events(self.handle, self._shown)
+                    for event in events:
+                        progress.show(event)
+            except RunNotFound:
+                raise
+            except BackendError as exc:  # what it says to repeat is the watching, not the job
+                raise type(exc)(f"{exc}\nThe run goes on without this. Watch it again with:  trimtab logs -f {self.handle}") from exc
             if status.done:
                 break
             if deadline is not None and time.monotonic() >= deadline:

@@ -134,6 +134,10 @@ class TrainSpec(_Spec):
         """sha256 of the canonical JSON: equal specs have equal digests."""
         return _digest(self.model_dump(mode="json"))
 
+    def course_digest(self) -> str:
+        """sha256 of the fields that decide what each step does: a run may go on under other limits of time, and save more often."""
+        return _digest(self.model_dump(mode="json", exclude={"max_minutes", "save_every_steps", "save_every_minutes", "keep_checkpoints"}))
+
     def preparation_digest(self) -> str:
         """sha256 of the fields that shape the packed rows: jobs that share it share their prepared data."""
         # each epoch rehearses other text; without replay the rows are the same for any number of them
@@ -155,6 +159,10 @@ class JobSpec(_Spec):
     allow_private_hosts: bool = Field(False, description="allow pages on private and loopback addresses")
     max_page_mb: float = Field(10.0, gt=0, le=1e6, description="largest page or file that is read, in MB (10^6 bytes) after unpacking")
     max_page_seconds: float = Field(60.0, gt=0, le=86_400, description="longest that a page may take, with redirects, retries and pauses")
+
+    def limited(self, max_minutes: float | None) -> Self:
+        """The same job with another limit of the run's own time."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"max_minutes": max_minutes})})
 
     @model_validator(mode="after")
     def _joined(self) -> Self:

@@ -15,14 +15,16 @@ import pytest
 
 from contract.backend_contract import PATIENCE, BackendContract, _interrupt, finish, until
 from support.faulty_proxy import FaultyProxy, cut_answer, lost_answer
-from trimtab.aws import upload
+from trimtab.aws import session
 from trimtab.aws.channels import plan_channel
 from trimtab.aws.submission import Submission
+from trimtab.aws.upload import Sent, upload
 from trimtab.backends.base import Listable, Preflight, Priced, Removable, Reporting, Resumable, RunHandle, RunState, Uploading
 from trimtab.backends.process import ProcessBackend
 from trimtab.backends.sagemaker import SageMakerBackend
 from trimtab.errors import BackendError, BackendUnavailable, RunFailed, SpecError
 from trimtab.events import Checkpoint, Phase, Step
+from trimtab.job import Job
 from trimtab.plan import Work
 from trimtab.run import Run
 from trimtab.staging import stage
@@ -109,7 +111,7 @@ class TestSageMaker(BackendContract):
 
     def test_the_same_channels_are_not_sent_again(self, backend, pair, staged):
         plans = [plan_channel(path, name) for name, path in staged.channels.items()]
-        assert upload.upload(plans, backend.aws.client("s3"), backend.place) == upload.Sent(0, 0)
+        assert upload(plans, backend.aws.client("s3"), backend.place) == Sent(0, 0)
 
     def test_another_machine_finds_it_by_its_tag(self, backend, pair, tmp_path):
         environment = {**self.environment(backend), "TRIMTAB_HOME": str(tmp_path / "elsewhere"), "TRIMTAB_CACHE": str(tmp_path / "cache")}
@@ -252,6 +254,42 @@ def test_trouble_while_it_is_created_makes_one_job(place, job, staged, control_p
     assert [name for name in control_plane.store.jobs if handle.id in name] == [handle.id]
 
 
+def test_what_nobody_can_tell_is_said_and_nothing_is_taken_away(place, job, staged, control_plane):
+    control_plane.fault(operation="CreateTrainingJob", code="InternalFailure", after=True)
+    control_plane.fault(operation="ListTags", code="AccessDeniedException", times=-1)
+    with pytest.raises(BackendError, match="trimtab status sagemaker://trim-0c0c0c0c"):
+        place.submit(job, staged.channels, "trim-0c0c0c0c")
+    control_plane.faults.clear()
+    handle = RunHandle("sagemaker", "trim-0c0c0c0c")
+    assert finish(place, handle).state is RunState.SUCCEEDED
+    assert Run(handle, place).ledger() == staged.ledger  # the record is there
+
+
+def test_an_answer_that_does_not_come_is_waited_for_and_asked_for_again(amazon, image, job, staged, tmp_path, control_plane, monkeypatch):
+    monkeypatch.setattr(session, "_USUAL_PATIENCE", (2, 8))
+    backend = SageMakerBackend(role=ROLE, image=image, home=tmp_path / "home", poll_seconds=0.2)
+    control_plane.fault(operation="CreateTrainingJob", hang=4.0, after=True)
+    handle = backend.submit(job, staged.channels)
+    assert finish(backend, handle).state is RunState.SUCCEEDED
+    assert [name for name in control_plane.store.jobs if handle.id in name] == [handle.id]
+    backend.aws.close()
+
+
+def test_ctrl_c_before_the_handle_is_told_stops_the_job(place, job, staged, monkeypatch, control_plane):
+    send = Submission.send
+
+    def interrupted(submission: Submission) -> None:
+        send(submission)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Submission, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            place.submit(job, staged.channels, "trim-0d0d0d0d")
+    handle = RunHandle("sagemaker", "trim-0d0d0d0d")
+    assert finish(place, handle).state is RunState.STOPPED
+
+
 def test_a_name_that_is_somebody_elses_is_refused_and_theirs_is_left_alone(place, job, staged, control_plane):
     handle = place.submit(job, staged.channels)
     other = SageMakerBackend(role=ROLE, image=place.image, home=place.home, poll_seconds=0.2)
@@ -335,6 +373,50 @@ def test_a_client_that_dies_leaves_a_run_that_others_find(place, amazon, job, st
 
 
 @pytest.mark.parametrize("where", ["tags", "image"])
+def test_a_resume_has_the_money_that_is_left(place, longer, staged):
+    spec = longer.model_copy(update={"max_usd": 2.0, "train": longer.train.model_copy(update={"max_steps": 1_000})})
+    run = Run(place.submit(spec, staged.channels), place)
+    until_step(place, run.handle, 6)
+    run.stop()
+    run.resume()
+    until_step(place, run.handle, run.metrics()[-1].step + 1)
+    first, second = (
+        place.aws.client("sagemaker").describe_training_job(TrainingJobName=name) for name in (run.handle.id, f"{run.handle.id}-2")
+    )
+    assert second["StoppingCondition"]["MaxRuntimeInSeconds"] < first["StoppingCondition"]["MaxRuntimeInSeconds"]
+    assert float(second["HyperParameters"]["max_minutes"]) < float(first["HyperParameters"]["max_minutes"])
+    assert [line for line in run.logs() if line.startswith("resume: going on after step")]
+    run.stop()
+    with pytest.raises(SpecError, match="raise max_usd"):
+        Run(run.handle, SageMakerBackend(home=place.home, max_usd=0.0001)).resume()
+
+
+def test_a_run_that_keeps_a_warm_pool_is_removed_with_it(amazon, image, job, staged, tmp_path, control_plane):
+    backend = SageMakerBackend(
+        role=ROLE, image=image, home=tmp_path, poll_seconds=0.2, keep_alive_minutes=30, instance_type="ml.m7i.2xlarge", tags="team=search"
+    )
+    control_plane.set_quota("ml.m7i.2xlarge for training warm pool usage", 1)
+    run = Run(backend.submit(job, staged.channels), backend)
+    run.wait(PATIENCE)
+    described = backend.aws.client("sagemaker").describe_training_job(TrainingJobName=run.handle.id)
+    assert described["WarmPoolStatus"]["Status"] == "Available"
+    run.remove()
+    assert run.handle not in [record.handle for record in backend.runs()]
+    backend.aws.close()
+
+
+def test_what_would_be_refused_is_refused_before_anything_is_sent_or_made(amazon, image, small_job, tmp_path, monkeypatch, localstack):
+    with FaultyProxy(localstack) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+        for wrong, said in (({"tags": {"a" * 129: "x"}}, "Tags"), ({"tags": f"owner=hf_{'c' * 34}"}, "token"), ({"role": ""}, "role")):
+            backend = SageMakerBackend(**{"role": ROLE, "image": image, "home": tmp_path, **wrong})
+            job = Job(model=small_job.train.model, data=small_job.data, backend=backend, max_steps=6, method="lora", questions=0, replay=0)
+            with pytest.raises((SpecError, BackendUnavailable), match=said):
+                job.fit(progress=False)
+            backend.aws.close()
+        assert not [seen for seen in proxy.seen if seen.method in ("PUT", "POST")]
+
+
 def test_a_token_is_refused_before_anything_is_sent(amazon, image, job, staged, where, control_plane):
     token = "hf_" + "b" * 34
     settings = {"image": image, "tags": f"owner={token}"} if where == "tags" else {"image": f"{image}?{token}"}
@@ -357,7 +439,7 @@ def test_what_sagemaker_would_refuse_is_refused_at_once_and_all_of_it(amazon, im
 
 
 def test_without_a_role_or_credentials_nothing_is_fetched(amazon, job, monkeypatch):
-    with pytest.raises(SpecError, match="TRIMTAB_SAGEMAKER_ROLE"):
+    with pytest.raises(BackendUnavailable, match="TRIMTAB_SAGEMAKER_ROLE"):
         SageMakerBackend().check(job)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 
 import pytest
 
 from trimtab.aws import limits
-from trimtab.aws.request import METRICS, Place, Settings, life_name, life_number, listing, next_life, number, pairs, tags_of, training_job
+from trimtab.aws.request import METRICS, Allocation, Settings, life_name, life_number, listing, number, pairs, tags_of, training_job
 from trimtab.aws.request import yes_or_no as switch
 from trimtab.errors import SpecError
 from trimtab.events import Step
@@ -17,7 +18,7 @@ from trimtab.spec import JobSpec, TrainSpec
 ROLE = "arn:aws:iam::123456789012:role/trimtab"
 JOB = JobSpec(train=TrainSpec(model="smollm2-135m-instruct"), data=("notes.txt",), nodes=2)
 SOURCE = {"S3DataType": "ManifestFile", "S3Uri": "s3://ours/trimtab/channels/ab.manifest", "S3DataDistributionType": "FullyReplicated"}
-PLACE = Place(
+PLACE = Allocation(
     image="123456789012.dkr.ecr.eu-west-1.amazonaws.com/trimtab-xeon-train:0.1.0-0123456789ab",
     instance="ml.m7i.4xlarge",
     volume_gb=40,
@@ -75,15 +76,18 @@ def test_spot_jobs_wait_for_instances_beyond_their_running_time():
     assert asked(spot=True, max_wait_minutes=1.5)["StoppingCondition"]["MaxWaitTimeInSeconds"] == 7290
 
 
-def test_a_life_after_a_resume_is_the_same_but_for_its_name_and_what_is_asked_for_anew():
-    first = asked(keep_alive_minutes=5.0)
-    assert next_life(first, "trim-7f3a9c21-2", Settings(role="")) == {**first, "TrainingJobName": "trim-7f3a9c21-2"}
-    second = next_life(first, "trim-7f3a9c21-2", Settings(role="", instance_type="ml.r7i.8xlarge", spot=True), image="other:1")
-    assert second["ResourceConfig"] == {"InstanceType": "ml.r7i.8xlarge", "InstanceCount": 2, "VolumeSizeInGB": 40}
-    assert second["AlgorithmSpecification"]["TrainingImage"] == "other:1"
-    assert second["StoppingCondition"]["MaxWaitTimeInSeconds"] == 10800
-    assert first["ResourceConfig"]["InstanceType"] == "ml.m7i.4xlarge"
-    limits.refuse("CreateTrainingJob", second)
+def test_settings_given_to_a_resume_take_the_place_of_the_runs_own():
+    noted = json.loads(
+        json.dumps(asdict(Settings(role=ROLE, spot=True, subnets=("subnet-1",), security_groups=("sg-1",), tags={"a": "b"})))
+    )
+    assert Settings.anew(noted, Settings(role=""), ()) == Settings(
+        role=ROLE, spot=True, subnets=("subnet-1",), security_groups=("sg-1",), tags={"a": "b"}
+    )
+    given = {"spot": "no", "instance_type": "ml.r7i.8xlarge"}
+    assert Settings.anew(noted, Settings.parse(given), given).spot is False
+    second = training_job(JOB, "trim-7f3a9c21", Settings.anew(noted, Settings.parse(given), given), PLACE, 2)
+    assert second["TrainingJobName"] == "trim-7f3a9c21-2"
+    assert "MaxWaitTimeInSeconds" not in second["StoppingCondition"]
 
 
 def test_lives_are_told_by_their_names():
@@ -114,7 +118,9 @@ def test_settings_that_do_not_go_together_are_refused(settings, said):
 
 def test_settings_come_as_texts_from_the_command_line():
     assert [switch("spot", text) for text in ("yes", "TRUE", "0", "off")] == [True, True, False, False]
-    assert (number("volume_gb", "40"), number("volume_gb", None)) == (40.0, None)
+    assert number("volume_gb", "40") == 40
+    parsed = Settings.parse({"role": ROLE, "volume_gb": "40", "spot": "yes", "subnets": "a,b", "security_groups": "c", "tags": "team=x"})
+    assert parsed == Settings(role=ROLE, volume_gb=40, spot=True, subnets=("a", "b"), security_groups=("c",), tags={"team": "x"})
     assert listing("subnet-1, subnet-2,") == ("subnet-1", "subnet-2")
     assert pairs("tags", "team=search,cost=a=b") == {"team": "search", "cost": "a=b"}
     for wrong in (lambda: switch("spot", "perhaps"), lambda: number("volume_gb", "big"), lambda: number("volume_gb", "-1")):

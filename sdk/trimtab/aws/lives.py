@@ -9,15 +9,17 @@ from typing import Any
 
 from trimtab.aws.logs import LogReader
 from trimtab.aws.refusals import asking
-from trimtab.aws.request import life_number
+from trimtab.aws.request import life_name, life_number
 from trimtab.aws.session import Aws
 from trimtab.aws.standing import DONE
+from trimtab.aws.submission import is_absent
 from trimtab.backends.base import RunHandle
-from trimtab.errors import RunNotFound
+from trimtab.errors import BackendError, RunNotFound
 from trimtab.events import Event, Finished, Phase, parse
 
 GROUP = "/aws/sagemaker/TrainingJobs"
-SETTLING = 10.0  # seconds after its end in which a job's last lines may still come
+SETTLING = 10.0  # seconds without a line after which an ended job says no more
+LONG_AGO = 600.0  # seconds after its end in which no line can still be on its way
 FIRST_HOST = "algo-1"
 
 
@@ -32,7 +34,7 @@ class Life:
     events: list[Event] = field(default_factory=list)
     transitions: int = 0
     settled: bool = False
-    over_since: float = 0.0
+    quiet_since: float = 0.0
 
     @property
     def done(self) -> bool:
@@ -52,21 +54,35 @@ class Lives:
 
     def look(self) -> Life:
         """Ask how the run stands: its newest life. Raises RunNotFound when there is none."""
-        if self.all and not self.all[-1].done:
+        if not self.all:
+            first = self._new(life_name(self.handle.id, 1))
+            try:
+                self._describe(first)
+            except BackendError as exc:
+                if is_absent(exc):
+                    raise RunNotFound(self._absent()) from exc
+                raise
+            self.all.append(first)
+        else:
             self._describe(self.all[-1])
-        if not self.all or self.all[-1].done:  # else nobody can have begun another
+        if self.all[-1].done:  # else nobody can have begun another
             known = {life.name for life in self.all}
             for name in self._names():
                 if name not in known:
-                    life = Life(name, LogReader(self._aws.client("logs"), GROUP, name))
+                    life = self._new(name)
                     self._describe(life)
                     self.all.append(life)
-        if not self.all:
-            raise RunNotFound(
-                f"there is no run {self.handle} in account {self._aws.account}, region {self._aws.region}; "
-                "see which there are:  trimtab list --backend sagemaker"
-            )
         return self.all[-1]
+
+    def _new(self, name: str) -> Life:
+        return Life(name, LogReader(self._aws.client("logs"), GROUP, name))
+
+    def _absent(self) -> str:
+        place = f"account {self._aws.account}, region {self._aws.region}"
+        return (
+            f"there is no run {self.handle} in {place}; see which there are with  trimtab list --backend sagemaker , or name another place "
+            "with  --backend-option region=...  and  profile=..."
+        )
 
     @property
     def known(self) -> bool:
@@ -86,7 +102,7 @@ class Lives:
 
     def _read(self, life: Life) -> None:
         done = life.done  # asked before reading: what was written until the end is read
-        found = life.reader.read()
+        found = life.reader.read(eager=done or not life.lines)
         new: list[Event] = []
         for transition in life.described.get("SecondaryStatusTransitions", [])[life.transitions :]:
             life.transitions += 1
@@ -101,10 +117,11 @@ class Lives:
         life.events += new
         self._events += new
         if done:
-            life.over_since = life.over_since or _since(life.described)
+            now = time.monotonic()
+            life.quiet_since = now if found or not life.quiet_since else life.quiet_since
             last = next((event for event in reversed(life.events) if getattr(event, "name", "") != self.handle.backend), None)
             said_all = isinstance(last, Finished) and not found  # its failure is printed after its last word
-            late = time.monotonic() - life.over_since > SETTLING
+            late = now - life.quiet_since > SETTLING or (_ended_seconds_ago(life.described) > LONG_AGO and not found)
             life.settled = said_all or late or life.described.get("TrainingStartTime") is None
 
     def _describe(self, life: Life) -> None:
@@ -122,8 +139,7 @@ class Lives:
         )
 
 
-def _since(described: dict[str, Any]) -> float:
-    """When the job ended, on this process' monotonic clock; clocks that differ count as now."""
+def _ended_seconds_ago(described: dict[str, Any]) -> float:
+    """By AWS's clock and this machine's, which may differ."""
     ended = described.get("TrainingEndTime")
-    ago = (datetime.now(UTC) - ended).total_seconds() if ended else 0.0
-    return time.monotonic() - max(0.0, ago)
+    return (datetime.now(UTC) - ended).total_seconds() if ended else 0.0

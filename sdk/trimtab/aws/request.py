@@ -6,10 +6,9 @@ Source: CreateTrainingJob, Amazon SageMaker API reference; "Use managed spot tra
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +50,31 @@ class Settings:
     encrypt_traffic: bool = False
     tags: Mapping[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Settings:
+        """From values as the command line gives them, texts, or as Python does. Raises SpecError for one that is none."""
+        found = dict(given)
+        for name in ("max_wait_minutes", "max_pending_minutes", "keep_alive_minutes", "volume_gb"):
+            if name in found:
+                found[name] = number(name, found[name])
+        for name in ("spot", "network_isolation", "encrypt_traffic"):
+            if name in found:
+                found[name] = yes_or_no(name, found[name])
+        for name in ("subnets", "security_groups"):
+            if name in found:
+                found[name] = listing(found[name])
+        if "volume_gb" in found:
+            found["volume_gb"] = round(found["volume_gb"])
+        if "tags" in found:
+            found["tags"] = pairs("tags", found["tags"])
+        return cls(**{"role": "", **found})
+
+    @classmethod
+    def anew(cls, was: Mapping[str, Any], asked: Settings, given: Collection[str]) -> Settings:
+        """Settings as they were noted (`asdict`), but for those that are expressly given now."""
+        values = {**was, **{name: getattr(asked, name) for name in given}}
+        return cls(**{**values, "subnets": tuple(values["subnets"]), "security_groups": tuple(values["security_groups"])})
+
     def __post_init__(self) -> None:
         if bool(self.subnets) != bool(self.security_groups):
             raise SpecError("a VPC is given by both: set  --backend-option subnets=...  and  --backend-option security_groups=...")
@@ -63,7 +87,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Place:
+class Allocation:
     """What the request names of the account: the image, the instance, and s3:// addresses. `max_seconds` is the hard stop."""
 
     image: str
@@ -74,30 +98,32 @@ class Place:
     channels: Mapping[str, Mapping[str, str]]  # an S3DataSource for each channel
 
 
-def training_job(spec: JobSpec, run_id: str, settings: Settings, place: Place) -> dict[str, Any]:
-    """The request of a run's first life; `next_life` makes those of later ones."""
-    resources: dict[str, Any] = {"InstanceType": place.instance, "InstanceCount": spec.nodes}
-    if place.volume_gb is not None:
-        resources["VolumeSizeInGB"] = place.volume_gb
+def training_job(spec: JobSpec, run_id: str, settings: Settings, granted: Allocation, number: int = 1) -> dict[str, Any]:
+    """The request of the run's life `number`, 1 for the first; they differ by name, and by what a resume asks for anew."""
+    resources: dict[str, Any] = {"InstanceType": granted.instance, "InstanceCount": spec.nodes}
+    if granted.volume_gb is not None:
+        resources["VolumeSizeInGB"] = granted.volume_gb
     if settings.volume_kms_key:
         resources["VolumeKmsKeyId"] = settings.volume_kms_key
     if settings.keep_alive_minutes is not None:
         resources["KeepAlivePeriodInSeconds"] = math.ceil(settings.keep_alive_minutes * 60)
-    output = {"S3OutputPath": f"{place.run_uri}/output", "CompressionType": "NONE"}
+    output = {"S3OutputPath": f"{granted.run_uri}/output", "CompressionType": "NONE"}
     request: dict[str, Any] = {
-        "TrainingJobName": run_id,
+        "TrainingJobName": life_name(run_id, number),
         "RoleArn": settings.role,
         "AlgorithmSpecification": {
-            "TrainingImage": place.image,
+            "TrainingImage": granted.image,
             "TrainingInputMode": "File",
             "MetricDefinitions": [{"Name": f"train:{name}", "Regex": f" {name}={_NUMBER}"} for name in METRICS],
         },
         "HyperParameters": spec.train.to_hyperparameters(),
-        "InputDataConfig": [{"ChannelName": name, "DataSource": {"S3DataSource": dict(source)}} for name, source in place.channels.items()],
+        "InputDataConfig": [
+            {"ChannelName": name, "DataSource": {"S3DataSource": dict(source)}} for name, source in granted.channels.items()
+        ],
         "OutputDataConfig": output | ({"KmsKeyId": settings.kms_key} if settings.kms_key else {}),
         "ResourceConfig": resources,
-        "StoppingCondition": _stopping(settings, place.max_seconds),
-        "CheckpointConfig": {"S3Uri": f"{place.run_uri}/checkpoints", "LocalPath": CHECKPOINTS},
+        "StoppingCondition": _stopping(settings, granted.max_seconds),
+        "CheckpointConfig": {"S3Uri": f"{granted.run_uri}/checkpoints", "LocalPath": CHECKPOINTS},
         "Environment": {EVENTS_VARIABLE: "log"},
         "EnableNetworkIsolation": settings.network_isolation,
         "EnableInterContainerTrafficEncryption": settings.encrypt_traffic,
@@ -142,23 +168,6 @@ def life_number(run_id: str, name: str) -> int | None:
     return int(found[1]) if found and int(found[1]) > 1 else None
 
 
-def next_life(request: Mapping[str, Any], name: str, anew: Settings | None = None, image: str | None = None) -> dict[str, Any]:
-    """The request of a life after a resume: the same but for its name, and for what is expressly asked for anew."""
-    found: dict[str, Any] = json.loads(json.dumps(request)) | {"TrainingJobName": name}
-    if image is not None:
-        found["AlgorithmSpecification"]["TrainingImage"] = image
-    if anew is not None:
-        if anew.instance_type is not None:
-            found["ResourceConfig"]["InstanceType"] = anew.instance_type
-        if anew.volume_gb is not None:
-            found["ResourceConfig"]["VolumeSizeInGB"] = anew.volume_gb
-        if anew.spot:
-            found["EnableManagedSpotTraining"] = True
-            found["ResourceConfig"].pop("KeepAlivePeriodInSeconds", None)
-            found["StoppingCondition"] = _stopping(anew, found["StoppingCondition"]["MaxRuntimeInSeconds"])
-    return found
-
-
 def tags_of(values: Mapping[str, str]) -> list[dict[str, str]]:
     """Tags as the service takes them; characters that it refuses become underscores, and values end after 256."""
     return [{"Key": name, "Value": _NOT_IN_TAGS.sub("_", value)[:256]} for name, value in values.items()]
@@ -178,10 +187,8 @@ def yes_or_no(name: str, value: bool | str) -> bool:
     raise SpecError(f"{name}={value} is neither yes nor no: give one of them")
 
 
-def number(name: str, value: float | str | None) -> float | None:
+def number(name: str, value: float | str) -> float:
     """A number above zero as the command line gives it. Raises SpecError for anything else."""
-    if value is None:
-        return None
     try:
         found = float(value)
     except ValueError as exc:

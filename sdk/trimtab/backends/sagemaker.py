@@ -14,231 +14,53 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
+import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from trimtab.artifact import MANIFEST
-from trimtab.aws import account, instances, limits, records
+from trimtab.aws import limits, records
 from trimtab.aws import request as requests
-from trimtab.aws.channels import PlannedChannel, plan_channel
+from trimtab.aws.asked import Asked
 from trimtab.aws.download import download
-from trimtab.aws.forecast import Forecast, forecast
 from trimtab.aws.lives import Life, Lives
 from trimtab.aws.logs import jittered, next_wait
-from trimtab.aws.place import S3Place, default_bucket, parse_uri
+from trimtab.aws.place import S3Place, parse_uri
 from trimtab.aws.refusals import asking, error_code, is_passing
-from trimtab.aws.session import Aws
 from trimtab.aws.standing import DONE, standing
 from trimtab.aws.submission import Submission
-from trimtab.aws.upload import upload
 from trimtab.backends.base import RunHandle, RunRecord, RunState, RunStatus
 from trimtab.backends.run_folder import refuse_absent
-from trimtab.catalog import in_s3
 from trimtab.data.sources import public_source
-from trimtab.errors import BackendError, RunNotFound, SpecError
-from trimtab.events import Event, Progress
-from trimtab.images.plan import tag_of
+from trimtab.errors import BackendError, RunNotFound
+from trimtab.events import Event
 from trimtab.ledger import Ledger
-from trimtab.plan import Finding, Foreseen, Work
+from trimtab.plan import Work
 from trimtab.spec import JobSpec
 
-ROLE_VARIABLE = "TRIMTAB_SAGEMAKER_ROLE"
 AWAY = 600.0  # seconds that AWS may be out of reach while a run is followed
+POOL = 60.0  # seconds that a warm pool may take to end
 PATIENCE = 1800.0  # seconds that a job may take to end: two minutes of grace, then the upload of what it leaves
 
 _T = TypeVar("_T")
 
 
-class SageMakerBackend:
-    """Jobs on Amazon SageMaker. Every setting may be a text, as `--backend-option` gives it.
-
-    `role` is the execution role, by ARN or name (default: TRIMTAB_SAGEMAKER_ROLE); `image` a URI in ECR (default: this version's image in
-    the account's own registry, where `trimtab image push` puts it); `instance_type` one of SageMaker's (default: chosen by the job's
-    memory and by price); `bucket` (default: trimtab-sagemaker-<region>-<account>, made when absent) and `prefix` where things lie in S3;
-    `bucket_owner` the account that must own the bucket; `kms_key` and `volume_kms_key` encrypt what is in S3 and on the disks.
-    `spot`, `max_wait_minutes`, `max_pending_minutes`, `keep_alive_minutes`, `subnets`, `security_groups`, `network_isolation`,
-    `encrypt_traffic`, `tags` and `volume_gb` are those of CreateTrainingJob; lists have commas between their parts. `region` and
-    `profile` are AWS's, by default as its command line finds them. Artifacts are fetched into `home` (default: TRIMTAB_HOME, else
-    ~/.trimtab). While a run is watched it is looked at every `poll_seconds`.
-
-    Raises SpecError for a setting that is none.
-    """
+class SageMakerBackend(Asked):
+    """Jobs on Amazon SageMaker; its settings are those of `Asked`."""
 
     name = "sagemaker"
 
-    def __init__(
-        self,
-        role: str | None = None,
-        image: str | None = None,
-        instance_type: str | None = None,
-        volume_gb: float | str | None = None,
-        bucket: str | None = None,
-        prefix: str = "trimtab",
-        bucket_owner: str | None = None,
-        kms_key: str | None = None,
-        volume_kms_key: str | None = None,
-        spot: bool | str = False,
-        max_wait_minutes: float | str | None = None,
-        max_pending_minutes: float | str | None = None,
-        keep_alive_minutes: float | str | None = None,
-        subnets: str | Sequence[str] = (),
-        security_groups: str | Sequence[str] = (),
-        network_isolation: bool | str = True,
-        encrypt_traffic: bool | str = False,
-        tags: str | Mapping[str, str] = "",
-        region: str | None = None,
-        profile: str | None = None,
-        home: str | Path | None = None,
-        poll_seconds: float | str = 5.0,
-    ) -> None:
-        size = requests.number("volume_gb", volume_gb)
-        self.settings = requests.Settings(
-            role=role or os.environ.get(ROLE_VARIABLE, ""),
-            instance_type=instance_type,
-            volume_gb=None if size is None else round(size),
-            spot=requests.yes_or_no("spot", spot),
-            max_wait_minutes=requests.number("max_wait_minutes", max_wait_minutes),
-            max_pending_minutes=requests.number("max_pending_minutes", max_pending_minutes),
-            keep_alive_minutes=requests.number("keep_alive_minutes", keep_alive_minutes),
-            subnets=requests.listing(subnets),
-            security_groups=requests.listing(security_groups),
-            kms_key=kms_key,
-            volume_kms_key=volume_kms_key,
-            network_isolation=requests.yes_or_no("network_isolation", network_isolation),
-            encrypt_traffic=requests.yes_or_no("encrypt_traffic", encrypt_traffic),
-            tags=requests.pairs("tags", tags),
-        )
-        self.image, self.bucket, self.prefix, self.bucket_owner = image, bucket, prefix, bucket_owner
-        self.poll_seconds = requests.number("poll_seconds", poll_seconds) or 5.0
-        self.home = Path(home or os.environ.get("TRIMTAB_HOME") or Path.home() / ".trimtab").expanduser().absolute()
-        self.aws = Aws(region, profile)
-        self._lives: dict[str, Lives] = {}
-        self._planned: dict[Path, PlannedChannel] = {}
-
-    # before the run
-
-    def check(self, spec: JobSpec) -> None:
-        """Raises BackendUnavailable or SpecError for a job that cannot run there, before anything is fetched or paid for."""
-        _ = self.place, self._role  # region, credentials, bucket's name
-        if self.settings.instance_type is not None:
-            instances.choose(spec, None, ask=self.settings.instance_type)
-
     @cached_property
-    def place(self) -> S3Place:
-        """Where things lie in S3."""
-        if self.bucket is not None:
-            return S3Place(self.bucket, self.prefix, self.bucket_owner, self.settings.kms_key)
-        own = default_bucket(self.aws.region, self.aws.account)
-        return S3Place(own, self.prefix, self.bucket_owner or self.aws.account, self.settings.kms_key)
-
-    @cached_property
-    def _role(self) -> str:
-        role = self.settings.role
-        if not role:
-            raise SpecError(
-                "SageMaker needs a role that it may take on for the job: name it with  --backend-option role=NAME-OR-ARN  "
-                f"or  export {ROLE_VARIABLE}=...  ; yours are shown by  aws iam list-roles"
-            )
-        return role if role.startswith("arn:") else f"arn:{self.aws.partition}:iam::{self.aws.account}:role/{role}"
-
-    def upload(self, spec: JobSpec, channels: Mapping[str, Path], show: Callable[[Event], None] = lambda event: None) -> None:
-        """Bring the channels to S3; what is there already is not sent again.
-
-        Raises StagingError; what arrived until then is kept, so that a repetition sends the rest.
-        """
-
-        def tell(done: int, of: int) -> None:
-            show(Progress(name="upload, MB", done=done // 10**6, of=max(1, of // 10**6)))
-
-        upload(list(self._plans(spec, channels).values()), self.aws.client("s3"), self.place, tell)
-
-    def render(self, spec: JobSpec, channels: Mapping[str, Path], run_id: str) -> dict[str, Any]:
-        """The body of CreateTrainingJob under `training_job`, and what it was made of. Sends nothing; files are read, for their digests.
-
-        Raises SpecError for what SageMaker would refuse, all of it at once.
-        """
-        handle = RunHandle(self.name, run_id)
-        planned = self._plans(spec, channels)
-        found = self._forecast(spec, Work.read(channels))
-        if found.limits.max_minutes is not None:  # the money may end it before the user's own limit of time
-            spec = spec.model_copy(update={"train": spec.train.model_copy(update={"max_minutes": found.limits.max_minutes})})
-        disk = self.settings.volume_gb
-        if disk is None and not found.chosen.instance.gpus:  # those with GPUs have disks of their own
-            disk = requests.volume_gb(sum(plan.bytes for plan in planned.values()))
-        where = requests.Place(
-            image=self.image or self._own_image(spec.device),
-            instance=found.chosen.name,
-            volume_gb=disk,
-            max_seconds=found.limits.max_runtime_seconds,
-            run_uri=self.place.uri(self.place.run(run_id)).rstrip("/"),
-            channels={
-                name: requests.manifest_source(planned[name].manifest_uri(self.place))
-                if name in planned
-                else requests.prefix_source(spec.train.model)
-                for name in channels
-            },
-        )
-        job = requests.training_job(spec, run_id, replace(self.settings, role=self._role), where)
-        limits.refuse("CreateTrainingJob", job)
-        limits.refuse_secrets(job)
-        return {
-            "handle": str(handle),
-            "training_job": job,
-            "channels": {name: str(path) for name, path in channels.items()},
-            "hyperparameters": job["HyperParameters"],
-        }
-
-    def foresee(self, spec: JobSpec, work: Work) -> Foreseen:
-        """Machine, memory, time and price, by the table; nothing is asked of AWS."""
-        return self._forecast(spec, work).foreseen
-
-    def findings(self, spec: JobSpec, foreseen: Foreseen) -> list[Finding]:
-        """Role, permissions, bucket, image and quotas, as far as AWS tells."""
-        needs = account.Needs(
-            role=self._role,
-            bucket=self.place.bucket,
-            prefix=self.place.prefix,
-            image=self.image or self._own_image(spec.device),
-            instance=instances.find(foreseen.instance or "ml.m7i.4xlarge"),
-            count=spec.nodes,
-            spot=self.settings.spot,
-            warm_pool=self.settings.keep_alive_minutes is not None,
-            max_seconds=foreseen.max_seconds or 0,
-            makes_bucket=self.bucket is None,
-            kms_keys=tuple(key for key in (self.settings.kms_key, self.settings.volume_kms_key) if key),
-        )
-        return account.survey(self.aws, needs)
-
-    def _forecast(self, spec: JobSpec, work: Work) -> Forecast:
-        return forecast(
-            spec,
-            work,
-            ask=self.settings.instance_type,
-            max_usd=spec.max_usd,
-            spot=self.settings.spot,
-            keep_alive_seconds=round(60 * (self.settings.keep_alive_minutes or 0)),
-        )
-
-    def _plans(self, spec: JobSpec, channels: Mapping[str, Path]) -> dict[str, PlannedChannel]:
-        """The channels that are sent; a model that lies in S3 is not."""
-        for name, path in channels.items():
-            if path not in self._planned and not (name == "model" and in_s3(spec.train.model)):
-                self._planned[path] = plan_channel(path, name)
-        return {name: self._planned[path] for name, path in channels.items() if path in self._planned}
-
-    def _own_image(self, device: str) -> str:
-        domain = "amazonaws.com.cn" if self.aws.partition == "aws-cn" else "amazonaws.com"
-        return f"{self.aws.account}.dkr.ecr.{self.aws.region}.{domain}/{tag_of(device)}"
-
-    # the run
+    def _lives(self) -> dict[str, Lives]:
+        """Of the runs that were looked at."""
+        return {}
 
     def submit(self, spec: JobSpec, channels: Mapping[str, Path], run_id: str | None = None) -> RunHandle:
         handle = RunHandle(self.name, run_id or f"trim-{uuid.uuid4().hex[:8]}")
@@ -250,7 +72,8 @@ class SageMakerBackend:
             "job": spec.model_copy(update={"data": tuple(map(public_source, spec.data))}).model_dump(mode="json"),
             "created": datetime.now(UTC).isoformat(),
             "request": request,
-            "ledger": Work.read(channels).ledger.model_dump(mode="json"),
+            "settings": asdict(replace(self.settings, role=self._role)),
+            **Work.read(channels).as_json(),
         }
         s3, key = self.aws.client("s3"), self.place.run(handle.id) + "run.json"
         taken = f"there is a run {handle.id} already, and it is another one: run the command again, it takes a new name"
@@ -260,9 +83,7 @@ class SageMakerBackend:
         try:
             submission.send()
         except BaseException:  # Ctrl-C too
-            with contextlib.suppress(BackendError):  # what happened first is what is told
-                if not submission.take_back():
-                    records.delete(s3, self.place, self.place.run(handle.id))
+            self._take_back(submission, handle, key)
             raise
         self._lives[handle.id] = Lives(self.aws, handle, known=True)
         return handle
@@ -276,11 +97,19 @@ class SageMakerBackend:
         if not newest.done:
             raise BackendError(running)
         number = requests.life_number(handle.id, newest.name) or 1
-        was = self._record(handle)["request"]["training_job"]
-        request = requests.next_life(was, requests.life_name(handle.id, number + 1), self.settings, self.image)
+        request = self.renewed(handle, number + 1, self._record(handle), [life.described for life in self._of(handle).all])
         limits.refuse("CreateTrainingJob", request)
         limits.refuse_secrets(request)
         Submission(self.aws, request, running).send()  # the name is taken when another client was quicker
+
+    def _take_back(self, submission: Submission, handle: RunHandle, key: str) -> None:
+        """Leave nothing of a run whose handle nobody will see: no job that costs money, no record."""
+        match submission.take_back():
+            case None:
+                print(f"whether {handle} began is not known; if it did, it costs money until  trimtab stop {handle}", file=sys.stderr)
+            case False:
+                with contextlib.suppress(BackendError):  # what happened first is what is told
+                    records.remove(self.aws.client("s3"), self.place, key)
 
     def status(self, handle: RunHandle) -> RunStatus:
         lives = self._of(handle)
@@ -354,8 +183,6 @@ class SageMakerBackend:
             download(s3, uri, folder, owner=place.owner)
         return folder if uri else None
 
-    # abilities
-
     def events(self, handle: RunHandle, start: int = 0) -> tuple[list[Event], int]:
         lives = self._of(handle)
         found = self._patiently(lives, lives.read)
@@ -395,6 +222,7 @@ class SageMakerBackend:
         lives = self._of(handle)
         if not lives.look().done:
             raise BackendError(f"{handle} is still running. End it first:  trimtab stop {handle}")
+        self._end_pools(lives)
         place, prefix = self._run_place(handle)
         records.delete(self.aws.client("s3"), place, prefix)
         for life in reversed(lives.all):  # the first one last: by it the run is found, should this be cut short
@@ -402,6 +230,21 @@ class SageMakerBackend:
                 self.aws.client("sagemaker").delete_training_job(TrainingJobName=life.name)
         del self._lives[handle.id]
         shutil.rmtree(self.home / "sagemaker" / handle.id, ignore_errors=True)
+
+    def _end_pools(self, lives: Lives) -> None:
+        """Give back the instances that jobs have kept warm: a job with such cannot be deleted (API reference, DeleteTrainingJob)."""
+        kept = [life.name for life in lives.all if life.described.get("WarmPoolStatus", {}).get("Status") == "Available"]
+        client = self.aws.client("sagemaker")
+        for name in kept:
+            with asking(f"to give back the instances kept by {name}", action="sagemaker:UpdateTrainingJob"):
+                client.update_training_job(TrainingJobName=name, ResourceConfig={"KeepAlivePeriodInSeconds": 0})
+        until = time.monotonic() + POOL
+        for name in kept:
+            with asking(f"how {name} stands", action="sagemaker:DescribeTrainingJob"):
+                while client.describe_training_job(TrainingJobName=name).get("WarmPoolStatus", {}).get("Status") == "Available":
+                    if time.monotonic() >= until:
+                        raise BackendError(f"the warm pool of {name} has not ended yet: repeat  trimtab remove {lives.handle}  in a minute")
+                    time.sleep(min(self.poll_seconds, 2.0))
 
     def _of(self, handle: RunHandle) -> Lives:
         if handle.backend != self.name:
