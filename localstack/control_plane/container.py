@@ -13,12 +13,13 @@ import ipaddress
 import os
 import re
 import shutil
+import socket
 import tarfile
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,7 +31,7 @@ from requests.exceptions import RequestException
 
 from control_plane.instance import Ended, StartFailed
 
-LABEL, NAME_LABEL = "sagemaker.control-plane", "sagemaker.name"
+LABEL, OWNER_LABEL, NAME_LABEL = "sagemaker.control-plane", "sagemaker.owner", "sagemaker.name"
 UNREACHABLE = (docker.errors.DockerException, RequestException, OSError)
 _MOMENT = 0.1
 _REGISTRY = re.compile(r"^(?:localhost|[^/]*[.:][^/]*)/")
@@ -62,11 +63,16 @@ class Asked:
 
 
 class Engine:
-    """The engine that DOCKER_HOST names, else this machine's; what it is asked to make bears this object's label. Close it."""
+    """The engine that DOCKER_HOST names, else this machine's; what it is asked to make bears this object's label. Close it.
 
-    def __init__(self, *, shm_size: str = "1g", memory: str | None = None, volumes: bool | None = None) -> None:
+    At its first use it removes what processes of this machine have left in the engine that were killed.
+    """
+
+    def __init__(self, *, shm_size: str = "1g", memory: str | None = None, volumes: bool | None = None, patience: float = 30.0) -> None:
+        """`patience`: seconds of the engine's silence after which a container counts as killed."""
         self.mark = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.volumes = os.getuid() != 0 if volumes is None else volumes
+        self.patience = patience
         self._options: dict[str, Any] = {"shm_size": shm_size, "log_config": docker.types.LogConfig(type="json-file")}
         if memory is not None:
             self._options |= {"mem_limit": memory, "memswap_limit": memory}
@@ -79,19 +85,25 @@ class Engine:
         with self._lock:
             if self._client is None:
                 try:
-                    self._client = docker.from_env(timeout=120, max_pool_size=64)
+                    self._client = docker.from_env(max_pool_size=64)
                 except UNREACHABLE as exc:
                     raise StartFailed(f"InternalServerError: no Docker engine answers ({exc})") from exc
+                self._remove(OWNER_LABEL, lambda labels: _is_gone(labels[OWNER_LABEL]))
             return self._client
 
     def image(self, name: str) -> str | None:
         """The id of the image that SageMaker would find by this name; None where there is none.
 
-        The engine's image of exactly that name, else that of the name without its registry, else a pulled one, but from no ECR.
+        The engine's image of exactly that name, else that of the name without its registry, else a pulled one, but from no ECR. Raises
+        StartFailed where no engine answers.
         """
         for each in dict.fromkeys((name, _REGISTRY.sub("", name))):
-            with contextlib.suppress(docker.errors.APIError):  # there is none, or that is no image's name
+            try:
                 return str(self.client.images.get(each).id)
+            except docker.errors.APIError:  # there is none, or that is no image's name
+                continue
+            except UNREACHABLE as exc:
+                raise StartFailed(f"InternalServerError: the Docker engine does not answer ({exc})") from exc
         if _ECR.match(name):
             return None
         try:
@@ -102,7 +114,7 @@ class Engine:
     def start(self, asked: Asked) -> Container:
         """Raises StartFailed, and leaves nothing then."""
         api = self.client.api
-        labels = {LABEL: self.mark, NAME_LABEL: asked.name}
+        labels = self._labels(asked.name)
         made: list[str] = []
         mounts = []
         try:
@@ -156,7 +168,7 @@ class Engine:
 
     def network(self, name: str, hosts: Sequence[str] = (), *, internal: bool) -> Network:
         """A network of its own, with an address for each host; `internal` leads nowhere else. Raises StartFailed."""
-        name, labels = f"sagemaker-{name}-{self.mark}", {LABEL: self.mark, NAME_LABEL: name}
+        name, labels = f"sagemaker-{name}-{self.mark}", self._labels(name)
         api = self.client.api
         for last in (False, False, True):
             try:
@@ -186,16 +198,30 @@ class Engine:
         """Ends and removes everything that bears the label."""
         if self._client is None:
             return
-        api, mine = self._client.api, {"label": f"{LABEL}={self.mark}"}
-        with contextlib.suppress(*UNREACHABLE):
-            for container in api.containers(all=True, filters=mine):
-                with contextlib.suppress(*UNREACHABLE):  # one that somebody else is just removing, too
-                    api.remove_container(container["Id"], force=True, v=True)
-            for network in api.networks(filters=mine):
-                self.remove_network(network["Id"])
-            self._remove_volumes([each["Name"] for each in api.volumes(filters=mine)["Volumes"] or []])
+        self._remove(LABEL, lambda labels: labels[LABEL] == self.mark)
         self._client.close()
         self._client = None
+
+    def _labels(self, name: str) -> dict[str, str]:
+        return {LABEL: self.mark, OWNER_LABEL: f"{_machine()}/{os.getpid()}", NAME_LABEL: name}
+
+    def _remove(self, label: str, wanted: Callable[[Mapping[str, str]], bool]) -> None:
+        """Containers, networks and volumes that bear a label, and whose labels are wanted."""
+        assert self._client is not None
+        api, filters = self._client.api, {"label": label}
+        with contextlib.suppress(*UNREACHABLE):
+            for container in api.containers(all=True, filters=filters):
+                if wanted(container["Labels"]):
+                    with contextlib.suppress(*UNREACHABLE):  # one that somebody else is just removing, too
+                        api.remove_container(container["Id"], force=True, v=True)
+            for network in api.networks(filters=filters):
+                if wanted(network["Labels"]):
+                    with contextlib.suppress(*UNREACHABLE):
+                        api.remove_network(network["Id"])
+            for volume in api.volumes(filters=filters)["Volumes"] or []:
+                if wanted(volume["Labels"]):
+                    with contextlib.suppress(*UNREACHABLE):
+                        api.remove_volume(volume["Name"], force=True)
 
     def _remove_volumes(self, names: Sequence[str]) -> None:
         for name in names:
@@ -209,6 +235,8 @@ class Container:
     def __init__(self, engine: Engine, container: str, asked: Asked, volumes: Sequence[str]) -> None:
         self.id, self._engine, self._asked, self._volumes = container, engine, asked, volumes
         self._api = engine.client.api
+        self._ended: Ended | None = None
+        self._answered = time.monotonic()
 
     def output(self) -> Iterator[bytes]:
         """An engine that is busy ends a followed log before its last lines: what follows its end is read once more, when all is there."""
@@ -233,13 +261,19 @@ class Container:
                 stream._response.close()  # its own close() leaves the socket open, as docker 7.2 does at the end of the log
 
     def poll(self) -> Ended | None:
-        """A container that somebody removed counts as killed."""
+        """A container that somebody removed counts as killed, and so does one whose engine has gone silent."""
+        if self._ended is None:
+            self._ended = self._look()
+        return self._ended
+
+    def _look(self) -> Ended | None:
         try:
             state = self._api.inspect_container(self.id)["State"]
         except docker.errors.NotFound:
             return Ended(137)
         except UNREACHABLE:  # asked again soon
-            return None
+            return Ended(137) if time.monotonic() - self._answered > self._engine.patience else None
+        self._answered = time.monotonic()
         if state["Status"] in ("created", "running", "paused", "restarting"):
             return None
         return Ended(state["ExitCode"], out_of_memory=bool(state["OOMKilled"]) and state["ExitCode"] == 137)
@@ -261,7 +295,7 @@ class Container:
             raise StartFailed(f"the container has no address ({_said(exc)})") from exc
 
     def pull(self, folder: Path) -> None:
-        """Only what lies in volumes is copied: files of `folder`, which is one of the mounted ones, are replaced."""
+        """Only what lies in volumes is copied: files of `folder`, which is one of the mounted ones, are replaced, or stay if it fails."""
         if not self._engine.volumes:
             return
         place = next(place for place, here in self._asked.mounts.items() if here == folder)
@@ -274,8 +308,12 @@ class Container:
                 return
             archive.seek(0)
             fresh = Path(tempfile.mkdtemp(dir=folder.parent))
-            with tarfile.open(fileobj=archive) as tar:
-                tar.extractall(fresh, filter=_harmless)
+            try:
+                with tarfile.open(fileobj=archive) as tar:
+                    tar.extractall(fresh, filter=_harmless)
+            except tarfile.TarError:  # the engine breaks an archive off when a file changes under it
+                shutil.rmtree(fresh)
+                return
         shutil.rmtree(folder, ignore_errors=True)
         (fresh / place.name).rename(folder)
         fresh.rmdir()
@@ -288,6 +326,29 @@ class Container:
     def _signal(self, name: str) -> None:
         with contextlib.suppress(*UNREACHABLE):
             self._api.kill(self.id, name)
+
+
+def _machine() -> str:
+    """Where a process id is one: this host and, in a container, its own space of them."""
+    try:
+        space = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:  # no Linux
+        space = ""
+    return f"{socket.gethostname()}/{space}"
+
+
+def _is_gone(owner: str) -> bool:
+    """Whether the owner that a label names was a process of this machine, and is no more."""
+    machine, _, pid = owner.rpartition("/")
+    if machine != _machine():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, ValueError):
+        return False
+    return False
 
 
 @contextlib.contextmanager

@@ -28,11 +28,12 @@ class Settings:
     shm_size: str = "1g"
     memory: str | None = None  # a container's limit, such as "512m": SageMaker's is the instance's, none here
     volumes: bool | None = None  # see container.py; None: by whether this process is root
+    patience: float = 30.0  # with an engine that does not answer: then its containers count as killed
     root_variable: str = "SM_ML_ROOT"  # names the tree to a process
     port_variable: str = "SAGEMAKER_BIND_TO_PORT"  # names the port to a process that serves
 
     def engine(self) -> Engine:
-        return Engine(shm_size=self.shm_size, memory=self.memory, volumes=self.volumes)
+        return Engine(shm_size=self.shm_size, memory=self.memory, volumes=self.volumes, patience=self.patience)
 
 
 @dataclass(eq=False)

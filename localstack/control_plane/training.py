@@ -283,10 +283,10 @@ class _Run:
         until = time.monotonic() + grace
         while not self._all_ended() and time.monotonic() < until and not self.runner.closing.is_set():
             time.sleep(_POLL)
-        for machine in self.machines:
-            if machine.ended is None:
-                machine.instance.kill()
         while not self._all_ended():
+            for machine in self.machines:
+                if machine.ended is None:
+                    machine.instance.kill()  # again and again: an engine that was silent may not have heard it
             time.sleep(_POLL)
         if failed is not None:  # it is to blame, not those that were ended for it
             self.machines.remove(failed)
