@@ -1,23 +1,121 @@
-"""`localstack/cloud.py` as a user starts it: what it prints is enough for boto3, it listens nowhere but on loopback, and leaves nothing."""
+"""`make cloud` and `localstack/cloud.py` as a user starts them: what they print is enough for boto3, and nothing of them is left."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from docker import DockerClient
 
 import cloud
 from cloud import free_port
+from control_plane.container import NAME_LABEL
 from support.cloud import HERE
-from support.training_jobs import until
+from support.training_jobs import PATIENCE, until
+
+# what a job does here: it says how it was called, and, when it is asked to, goes on for ever whatever it is told
+SCRIPT = """
+printf '%s %s\\n' "$1" "$TREE" >"${TREE:-/opt/ml}/model/said"
+if [ -n "$ENDLESS" ]; then trap '' TERM INT HUP; echo $$ >"$PIDS"; while :; do sleep 0.1; done; fi
+"""
+IN_ITS_OWN_NETWORK = """
+import fcntl, os, socket, struct, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    fcntl.ioctl(probe, 0x8914, struct.pack("16sh22x", b"lo", 1))  # SIOCSIFFLAGS, IFF_UP
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+JOB = """
+import boto3, time
+sagemaker = boto3.client("sagemaker")
+def start(name, **more):
+    sagemaker.create_training_job(
+        TrainingJobName=name, RoleArn=boto3.client("iam").get_role(RoleName="SageMakerExecutionRole")["Role"]["Arn"],
+        AlgorithmSpecification={"TrainingImage": "IMAGE", "TrainingInputMode": "File"},
+        OutputDataConfig={"S3OutputPath": "s3://BUCKET/out", "CompressionType": "NONE"}, StoppingCondition={"MaxRuntimeInSeconds": 3600},
+        ResourceConfig={"InstanceType": "ml.m7i.large", "InstanceCount": 1, "VolumeSizeInGB": 1}, **more)
+def endless():
+    start("endless", Environment={"ENDLESS": "1", "PIDS": "PLACE"})
+""".replace("BUCKET", cloud.BUCKET)
+
+
+@dataclass
+class Started:
+    """A command that runs, and what it said to export."""
+
+    process: subprocess.Popen[str]
+    printed: dict[str, str]
+    temporary: Path
+    inside: Sequence[str] = ()  # what a command is preceded by that is to run where it does
+
+    def ask(self, code: str) -> list[str]:
+        """The lines that Python code prints that has nothing but what was printed."""
+        command = [*self.inside, sys.executable, "-c", code]
+        environment = {"PATH": os.environ["PATH"], **self.printed}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2 * PATIENCE, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    def leaves_nothing(self) -> None:
+        """It ends by itself, now that it was told to, and its temporary files, LocalStack's among them, are gone."""
+        said, _ = self.process.communicate(timeout=PATIENCE)
+        assert "Traceback" not in said, said
+        assert list(self.temporary.iterdir()) == []
+
+
+@contextlib.contextmanager
+def running(command: Sequence[object], temporary: Path, inside: Callable[[int], Sequence[str]] = lambda pid: ()) -> Iterator[Started]:
+    """The command, with nothing of this machine's AWS settings, from when it says that it is there."""
+    temporary.mkdir(exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "MAKE"))}
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        cwd=HERE.parent,
+        env=environment | {"TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            yield Started(process, exported(process.stdout), temporary, inside(process.pid))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def exported(lines: Iterator[str]) -> dict[str, str]:
+    """What it says to export, until it says that it is there."""
+    found = {}
+    for line in lines:
+        if line.startswith("#"):
+            return found
+        match = re.fullmatch(r"export (AWS_\w+)=(\S+)", line.strip())
+        assert match is not None, line + "".join(lines)
+        found[match[1]] = match[2]
+    pytest.fail("it ended")
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What stands for an image's ENTRYPOINT where there is no engine."""
+    path = tmp_path_factory.mktemp("script") / "script"
+    path.write_text(SCRIPT)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -26,74 +124,115 @@ def ports() -> tuple[int, int]:
 
 
 @pytest.fixture(scope="module")
-def started(localstack_venv: Path, ports: tuple[int, int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
-    """The command, with nothing of this machine's AWS settings."""
-    temporary = tmp_path_factory.mktemp("temporary")
-    script = 'printf "%s %s\\n" "$1" "$TREE" >"$TREE/model/said"'
-    command = ["--s3-port", str(ports[0]), "--port", str(ports[1]), "--runner", "process", "--root-variable", "TREE"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | {"TMPDIR": str(temporary)}
-    with subprocess.Popen(
-        [sys.executable, HERE / "cloud.py", *command, "--", "/bin/sh", "-c", script, "job"],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        yield process
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
-        assert "Traceback" not in process.stdout.read()
-    assert list(temporary.iterdir()) == []
+def started(localstack_venv: Path, ports: tuple[int, int], script: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+    """`make cloud`; in the end Ctrl-C, which reaches all that the terminal runs, while a job is running that heeds nothing."""
+    options = ["--s3-port", ports[0], "--port", ports[1], "--runner", "process", "--root-variable", "TREE", "--", "/bin/sh", script]
+    pids = script.with_name("pid")
+    # make need not look at this environment, which runs
+    command = ["make", "-o", "setup", "cloud", f"PY={sys.executable}", f"OPTIONS={shlex.join(map(str, options))}"]
+    with running(command, tmp_path_factory.mktemp("make")) as found:
+        yield found
+        found.ask(JOB.replace("PLACE", str(pids)) + "endless()")
+        until(lambda: written(pids))
+        os.killpg(found.process.pid, signal.SIGINT)
+        found.leaves_nothing()
+    assert not alive(int(pids.read_text()))
     assert all(map(free, ports))
 
 
-@pytest.fixture(scope="module")
-def printed(started: subprocess.Popen[str]) -> dict[str, str]:
-    """What it says to export, until it says that it is there."""
-    assert started.stdout is not None
-    found = {}
-    for line in started.stdout:
-        if line.startswith("#"):
-            return found
-        match = re.fullmatch(r"export (AWS_\w+)=(\S+)", line.strip())
-        assert match is not None, line
-        found[match[1]] = match[2]
-    pytest.fail("it ended")
-
-
-def in_a_shell(printed: dict[str, str], code: str) -> str:
-    """The output of Python code that has only what was printed."""
-    environment = {"PATH": os.environ["PATH"], **printed}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_what_is_printed_is_enough_for_boto3_to_run_a_job(printed: dict[str, str]) -> None:
+def test_what_is_printed_is_enough_for_boto3_to_run_a_job(started: Started) -> None:
     code = """
-import boto3, time
 print(boto3.client("sts").get_caller_identity()["Account"], [each["Name"] for each in boto3.client("s3").list_buckets()["Buckets"]])
-sagemaker = boto3.client("sagemaker")
-role = boto3.client("iam").get_role(RoleName="SageMakerExecutionRole")["Role"]["Arn"]
-sagemaker.create_training_job(
-    TrainingJobName="one", RoleArn=role, AlgorithmSpecification={"TrainingImage": "any:1", "TrainingInputMode": "File"},
-    OutputDataConfig={"S3OutputPath": "s3://BUCKET/out", "CompressionType": "NONE"}, StoppingCondition={"MaxRuntimeInSeconds": 60},
-    ResourceConfig={"InstanceType": "ml.m7i.large", "InstanceCount": 1, "VolumeSizeInGB": 1})
+start("one")
 while (found := sagemaker.describe_training_job(TrainingJobName="one"))["TrainingJobStatus"] == "InProgress":
     time.sleep(0.2)
 body = boto3.client("s3").get_object(Bucket="BUCKET", Key="out/one/output/model/said")["Body"].read().decode()
 print(found["TrainingJobStatus"], found.get("FailureReason"), body.split()[0], body.split()[1].endswith("algo-1"))
 print(boto3.client("service-quotas").list_service_quotas(ServiceCode="sagemaker")["Quotas"] != [])
 """
-    code = code.replace("BUCKET", cloud.BUCKET)
-    assert in_a_shell(printed, code).splitlines() == [f"000000000000 ['{cloud.BUCKET}']", "Completed None train True", "True"]
+    said = started.ask(JOB + code.replace("BUCKET", cloud.BUCKET))
+    assert said == [f"000000000000 ['{cloud.BUCKET}']", "Completed None train True", "True"]
+
+
+def test_a_secret_is_kept(started: Started) -> None:
+    code = """
+import boto3
+secrets = boto3.client("secretsmanager")
+secrets.create_secret(Name="mine/token", SecretString="first")
+secrets.put_secret_value(SecretId="mine/token", SecretString="second")
+print(secrets.get_secret_value(SecretId="mine/token")["SecretString"])
+secrets.delete_secret(SecretId="mine/token", ForceDeleteWithoutRecovery=True)
+try:
+    secrets.get_secret_value(SecretId="mine/token")
+except secrets.exceptions.ResourceNotFoundException:
+    print("gone")
+"""
+    assert started.ask(code) == ["second", "gone"]
+
+
+@pytest.fixture
+def offline() -> Sequence[str]:
+    """What a command is preceded by that is to have a loopback interface and no other."""
+    alone = ["unshare", "-n", sys.executable, "-c", IN_ITS_OWN_NETWORK]
+    tools = shutil.which("unshare") and shutil.which("nsenter")
+    if not tools or subprocess.run([*alone, "-c", ""], capture_output=True, check=False).returncode:
+        pytest.skip("not run, because only root can take the network away, with unshare and nsenter: a start without the network")
+    return alone
+
+
+def test_it_runs_without_the_network_and_ends_when_it_is_terminated(
+    localstack_venv: Path, offline: Sequence[str], script: Path, tmp_path: Path
+) -> None:
+    options = ["--s3-port", "0", "--port", "0", "--runner", "process", "--root-variable", "TREE", "--", "/bin/sh", script]
+    pids = tmp_path / "pid"
+    code = """
+import errno, socket
+try:
+    socket.create_connection(("192.0.2.1", 80), 5)
+except OSError as exc:
+    print(errno.errorcode[exc.errno])
+boto3.client("s3").put_object(Bucket="BUCKET", Key="a", Body=b"kept")
+print(boto3.client("s3").get_object(Bucket="BUCKET", Key="a")["Body"].read())
+print(boto3.client("secretsmanager").create_secret(Name="a", SecretString="b")["Name"])
+endless()
+"""
+    code = JOB.replace("PLACE", str(pids)) + code.replace("BUCKET", cloud.BUCKET)
+    command = [*offline, HERE / "cloud.py", *options]
+    with running(command, tmp_path / "temporary", lambda pid: ["nsenter", "-n", "-t", str(pid)]) as found:
+        assert found.ask(code) == ["ENETUNREACH", "b'kept'", "a"]
+        until(lambda: written(pids))
+        found.process.send_signal(signal.SIGTERM)
+        found.leaves_nothing()
+    assert found.process.returncode == 0
+    assert not alive(int(pids.read_text()))
+
+
+def test_ctrl_c_ends_the_containers_too(localstack_venv: Path, job_image: str, client: DockerClient, tmp_path: Path) -> None:
+    ports, name = (free_port(), free_port()), f"deaf-{uuid.uuid4().hex[:8]}"
+    code = (
+        JOB.replace("IMAGE", job_image)
+        + f"""
+boto3.client("s3").put_object(Bucket="{cloud.BUCKET}", Key="code/script", Body=b"trap '' TERM INT HUP; while :; do sleep 0.1; done")
+source = {{"S3DataType": "S3Prefix", "S3Uri": "s3://{cloud.BUCKET}/code/"}}
+start("{name}", InputDataConfig=[{{"ChannelName": "code", "DataSource": {{"S3DataSource": source}}}}])
+"""
+    )
+    labelled = {"label": f"{NAME_LABEL}=sagemaker-{name}-algo-1"}
+    with running([sys.executable, HERE / "cloud.py", "--s3-port", ports[0], "--port", ports[1]], tmp_path / "temporary") as found:
+        found.ask(code)
+        until(lambda: client.containers.list(filters=labelled))
+        found.process.send_signal(signal.SIGINT)
+        found.leaves_nothing()
+    assert found.process.returncode == 0
+    assert client.containers.list(all=True, filters=labelled) == []
+    assert all(map(free, ports))
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads what listens from /proc, which Linux has")
-def test_nothing_listens_but_on_loopback(printed: dict[str, str], started: subprocess.Popen[str], ports: tuple[int, int]) -> None:
+def test_nothing_listens_but_on_loopback(started: Started, ports: tuple[int, int]) -> None:
     """Of the command's process and of LocalStack's, which it started."""
-    mine = {started.pid, *children(started.pid)}
-    assert len(mine) >= 2
+    mine = {started.process.pid, *children(started.process.pid)}
+    assert len(mine) >= 3  # make, the command, LocalStack
     sockets = {link for pid in mine for link in links(pid)}
     found = {
         (address, int(port, 16))
@@ -107,42 +246,67 @@ def test_nothing_listens_but_on_loopback(printed: dict[str, str], started: subpr
 
 
 def children(pid: int) -> Iterator[int]:
-    for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
-        yield child
-        yield from children(child)
+    """Of all its threads; each may end meanwhile."""
+    for task in here(Path(f"/proc/{pid}/task")):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in map(int, task.joinpath("children").read_text().split()):
+                yield child
+                yield from children(child)
 
 
 def links(pid: int) -> Iterator[str]:
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        if (found := re.fullmatch(r"socket:\[(\d+)\]", str(entry.readlink()))) is not None:
-            yield found[1]
+    """What its sockets are called; each may be closed meanwhile."""
+    for entry in here(Path(f"/proc/{pid}/fd")):
+        with contextlib.suppress(FileNotFoundError):
+            if (found := re.fullmatch(r"socket:\[(\d+)\]", str(entry.readlink()))) is not None:
+                yield found[1]
+
+
+def here(folder: Path) -> list[Path]:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return list(folder.iterdir())
+    return []
+
+
+def written(path: Path) -> bool:
+    """To the end of its line."""
+    return path.exists() and path.read_text().endswith("\n")
+
+
+def alive(pid: int) -> bool:
+    """Not so of one that has ended and that nobody has waited for."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        with contextlib.suppress(FileNotFoundError):
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 class TestReadme:
     text = (HERE / "README.md").read_text(encoding="utf-8")
 
-    def test_its_code_runs(self, printed: dict[str, str]) -> None:
+    def test_its_code_runs(self, started: Started) -> None:
         blocks = re.findall(r"```python\n(.*?)```", self.text, re.S)
         assert len(blocks) == 2
         for block in blocks:
-            in_a_shell(printed | {"PYTHONPATH": str(HERE)}, block)
+            started.ask(f"import sys; sys.path.insert(0, {str(HERE)!r})\n{block}")
 
-    def test_what_it_says_to_export_is_what_is_printed(self, printed: dict[str, str], ports: tuple[int, int]) -> None:
+    def test_what_it_says_to_export_is_what_is_printed(self, started: Started, ports: tuple[int, int]) -> None:
         shown = self.text.replace(":4566", f":{ports[0]}").replace(":4567", f":{ports[1]}")
-        assert cloud.exports(printed) in shown
+        assert cloud.exports(started.printed) in shown
         assert f"# bucket {cloud.BUCKET}, role arn:aws:iam::{cloud.ACCOUNT}:role/{cloud.ROLE};" in shown
 
     def test_it_names_every_option(self) -> None:
-        done = subprocess.run([sys.executable, HERE / "cloud.py", "--help"], capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run([sys.executable, HERE / "cloud.py", "--help"], capture_output=True, text=True, timeout=PATIENCE, check=True)
         options = set(re.findall(r"--[a-z0-9-]+", done.stdout)) - {"--help"}
         assert {each for each in options if f"`{each}" not in self.text} == set()
 
 
-def test_a_port_that_is_taken_is_told_with_its_remedy(localstack_venv: Path, ports: tuple[int, int], printed: dict[str, str]) -> None:
+def test_a_port_that_is_taken_is_told_with_its_remedy(localstack_venv: Path, ports: tuple[int, int], started: Started) -> None:
     for taken, option in zip(ports, ("--s3-port", "--port"), strict=True):
         given = {"--s3-port": free_port(), "--port": free_port()} | {option: taken}
         words = [str(word) for pair in given.items() for word in pair]
-        done = subprocess.run([sys.executable, HERE / "cloud.py", *words], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([sys.executable, HERE / "cloud.py", *words], capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith(f"port {taken} is taken")
         assert option in done.stderr.splitlines()[-1]
@@ -156,9 +320,9 @@ def test_a_missing_environment_is_told_with_its_remedy(tmp_path: Path) -> None:
 def test_localstack_ends_with_whoever_started_it(localstack_venv: Path, tmp_path: Path) -> None:
     code = "import cloud, os\nwith cloud.LocalStack(0) as aws: print(aws.port, flush=True); os.kill(os.getpid(), 9)"
     environment = {**os.environ, "PYTHONPATH": str(HERE), "TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=150, check=False)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == -signal.SIGKILL
-    until(lambda: free(int(done.stdout)), 20)
+    until(lambda: free(int(done.stdout)))
 
 
 def free(port: int) -> bool:
@@ -166,58 +330,20 @@ def free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def test_two_at_once_do_not_touch_each_others_objects(localstack: str, aws: Callable[..., Any], localstack_venv: Path) -> None:
+def test_two_at_once_do_not_touch_each_others_objects(localstack: str, aws: Callable[..., Any], started: Started) -> None:
     """They keep objects above 512 KB in files, by default both in the same folder."""
-    body = bytes(1 << 20)
-    with cloud.LocalStack(free_port(), localstack_venv) as other:
-        for s3 in (aws("s3"), aws("s3", other.url)):
-            s3.create_bucket(Bucket="twin")
-        aws("s3", other.url).put_object(Bucket="twin", Key="a", Body=body)
-        aws("s3", other.url).delete_object(Bucket="twin", Key="a")
-        aws("s3", other.url).delete_bucket(Bucket="twin")
-        aws("s3").put_object(Bucket="twin", Key="b", Body=body)
-        with aws("s3").get_object(Bucket="twin", Key="b")["Body"] as answer:
-            assert answer.read() == body
-        aws("s3").delete_object(Bucket="twin", Key="b")
-        aws("s3").delete_bucket(Bucket="twin")
-
-
-def test_setup_is_quick_the_second_time_and_refuses_another_python(localstack_venv: Path, tmp_path: Path) -> None:
-    done = subprocess.run([HERE / "setup"], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    old = tmp_path / "python3.9"
-    old.write_text("#!/bin/sh\nexit 1\n")
-    old.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(old), "LOCALSTACK_VENV": str(tmp_path / "venv")}
-    done = subprocess.run([HERE / "setup"], env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
-    assert "needs Python 3.11 or 3.12" in done.stderr
-    assert "PYTHON=/path/to/python3.11" in done.stderr
-
-
-def test_setup_says_what_to_do_when_pip_fails(tmp_path: Path) -> None:
-    environment = {**os.environ, "LOCALSTACK_VENV": str(tmp_path / "venv"), "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0"}
-    environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1"}
-    done = subprocess.run([HERE / "setup"], env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
-    assert "pip could not install" in done.stderr.splitlines()[-1]
-    assert not (tmp_path / "venv" / "setup.sha256").exists()
-
-
-def test_the_container_of_the_compose_file_is_the_release_that_was_tried() -> None:
-    """Read as text, so that no YAML reader is needed: one image, pinned; one port, on loopback; the services that cloud.py asks for."""
-    text = (HERE / "compose.yaml").read_text(encoding="utf-8")
-    release = re.search(r"localstack-core\[runtime\]==(\S+)", (HERE / "requirements.txt").read_text(encoding="utf-8"))
-    assert release is not None
-    assert re.findall(r"image: (\S+)", text) == [f"localstack/localstack:{release[1]}"]
-    assert tuple(map(int, release[1].split("."))) <= (4, 14, 0)  # later images want a token
-    assert re.findall(r'- "?(\S+):4566"?', text) == ["127.0.0.1:${S3_PORT:-4566}"]
-    assert f"SERVICES: {cloud.SERVICES}" in text
-    ready = HERE / "init" / "ready.d" / "bucket.sh"
-    assert os.access(ready, os.X_OK)
-    assert subprocess.run(["bash", "-n", ready], check=False).returncode == 0
-    assert cloud.BUCKET in ready.read_text(encoding="utf-8")
-    assert cloud.ROLE in ready.read_text(encoding="utf-8")
+    body, name = bytes(1 << 20), f"twin-{uuid.uuid4().hex[:8]}"
+    mine, other = aws("s3"), aws("s3", started.printed["AWS_ENDPOINT_URL"])
+    for s3 in (mine, other):
+        s3.create_bucket(Bucket=name)
+    mine.put_object(Bucket=name, Key="b", Body=body)
+    other.put_object(Bucket=name, Key="b", Body=body)
+    other.delete_object(Bucket=name, Key="b")
+    other.delete_bucket(Bucket=name)
+    with mine.get_object(Bucket=name, Key="b")["Body"] as answer:
+        assert answer.read() == body
+    mine.delete_object(Bucket=name, Key="b")
+    mine.delete_bucket(Bucket=name)
 
 
 def test_a_shells_exports_are_lines() -> None:

@@ -77,13 +77,13 @@ def hasten(plane: ControlPlane, settings: Settings = QUICK) -> None:
 
 @pytest.fixture
 def aws(localstack: str) -> Iterator[Callable[..., Any]]:
-    """Real boto3 clients of the session's AWS: aws("s3"), aws("sagemaker", plane.url)."""
+    """Real boto3 clients of the session's AWS: aws("s3"), aws("sagemaker", plane.url); twelve digits as key are another account."""
     with contextlib.ExitStack() as opened:
 
-        def client(service: str, url: str = localstack) -> Any:
+        def client(service: str, url: str = localstack, account: str = "test") -> Any:
             config = Config(s3={"addressing_style": "path"}, retries={"mode": "standard", "max_attempts": 3}, read_timeout=70)
             made = boto3.client(
-                service, endpoint_url=url, region_name=cloud.REGION, aws_access_key_id="test", aws_secret_access_key="test", config=config
+                service, endpoint_url=url, region_name=cloud.REGION, aws_access_key_id=account, aws_secret_access_key="test", config=config
             )
             return opened.enter_context(contextlib.closing(made))
 
