@@ -314,11 +314,18 @@ def test_who_polls_crosses_a_gap_in_several_looks(proxy, group, looking_often):
     group.write("algo-1-1", "behind a gap")
     gap(proxy, 12)
     with client_at(proxy.url) as client:
+        tokens: list[str | None] = []
+
+        def note(params: dict[str, Any], model: Any, **_: Any) -> None:
+            if model.name == "GetLogEvents":
+                tokens.append(params.get("nextToken"))
+
+        client.meta.events.register("provide-client-params", note)
         reader = LogReader(client, group.name, JOB)
         assert reader.read(eager=False) == []
-        assert proxy.count("GetLogEvents") == 5
+        assert tokens == [None, "gap 0", "gap 1", "gap 2", "gap 3"]
         assert texts(polled(reader)) == ["behind a gap"]
-        assert proxy.count("GetLogEvents") == 12 + 2  # no page of the gap was asked for again
+        assert tokens[5:13] == [f"gap {number}" for number in range(4, 11)] + [BEGINNING]  # each look goes on where the last stood
         assert reader.read() == []
 
 
@@ -452,8 +459,10 @@ def test_lines_after_the_jobs_end_are_waited_for_and_not_for_ever(client, group,
 
 def test_who_has_the_runs_last_word_waits_for_no_more(client, group, looking_often):
     last = Finished(state="failed", reason="no", seconds=1.0)
-    group.write("algo-1-1", last.model_dump_json(), (NOW + 1, "Traceback"))  # the failure is printed after the last word
+    group.write("algo-1-1", last.model_dump_json())
     run, life = ended_job(client, group)
+    run._read(life)
+    group.write("algo-1-1", (NOW + 1, "Traceback"))  # a failure is printed after the last word
     assert settle(run, life) < lives.SETTLING / 2
     assert life.lines == ["Traceback"]
     assert life.events == [last]
