@@ -214,6 +214,7 @@ def test_a_warm_pool_is_kept_reused_and_ended(plane: ControlPlane, sagemaker: An
 
 
 def test_lists_are_filtered_ordered_and_paged(plane: ControlPlane, sagemaker: Any) -> None:
+    began = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=10)  # before job-7 is made
     for at in range(7):
         sagemaker.create_training_job(**job_request(f"job-{at}"))
     plane.store.jobs["job-3"].finish("Failed", failure_reason="AlgorithmError: x")
@@ -230,9 +231,14 @@ def test_lists_are_filtered_ordered_and_paged(plane: ControlPlane, sagemaker: An
     assert names(StatusEquals="Failed") == ["job-3"]
     assert names(NameContains="B-5") == ["job-5"]
     assert set(names(SortBy="Status")) == set(oldest_first)
-    middle = plane.store.jobs["job-3"].created
-    assert set(names(CreationTimeAfter=middle)) <= {"job-4", "job-5", "job-6"}
-    assert names(LastModifiedTimeBefore=datetime.now(UTC) - timedelta(hours=1)) == []
+    for at in range(7):  # a minute after each other
+        plane.store.jobs[f"job-{at}"].created = began + timedelta(minutes=at)
+    assert names(CreationTimeAfter=began + timedelta(minutes=3.5)) == ["job-4", "job-5", "job-6"]
+    assert names(CreationTimeBefore=began + timedelta(minutes=3.5)) == ["job-0", "job-1", "job-2", "job-3"]
+    changed = plane.store.jobs["job-3"].modified
+    plane.store.jobs["job-0"].modified = changed + timedelta(minutes=1)
+    assert names(LastModifiedTimeAfter=changed + timedelta(seconds=30)) == ["job-0"]
+    assert names(LastModifiedTimeBefore=changed - timedelta(hours=1)) == []
     page = sagemaker.list_training_jobs(MaxResults=3, SortOrder="Descending")
     sagemaker.create_training_job(**job_request("job-7"))  # between two pages
     rest = sagemaker.list_training_jobs(MaxResults=10, SortOrder="Descending", NextToken=page["NextToken"])
