@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import shlex
 import threading
 import time
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 from xml.sax.saxutils import escape
 
 import pytest
 
+import trimtab.aws
 from support.cloud import ControlPlane
 from trimtab.aws.account import Needs, survey
 from trimtab.aws.instances import find
+from trimtab.aws.permissions import Where, of_caller
 from trimtab.aws.session import Aws
 from trimtab.plan import Finding
 
@@ -185,10 +190,41 @@ def test_an_account_with_everything_lacks_nothing(judged, judge, bucket):
     assert {"permission iam:PassRole", "permission logs:GetLogEvents", "permission ecr:DescribeImages"} <= set(findings)
     assert "permission of the role s3:GetObject" in findings
     assert not [name for name in findings if "kms" in name]
-    assert "permission kms:GenerateDataKey" in found(judged, needs(bucket, kms_keys=("alias/mine",)))
+    assert not [name for name in findings if "ec2" in name or "encryption" in name]
     passed = next(asked for asked in judge.asked if "iam:PassRole" in asked.values())
     assert passed["ResourceArns.member.1"] == role("trimtab")
     assert "sagemaker.amazonaws.com" in passed.values()
+
+
+KEY = "1234abcd-12ab-34cd-56ef-1234567890ab"
+
+
+def test_what_a_job_has_beside_the_usual_needs_further_permissions(judged, judge, bucket):
+    further = {"kms_key": "alias/mine", "volume_kms_key": KEY, "subnets": True, "model_uri": "s3://models/llama"}
+    findings = found(judged, needs(bucket, **further))
+    assert {"permission kms:GenerateDataKey", "permission kms:Decrypt"} <= set(findings)
+    assert "permission kms:CreateGrant" not in findings
+    role = {name.removeprefix("permission of the role ") for name in findings if name.startswith("permission of the role ")}
+    assert {"kms:Encrypt", "kms:GenerateDataKey", "kms:Decrypt", "kms:CreateGrant", "ec2:CreateNetworkInterfacePermission"} <= role
+    asked = {
+        (request["ResourceArns.member.1"], request["ActionNames.member.1"]) for request in judge.asked if "ActionNames.member.1" in request
+    }
+    assert {("arn:aws:s3:::models", "s3:ListBucket"), ("arn:aws:s3:::models/llama/x", "s3:GetObject")} <= asked
+    assert (f"arn:aws:kms:us-east-1:{ACCOUNT}:key/{KEY}", "kms:CreateGrant") in asked
+    assert ("*", "kms:Encrypt") in asked  # policies do not name aliases
+
+
+SOURCES = Path(trimtab.aws.__file__).parent
+
+
+def test_every_permission_that_an_error_names_is_in_the_table(judged, bucket):
+    """What the code itself calls when it is refused, but for what only a plan asks, which says so itself."""
+    files = [*SOURCES.glob("*.py"), SOURCES.parent / "backends" / "sagemaker.py"]
+    named = {action for file in files if file.stem != "account" for action in re.findall(r'action="([\w-]+:\w+)"', file.read_text())}
+    where = Where("aws", "us-east-1", ACCOUNT)
+    table = {action for group in of_caller(where, needs(bucket, makes_bucket=True)) for action in group.actions}
+    assert len(named) > 8
+    assert named - {"sts:GetCallerIdentity"} <= table
 
 
 def test_a_denied_action_is_named_with_the_statement_that_allows_it(judged, judge, bucket):
@@ -236,7 +272,9 @@ def test_localstack_is_asked_and_what_it_does_not_have_is_not_known(account, aws
     findings = found(account, needs(bucket))
     assert findings["role"].ok is False
     assert "aws iam create-role --role-name trimtab --assume-role-policy-document '{" in findings["role"].remedy
-    assert findings["permission iam:PassRole"].ok is None  # its simulator denies without a reason
+    unknown = [finding for name, finding in findings.items() if name.startswith("permission ") and finding.ok is None]
+    assert len(unknown) == 1  # its simulator denies without a reason
+    assert {"iam:PassRole", "sagemaker:CreateTrainingJob", "s3:PutObject"} <= set(unknown[0].name.removeprefix("permission ").split(", "))
     assert findings["image"].ok is None
     assert findings["image"].detail.startswith("could not be asked: AWS was asked for the image")
     assert findings["bucket"] == Finding("bucket", True, f"{bucket} in us-east-1")
@@ -269,13 +307,40 @@ def test_a_role_that_cannot_be_looked_up_says_why(judged, bucket, given, ok, sai
     assert (finding.ok, said in finding.detail) == (ok, True)
 
 
+def test_without_a_role_the_rest_is_told_all_the_same(judged, judge, bucket):
+    findings = found(judged, needs(bucket, role=""))
+    assert [name for name, finding in findings.items() if finding.ok is not True] == ["role"]
+    assert "--backend-option role=NAME-OR-ARN" in findings["role"].remedy
+    assert "permission iam:PassRole" not in findings
+    assert not [name for name in findings if "of the role" in name]
+    assert "image" in findings
+
+
+def test_checkpoints_are_encrypted_by_the_buckets_own_setting(judged, aws, bucket):
+    name, s3 = "encryption of checkpoints", aws("s3")
+    plain = found(judged, needs(bucket, kms_key=KEY))[name]
+    assert (plain.ok, "encrypts with AES256" in plain.detail) == (False, True)
+    command = shlex.split(plain.remedy)
+    assert command[:5] == ["aws", "s3api", "put-bucket-encryption", "--bucket", bucket]
+    s3.put_bucket_encryption(Bucket=bucket, ServerSideEncryptionConfiguration=json.loads(command[-1]))
+    assert found(judged, needs(bucket, kms_key=KEY))[name].ok is True
+    assert found(judged, needs(bucket, kms_key=f"arn:aws:kms:us-east-1:{ACCOUNT}:key/{KEY}"))[name].ok is True
+    assert found(judged, needs(bucket, kms_key=KEY.replace("1", "2")))[name].ok is False
+    assert found(judged, needs(bucket, kms_key="alias/mine"))[name].ok is None
+    absent = found(judged, needs("test-no-such-bucket", kms_key=KEY, makes_bucket=True))[name]
+    assert absent.ok is False
+    assert absent.remedy.startswith("aws s3 mb s3://test-no-such-bucket --region us-east-1 && aws s3api put-bucket-encryption")
+
+
 def test_a_bucket_is_there_or_made_or_missing_or_elsewhere(judged, aws):
     absent = "test-no-such-bucket"
     finding = found(judged, needs(absent))["bucket"]
     assert (finding.ok, finding.remedy.partition(" --region")[0]) == (False, f"aws s3 mb s3://{absent}")
     made = found(judged, needs(absent, makes_bucket=True))
     assert made["bucket"].ok is True
-    assert "permission s3:CreateBucket" in made
+    assert {"permission s3:CreateBucket", "permission s3:PutBucketPublicAccessBlock", "permission s3:PutLifecycleConfiguration"} <= set(
+        made
+    )
     aws("s3").create_bucket(Bucket="test-far-away", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
     try:
         finding = found(judged, needs("test-far-away"))["bucket"]
@@ -306,6 +371,28 @@ def test_quotas_are_held_against_what_the_job_takes(judged, quotas, bucket):
     store.quotas.set(name("spot training job"), 1)
     assert found(judged, needs(bucket, count=2, spot=True))["quota " + name("spot training job")].ok is False
     assert found(judged, needs(bucket, spot=True))["quota " + name("spot training job")].ok is True
+
+
+def test_all_jobs_that_run_count_as_used(judged, quotas, bucket):
+    """With MaxResults ListTrainingJobs looks at so many of the newest jobs only, of any status (API reference)."""
+    sagemaker, usage = judged.client("sagemaker"), "ml.r7i.large for training job usage"
+    quotas.store.quotas.set(usage, 12)
+    request = {
+        "RoleArn": role("trimtab"), "AlgorithmSpecification": {"TrainingImage": IMAGE, "TrainingInputMode": "File"},
+        "OutputDataConfig": {"S3OutputPath": f"s3://{bucket}/out"}, "StoppingCondition": {"MaxRuntimeInSeconds": 60},
+        "ResourceConfig": {"InstanceType": "ml.r7i.large", "InstanceCount": 1, "VolumeSizeInGB": 1},
+    }  # fmt: skip
+    for number in range(12):  # more than a page
+        sagemaker.create_training_job(TrainingJobName=f"quota-{number}", **request)
+    sagemaker.stop_training_job(TrainingJobName="quota-0")  # which has its machine until it has stopped
+    quotas.store.jobs["quota-1"].finish("Completed", "Completed")
+    began = len(quotas.requests)
+    asked = needs(bucket, instance=find("ml.r7i.large"))
+    assert found(judged, asked)[f"quota {usage}"].detail == "12, of which 11 are used; the job takes 1"
+    assert not [request for _, request in quotas.requests[began:] if "StatusEquals" in request and "MaxResults" in request]
+    quotas.store.quotas.set(usage, 11)
+    full = found(judged, asked)[f"quota {usage}"]
+    assert (full.ok, full.detail) == (False, "11, of which 11 are used, and the job takes 1")
 
 
 def test_without_credentials_or_a_network_one_finding_says_so(monkeypatch, bucket, localstack):

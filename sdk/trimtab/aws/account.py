@@ -10,29 +10,31 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any
 from urllib.parse import unquote
 
 from trimtab.aws.instances import Instance
+from trimtab.aws.permissions import IN_ECR, SERVICE, Group, Where, of_caller, of_role
 from trimtab.aws.refusals import asking, error_code
 from trimtab.aws.session import Aws
 from trimtab.errors import TrimtabError
 from trimtab.plan import Finding
 
 _PATIENCE, _ATTEMPTS = 15, 2  # seconds and attempts for a question that the job does not depend on
-_MOST_JOBS = 50  # running jobs that are looked at for the instances that they take
-_SERVICE = "sagemaker.amazonaws.com"
-_ECR = re.compile(r"(\d{12})\.dkr\.ecr\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?/([^:@]+)(?::([^@]+))?(?:@(sha256:[0-9a-f]{64}))?")
+_MOST_JOBS, _MOST_PAGES = 100, 50  # running jobs that are looked at for the instances that they take; pages of all jobs to find them
 _TRUST = {
     "Version": "2012-10-17",
-    "Statement": [{"Effect": "Allow", "Principal": {"Service": _SERVICE}, "Action": "sts:AssumeRole"}],
+    "Statement": [{"Effect": "Allow", "Principal": {"Service": SERVICE}, "Action": "sts:AssumeRole"}],
 }
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a job asks of the account. `role` is an ARN, `image` a name that SageMaker pulls, `prefix` that of the bucket's keys,
-    `makes_bucket` tells that a bucket that is not there is made, `max_seconds` the job's hard stop, `kms_keys` ARNs or ids of keys."""
+    """What a job asks of the account. `role` is an ARN, empty where none is named, `image` a name that SageMaker pulls, `prefix` that of
+    the bucket's keys; `makes_bucket` tells that a bucket that is not there is made, `max_seconds` the job's hard stop. `kms_key` is for
+    what lies in S3 and `volume_kms_key` for disks: ARN, id or alias. `subnets` tells that the job runs in some of the account's own,
+    `model_uri` where the base model lies in S3, if it does."""
 
     role: str
     bucket: str
@@ -44,15 +46,10 @@ class Needs:
     warm_pool: bool = False
     max_seconds: int = 0
     makes_bucket: bool = False
-    kms_keys: tuple[str, ...] = ()
-
-
-class _Group(NamedTuple):
-    """Actions on one resource, with the context that their policies may ask for."""
-
-    resource: str
-    actions: tuple[str, ...]
-    context: tuple[tuple[str, str], ...] = ()
+    kms_key: str | None = None
+    volume_kms_key: str | None = None
+    subnets: bool = False
+    model_uri: str | None = None
 
 
 def survey(aws: Aws, needs: Needs) -> list[Finding]:
@@ -69,6 +66,8 @@ def survey(aws: Aws, needs: Needs) -> list[Finding]:
         if any(finding.name == "role" and finding.ok for finding in found):
             found += _asked("permissions of the role", lambda: _permissions_of_role(account, needs))
         found += _asked("bucket", lambda: _bucket(account, needs))
+        if needs.kms_key:
+            found += _asked("encryption of checkpoints", lambda: _encryption(account, needs))
         found += _asked("image", lambda: _image(account, needs))
         found += _asked("quota", lambda: _quotas(account, needs))
     return found
@@ -117,6 +116,9 @@ def _unless(*codes: str) -> Iterator[list[str]]:
 
 
 def _role(account: _Account, needs: Needs) -> list[Finding]:
+    if not needs.role:
+        remedy = "name one of  aws iam list-roles  with  --backend-option role=NAME-OR-ARN"
+        return [Finding("role", False, "SageMaker needs a role that it may take on for the job, and none is named", remedy)]
     match = re.fullmatch(r"arn:[\w-]+:iam::(\d{12}):role/(?:.*/)?([\w+=,.@-]+)", needs.role)
     if match is None:
         remedy = "give its ARN, such as arn:aws:iam::123456789012:role/trimtab, with  --backend-option role=ARN"
@@ -130,8 +132,8 @@ def _role(account: _Account, needs: Needs) -> list[Finding]:
         return [Finding("role", False, f"{needs.role} does not exist", f"{remedy}  and give it policies, or name another")]
     if not _trusts(role["AssumeRolePolicyDocument"]):
         remedy = f"aws iam update-assume-role-policy --role-name {match[2]} --policy-document '{json.dumps(_TRUST)}'"
-        return [Finding("role", False, f"{needs.role} does not trust {_SERVICE}, so SageMaker cannot take it on", remedy)]
-    return [Finding("role", True, f"{role['Arn']} trusts {_SERVICE}")]
+        return [Finding("role", False, f"{needs.role} does not trust {SERVICE}, so SageMaker cannot take it on", remedy)]
+    return [Finding("role", True, f"{role['Arn']} trusts {SERVICE}")]
 
 
 def _trusts(document: Any) -> bool:
@@ -139,7 +141,7 @@ def _trusts(document: Any) -> bool:
     policy = json.loads(unquote(document)) if isinstance(document, str) else document
     for statement in _many(policy.get("Statement", [])):
         services = _many(statement.get("Principal", {}).get("Service", [])) if isinstance(statement.get("Principal"), dict) else []
-        if statement.get("Effect") == "Allow" and _SERVICE in services and "sts:AssumeRole" in _many(statement.get("Action", [])):
+        if statement.get("Effect") == "Allow" and SERVICE in services and "sts:AssumeRole" in _many(statement.get("Action", [])):
             return True
     return False
 
@@ -153,45 +155,16 @@ def _permissions(account: _Account, needs: Needs) -> list[Finding]:
     aws = account.aws
     if re.fullmatch(r"arn:[\w-]+:iam::\d{12}:root", aws.principal):
         return [Finding("permissions", True, "the account's root user may do everything")]
-    partition, region, number = aws.partition, aws.region, aws.account
-    groups = [
-        _Group(
-            f"arn:{partition}:sagemaker:{region}:{number}:training-job/trim-00000000",
-            ("sagemaker:CreateTrainingJob", "sagemaker:DescribeTrainingJob", "sagemaker:StopTrainingJob", "sagemaker:AddTags"),
-        ),
-        _Group("*", ("sagemaker:ListTrainingJobs", "sagemaker:Search")),
-        _Group(needs.role, ("iam:PassRole",), (("iam:PassedToService", _SERVICE),)),
-        _Group(f"arn:{partition}:s3:::{needs.bucket}", ("s3:ListBucket", *(("s3:CreateBucket",) if needs.makes_bucket else ()))),
-        _Group(
-            f"arn:{partition}:s3:::{needs.bucket}/{needs.prefix}/content/x",
-            ("s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"),
-        ),
-        _Group(f"arn:{partition}:logs:{region}:{number}:log-group:/aws/sagemaker/TrainingJobs", ("logs:DescribeLogStreams",)),
-        _Group(f"arn:{partition}:logs:{region}:{number}:log-group:/aws/sagemaker/TrainingJobs:log-stream:x", ("logs:GetLogEvents",)),
-    ]
-    if image := _ECR.fullmatch(needs.image):
-        groups.append(_Group(f"arn:{partition}:ecr:{image[2]}:{image[1]}:repository/{image[3]}", ("ecr:DescribeImages",)))
-    groups += [_Group(key if key.startswith("arn:") else "*", ("kms:GenerateDataKey", "kms:Decrypt")) for key in needs.kms_keys]
-    return _simulated(account, _policy_source(account), groups, "permission")
+    return _simulated(account, _policy_source(account), of_caller(_where(aws), needs), "permission")
 
 
 def _permissions_of_role(account: _Account, needs: Needs) -> list[Finding]:
     """What the job may do in its role's name."""
-    partition, region, number = account.aws.partition, account.aws.region, account.aws.account
-    logs = f"arn:{partition}:logs:{region}:{number}:log-group:/aws/sagemaker/TrainingJobs"
-    groups = [
-        _Group(f"arn:{partition}:s3:::{needs.bucket}", ("s3:ListBucket",)),
-        _Group(f"arn:{partition}:s3:::{needs.bucket}/{needs.prefix}/x", ("s3:GetObject", "s3:PutObject", "s3:DeleteObject")),
-        _Group(logs, ("logs:CreateLogGroup", "logs:CreateLogStream", "logs:DescribeLogStreams")),
-        _Group(f"{logs}:log-stream:x", ("logs:PutLogEvents",)),
-        _Group("*", ("cloudwatch:PutMetricData",)),
-    ]
-    if image := _ECR.fullmatch(needs.image):
-        repository = f"arn:{partition}:ecr:{image[2]}:{image[1]}:repository/{image[3]}"
-        groups.append(_Group(repository, ("ecr:BatchGetImage", "ecr:GetDownloadUrlForLayer", "ecr:BatchCheckLayerAvailability")))
-        groups.append(_Group("*", ("ecr:GetAuthorizationToken",)))
-    groups += [_Group(key if key.startswith("arn:") else "*", ("kms:GenerateDataKey", "kms:Decrypt")) for key in needs.kms_keys]
-    return _simulated(account, needs.role, groups, "permission of the role")
+    return _simulated(account, needs.role, of_role(_where(account.aws), needs), "permission of the role")
+
+
+def _where(aws: Aws) -> Where:
+    return Where(aws.partition, aws.region, aws.account)
 
 
 def _policy_source(account: _Account) -> str:
@@ -204,13 +177,13 @@ def _policy_source(account: _Account) -> str:
     return f"arn:{session[1]}:iam::{session[2]}:role/{session[3]}"
 
 
-def _simulated(account: _Account, who: str, groups: Iterable[_Group], name: str) -> list[Finding]:
-    """A finding for each action that IAM would allow, and one for those of a resource that it would not.
+def _simulated(account: _Account, who: str, groups: Iterable[Group], name: str) -> list[Finding]:
+    """A finding for each action that IAM would allow, one for those of a resource that it would not, and one for all that it leaves open.
 
     Conditions on what is only known when it happens may still decide otherwise.
     """
     pages = account.client("iam").get_paginator("simulate_principal_policy")
-    found = []
+    found, unknown = [], []
     for group in groups:
         context = [{"ContextKeyName": key, "ContextKeyType": "string", "ContextKeyValues": [value]} for key, value in group.context]
         asked = {"PolicySourceArn": who, "ActionNames": list(group.actions), "ResourceArns": [group.resource], "ContextEntries": context}
@@ -220,7 +193,11 @@ def _simulated(account: _Account, who: str, groups: Iterable[_Group], name: str)
         for result in results:
             decided.setdefault(_decision(result), []).append(result["EvalActionName"])
         found += [Finding(f"{name} {action}", True, f"allowed on {group.resource}") for action in decided.pop("allowed", [])]
+        unknown += decided.pop("unknown", [])
         found += [_denied(f"{name} {', '.join(actions)}", actions, decision, group.resource, who) for decision, actions in decided.items()]
+    if unknown:
+        said = "what answers for IAM denies and names no statement"
+        found.append(Finding(f"{name} {', '.join(dict.fromkeys(unknown))}", None, said))
     return found
 
 
@@ -232,8 +209,6 @@ def _decision(result: dict[str, Any]) -> str:
 
 
 def _denied(name: str, actions: list[str], decision: str, resource: str, who: str) -> Finding:
-    if decision == "unknown":
-        return Finding(name, None, "what answers for IAM says denied and names no statement")
     statement = json.dumps({"Effect": "Allow", "Action": actions, "Resource": resource})
     if decision == "explicitDeny":
         return Finding(name, False, f"denied by a policy of {who}", f"ask an administrator to lift that, and for the statement {statement}")
@@ -255,8 +230,35 @@ def _bucket(account: _Account, needs: Needs) -> list[Finding]:
     return [Finding("bucket", True, f"{needs.bucket} in {region}")]
 
 
+def _encryption(account: _Account, needs: Needs) -> list[Finding]:
+    """SageMaker writes checkpoints without naming a key (CheckpointConfig takes none), so the bucket's own setting decides."""
+    name, key, absent_codes = "encryption of checkpoints", needs.kms_key or "", ("NoSuchBucket", "404")
+    rule = {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": key}
+    setting = json.dumps({"Rules": [{"ApplyServerSideEncryptionByDefault": rule, "BucketKeyEnabled": True}]})
+    remedy = f"aws s3api put-bucket-encryption --bucket {needs.bucket} --server-side-encryption-configuration '{setting}'"
+    unset_codes = ("ServerSideEncryptionConfigurationNotFoundError",)
+    with (
+        asking(f"how {needs.bucket} encrypts", action="s3:GetEncryptionConfiguration"),
+        _unless(*absent_codes, *unset_codes) as unset,
+    ):
+        rules = account.aws.client("s3").get_bucket_encryption(Bucket=needs.bucket)["ServerSideEncryptionConfiguration"]["Rules"]
+    if unset and unset[0] in absent_codes:
+        remedy = f"aws s3 mb s3://{needs.bucket} --region {account.aws.region} && {remedy}"
+        return [Finding(name, False, f"{needs.bucket} does not exist yet, and would be made without {key} for checkpoints", remedy)]
+    now = rules[0].get("ApplyServerSideEncryptionByDefault", {}) if not unset and rules else {}
+    algorithm, used = now.get("SSEAlgorithm", "AES256"), now.get("KMSMasterKeyID", "S3's own key")
+    if not algorithm.startswith("aws:kms"):
+        said = f"{needs.bucket} encrypts with {algorithm}, and SageMaker takes no key for checkpoints, so they would not be under {key}"
+        return [Finding(name, False, said, remedy)]
+    if used.rpartition("/")[2] == key.rpartition("/")[2]:
+        return [Finding(name, True, f"{needs.bucket} encrypts with {used}")]
+    if "alias/" in used or "alias/" in key:
+        return [Finding(name, None, f"{needs.bucket} encrypts with {used}; whether {key} is the same key is not known")]
+    return [Finding(name, False, f"{needs.bucket} encrypts with {used}, so checkpoints would not be under {key}", remedy)]
+
+
 def _image(account: _Account, needs: Needs) -> list[Finding]:
-    match = _ECR.fullmatch(needs.image)
+    match = IN_ECR.fullmatch(needs.image)
     if match is None:
         return [Finding("image", None, f"{needs.image} is not in Amazon ECR, so nobody can be asked whether it is there")]
     owner, region, repository, tag, digest = match.groups()
@@ -303,7 +305,7 @@ def _enough(account: _Account, name: str, quota: dict[str, Any] | None, count: i
     if "warm pool" in name:
         return Finding(f"quota {name}", True, f"{value}, the job takes {count}")
     try:
-        used = _used(account, needs)
+        used, all_seen = _used(account, needs)
     except TrimtabError:
         return Finding(f"quota {name}", True, f"{value}, the job takes {count}; how many are used could not be asked")
     if used + count > value:
@@ -313,22 +315,30 @@ def _enough(account: _Account, name: str, quota: dict[str, Any] | None, count: i
             f"{value}, of which {used} are used, and the job takes {count}",
             "wait for:  trimtab list --backend sagemaker",
         )
-    return Finding(f"quota {name}", True, f"{value}, of which {used} are used; the job takes {count}")
+    least = "" if all_seen else "at least "
+    return Finding(f"quota {name}", True, f"{value}, of which {least}{used} are used; the job takes {count}")
 
 
-def _used(account: _Account, needs: Needs) -> int:
-    """Instances of the type that running jobs of the same kind take, of the newest jobs."""
+def _used(account: _Account, needs: Needs) -> tuple[int, bool]:
+    """Instances of the type that jobs of the same kind take now, and whether all jobs were looked at.
+
+    Without MaxResults: with it ListTrainingJobs filters only so many of the newest jobs of any status (API reference).
+    """
     sagemaker, used = account.client("sagemaker"), 0
+    pages = sagemaker.get_paginator("list_training_jobs")
     with asking("for the training jobs that run", action="sagemaker:ListTrainingJobs"):
-        names = sagemaker.list_training_jobs(
-            StatusEquals="InProgress", SortBy="CreationTime", SortOrder="Descending", MaxResults=_MOST_JOBS
-        )
-        for summary in names["TrainingJobSummaries"]:
-            job = sagemaker.describe_training_job(TrainingJobName=summary["TrainingJobName"])
+        names: list[str] = []
+        all_seen = True
+        for status in ("InProgress", "Stopping"):
+            found = list(islice(pages.paginate(StatusEquals=status), _MOST_PAGES))
+            names += [summary["TrainingJobName"] for page in found for summary in page["TrainingJobSummaries"]]
+            all_seen = all_seen and "NextToken" not in found[-1]
+        for name in names[:_MOST_JOBS]:
+            job = sagemaker.describe_training_job(TrainingJobName=name)
             resources = job["ResourceConfig"]
             if resources.get("InstanceType") == needs.instance.name and bool(job.get("EnableManagedSpotTraining")) == needs.spot:
                 used += resources["InstanceCount"]
-    return used
+    return used, all_seen and len(names) <= _MOST_JOBS
 
 
 def _more(quota: dict[str, Any], wanted: int) -> str:
