@@ -17,7 +17,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -37,18 +36,30 @@ VENV = HERE.parent / ".cloud" / "localstack"
 SERVICES = "s3,sts,iam,logs,secretsmanager"
 REGION, ACCOUNT = "us-east-1", "000000000000"
 BUCKET, ROLE = f"sagemaker-{REGION}-{ACCOUNT}", "SageMakerExecutionRole"
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 START = 120.0  # seconds to answer
 
-# LocalStack keeps what S3 holds in one constant folder, which another server's deletion of a bucket would take away.
-# It ends when the other end of its standard input is closed, however whoever started it died.
+# A process that keeps watch, and its child, LocalStack. When the other end of the standard input is closed, however whoever started it
+# died, LocalStack is killed and its folder removed. What S3 holds would be in one constant folder, where another one's deletion of a bucket
+# would take it away.
 _LAUNCH = """
-import os, runpy, signal, sys, threading
-def end():
-    sys.stdin.buffer.read()
-    os.killpg(0, signal.SIGKILL)
-threading.Thread(target=end, daemon=True).start()
+import os, runpy, shutil, signal, sys, threading
+folder = sys.argv.pop()
+child = os.fork()
+if child:
+    alone = threading.Event()
+    def watch():
+        sys.stdin.buffer.read()
+        alone.set()
+        os.kill(child, signal.SIGKILL)
+    threading.Thread(target=watch, daemon=True).start()
+    status = os.waitpid(child, 0)[1]
+    if alone.is_set():
+        shutil.rmtree(folder, ignore_errors=True)
+        os.killpg(0, signal.SIGKILL)
+    os._exit(os.waitstatus_to_exitcode(status) & 255)
 from localstack.services.s3 import provider
-provider.DEFAULT_S3_TMP_DIR = sys.argv.pop()
+provider.DEFAULT_S3_TMP_DIR = os.path.join(folder, "objects")
 runpy.run_module("localstack.runtime.main", run_name="__main__", alter_sys=True)
 """
 
@@ -75,19 +86,18 @@ class LocalStack:
             raise CloudError(f"LocalStack is not in {self.venv}: make it with  {HERE / 'setup'}")
         refuse_taken(self.port, "--s3-port")
         self.folder = Path(tempfile.mkdtemp(prefix="localstack-"))
-        objects = self.folder / "objects"
-        objects.mkdir()
-        with (self.folder / "log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [python, "-c", _LAUNCH, objects],
-                env=environment(self.port, self.folder),
-                cwd=self.folder,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is ours: it is ended when jobs need it no more
-            )
         try:
+            (self.folder / "objects").mkdir()
+            with (self.folder / "log").open("wb") as log:
+                self._process = subprocess.Popen(
+                    [python, "-c", _LAUNCH, self.folder],
+                    env=environment(self.port, self.folder),
+                    cwd=self.folder,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C is ours: it is ended when jobs need it no more
+                )
             self._wait()
         except BaseException:
             self.__exit__()
@@ -103,11 +113,6 @@ class LocalStack:
             assert process.stdin is not None
             process.stdin.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def processes(self) -> int:
-        """The id of its process group."""
-        assert self._process is not None
-        return self._process.pid
 
     def _wait(self) -> None:
         assert self._process is not None
@@ -131,7 +136,8 @@ class LocalStack:
 class Cloud:
     """LocalStack and the control plane, with a bucket and an execution role. A context manager.
 
-    `command` is for the process runner; `root_variable` and `port_variable` name the tree and the port to it. Raises CloudError.
+    `command` is for the process runner; `root_variable` and `port_variable` name the tree and the port to it. `volumes`: whether containers
+    have volumes in place of folders (None: unless this is root). Raises CloudError.
     """
 
     def __init__(
@@ -144,10 +150,11 @@ class Cloud:
         command: Sequence[str] = (),
         root_variable: str = "SM_ML_ROOT",
         port_variable: str = "SAGEMAKER_BIND_TO_PORT",
+        volumes: bool | None = None,
         venv: Path = VENV,
     ) -> None:
         self.port, self.runner, self.bucket, self.command = port, runner, bucket, list(command)
-        self.root_variable, self.port_variable = root_variable, port_variable
+        self.root_variable, self.port_variable, self.volumes = root_variable, port_variable, volumes
         self.localstack = LocalStack(s3_port, venv)
         self.role = f"arn:aws:iam::{ACCOUNT}:role/{ROLE}"
         self._open = contextlib.ExitStack()
@@ -163,7 +170,7 @@ class Cloud:
         with contextlib.ExitStack() as opened:
             opened.enter_context(self.localstack)
             prepare(self.localstack.url, self.bucket)
-            settings = Settings(root_variable=self.root_variable, port_variable=self.port_variable)
+            settings = Settings(root_variable=self.root_variable, port_variable=self.port_variable, volumes=self.volumes)
             self.plane: ControlPlane = opened.enter_context(
                 ControlPlane(aws_url=self.localstack.url, runner=self.runner, command=self.command, port=self.port, settings=settings)
             )
@@ -179,7 +186,7 @@ class Cloud:
 
 
 def client_variables(aws_url: str, sagemaker_url: str) -> dict[str, str]:
-    """botocore's own names for where each service is, and made-up credentials."""
+    """botocore's own names for where each service is, made-up credentials, and no proxy on the way."""
     return {
         "AWS_ENDPOINT_URL": aws_url,
         "AWS_ENDPOINT_URL_SAGEMAKER": sagemaker_url,
@@ -189,6 +196,7 @@ def client_variables(aws_url: str, sagemaker_url: str) -> dict[str, str]:
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_REGION": REGION,
         "AWS_DEFAULT_REGION": REGION,
+        "NO_PROXY": "127.0.0.1,localhost",
     }
 
 
@@ -248,9 +256,10 @@ def refuse_taken(port: int, option: str) -> None:
 
 
 def healthy(url: str) -> bool:
-    """Whether it answers 200."""
+    """Whether it answers 200. It is on this machine: a proxy of the environment is not asked."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with direct.open(url, timeout=5) as answer:
             return bool(answer.status == 200)
     except (OSError, ValueError):
         return False
@@ -266,6 +275,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--s3-port", type=int, default=4566, help="LocalStack's (4566); 0: any free one")
     parser.add_argument("--port", type=int, default=4567, help="SageMaker's (4567); 0: any free one")
     parser.add_argument("--runner", choices=("docker", "process"), default="docker", help="what runs a job: its image, or COMMAND")
+    parser.add_argument(
+        "--volumes", action="store_true", default=None, help="containers have volumes in place of folders, as where you are not root"
+    )
     parser.add_argument("--bucket", default=BUCKET, help=f"made at the start ({BUCKET})")
     parser.add_argument("--venv", type=Path, default=VENV, help=f"LocalStack's environment ({VENV})")
     parser.add_argument("--root-variable", default="SM_ML_ROOT", help="names the stand-in of /opt/ml to COMMAND (SM_ML_ROOT)")
@@ -276,13 +288,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.runner == "process" and not given.command:
         parser.error("--runner process needs a command:  cloud.py --runner process -- python -m my_package")
-    ended = threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:
-        ended.set()
+        """The first signal ends it wherever it is, the second one at once."""
+        for each in ENDING:
+            signal.signal(each, signal.SIG_DFL)
+        raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
+    for each in ENDING:
+        signal.signal(each, end)
     try:
         cloud = Cloud(
             given.s3_port,
@@ -292,13 +306,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command=given.command,
             root_variable=given.root_variable,
             port_variable=given.port_variable,
+            volumes=given.volumes,
             venv=given.venv,
         )
         with cloud:
             print(exports(cloud.variables()), flush=True)
             print(f"# bucket {cloud.bucket}, role {cloud.role}; Ctrl-C ends it", flush=True)
-            while not ended.wait(0.5):
-                pass
+            while True:
+                signal.pause()
+    except KeyboardInterrupt:
+        return 0
     except CloudError as exc:
         print(exc, file=sys.stderr)
         return 1

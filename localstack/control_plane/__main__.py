@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import signal
 import threading
+from types import FrameType
 
-from control_plane.server import ControlPlane
+from control_plane import ControlPlane, Settings
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> None:
@@ -18,14 +21,24 @@ def main() -> None:
     parser.add_argument("--region", default="us-east-1", help="region of the quotas that are set (default: %(default)s)")
     parser.add_argument("--runner", choices=["docker", "process", "none"], default="docker", help="what jobs run in (default: %(default)s)")
     parser.add_argument("--work", help="folder for what jobs need while they run (default: a temporary one)")
+    parser.add_argument("--volumes", action="store_true", default=None, help="volumes in place of folders, as where you are not root")
     parser.add_argument("command", nargs="*", help="with --runner process: the command of a job, after --")
     asked = parser.parse_args()
     over = threading.Event()
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, lambda *_: over.set())
+
+    def end(number: int, frame: FrameType | None) -> None:
+        """The first signal ends it in order, the second one at once."""
+        over.set()
+        for each in ENDING:
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in ENDING:
+        signal.signal(each, end)
     runner = None if asked.runner == "none" else asked.runner
-    settings = {"port": asked.port, "region": asked.region, "work": asked.work}
-    with ControlPlane(asked.aws_url, runner, asked.command or None, **settings) as plane:
+    settings = Settings(volumes=asked.volumes)
+    with ControlPlane(
+        asked.aws_url, runner, asked.command, port=asked.port, region=asked.region, work=asked.work, settings=settings
+    ) as plane:
         print(f"control plane: {plane.url}", flush=True)
         over.wait()
 

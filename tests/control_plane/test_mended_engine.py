@@ -97,29 +97,33 @@ def line(client: DockerClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line
 def test_a_job_ends_when_its_engine_is_gone_and_nothing_is_left_when_it_is_back(
     jobs: Jobs, localstack: str, line: Line, client: DockerClient
 ) -> None:
-    with ControlPlane(localstack, settings=Settings(grace=1, patience=1)) as plane:
-        with contextlib.closing(client_at(jobs.sagemaker, plane.url)) as sagemaker:
-            mine = Jobs(plane, sagemaker, jobs.s3, jobs.logs, jobs.bucket, jobs.image)
-            name = mine.start("trap '' TERM; echo going; while :; do sleep 0.1; done")
-            mine.until_printed(name, "going")
-            labelled = {"label": f"{LABEL}={plane.place(plane.account, plane.region).training.engine.mark}"}  # type: ignore[union-attr]
-            line.cut()
-            assert mine.wait(name)["FailureReason"] == "AlgorithmError: , exit code: 137"
-            assert mine.run("")["FailureReason"].startswith("InternalServerError: the Docker engine does not answer")
-            line.mend()
-            assert len(client.containers.list(filters=labelled)) == 1
+    with (
+        ControlPlane(localstack, settings=Settings(grace=1, patience=1)) as plane,
+        contextlib.closing(client_at(jobs.sagemaker, plane.url)) as sagemaker,
+    ):
+        mine = Jobs(plane, sagemaker, jobs.s3, jobs.logs, jobs.bucket, jobs.image)
+        name = mine.start("trap '' TERM; echo going; while :; do sleep 0.1; done")
+        mine.until_printed(name, "going")
+        labelled = {"label": f"{LABEL}={plane.place(plane.account, plane.region).training.engine.mark}"}  # type: ignore[union-attr]
+        line.cut()
+        assert mine.wait(name)["FailureReason"] == "AlgorithmError: , exit code: 137"
+        assert mine.run("")["FailureReason"].startswith("InternalServerError: the Docker engine does not answer")
+        line.mend()
+        assert len(client.containers.list(filters=labelled)) == 1
     assert client.containers.list(all=True, filters=labelled) == []
 
 
 def test_closing_does_not_wait_for_an_engine_for_ever(jobs: Jobs, localstack: str, line: Line, client: DockerClient) -> None:
-    with ControlPlane(localstack, settings=Settings(patience=1)) as plane:
-        with contextlib.closing(client_at(jobs.sagemaker, plane.url)) as sagemaker:
-            mine = Jobs(plane, sagemaker, jobs.s3, jobs.logs, jobs.bucket, jobs.image)
-            name = mine.start("echo going; exec sleep 300")
-            mine.until_printed(name, "going")
-            mark = plane.place(plane.account, plane.region).training.engine.mark  # type: ignore[union-attr]
-            line.cut()
-            began = time.monotonic()
+    with (
+        ControlPlane(localstack, settings=Settings(patience=1)) as plane,
+        contextlib.closing(client_at(jobs.sagemaker, plane.url)) as sagemaker,
+    ):
+        mine = Jobs(plane, sagemaker, jobs.s3, jobs.logs, jobs.bucket, jobs.image)
+        name = mine.start("echo going; exec sleep 300")
+        mine.until_printed(name, "going")
+        mark = plane.place(plane.account, plane.region).training.engine.mark  # type: ignore[union-attr]
+        line.cut()
+        began = time.monotonic()
     assert time.monotonic() - began < 20
     line.mend()
     (left,) = client.containers.list(filters={"label": f"{LABEL}={mark}"})
