@@ -88,8 +88,9 @@ def model_card(spec: TrainSpec, ledger: Ledger, metrics: dict[str, Any]) -> str:
         + f"(digest {spec.data_digest[:16]})",
         f"- schedule: {metrics['steps']} of {metrics['of']} steps, {spec.epochs} epochs, peak rate {spec.learning_rate:g}, "
         f"{spec.lr_schedule}; {metrics['ended_by']}",
-        f"- loss: {metrics['first_loss']:.4f} at the first step, {metrics['last_loss']:.4f} at the last",
     ]
+    if metrics["steps"]:
+        made.append(f"- loss: {metrics['first_loss']:.4f} at the first step, {metrics['last_loss']:.4f} at the last")
     if spec.method == "qlora":
         made.append(
             "- the adapter belongs on the base in NF4 (blocks of 64, double quantisation), as it was trained"

@@ -77,7 +77,7 @@ def train(
     )
 
     # where an earlier life of this run left off
-    facts = {"spec": spec.digest(), "rows": rows.facts["files"]} | ({"nodes": team.world} if team.world > 1 else {})
+    facts = {"spec": spec.course_digest(), "rows": rows.facts["files"]} | ({"nodes": team.world} if team.world > 1 else {})
     done = 0
     losses: list[float] = []
     before = 0.0  # seconds that earlier lives spent in the loop
@@ -87,15 +87,31 @@ def train(
         position = checkpoint.load(files, facts, adapters, optimizer)
         done, losses, before = position.step, list(position.losses), position.seconds
         say(f"resume: going on after step {done} from {checkpoint.name(done)}")
+    saved = done if files else None
     del files  # as large as the adapters and their moments
 
     def save(reason: str) -> None:
+        nonlocal saved
         if not team.is_first:
             return
-        position = checkpoint.Position(done, facts, (losses[0], losses[-1]), before + time.monotonic() - loop_began)
-        path = checkpoint.save(job.checkpoints, position, adapters, optimizer, keep=spec.keep_checkpoints)
-        events.write(Checkpoint(step=done, path=path.name, reason=reason))
-        say(f"checkpoint {path.name}: {reason}")
+        if saved != done:  # what is there and whole is not put at risk
+            position = checkpoint.Position(done, facts, (*losses[:1], *losses[-1:]), before + time.monotonic() - loop_began)
+            checkpoint.save(job.checkpoints, position, adapters, optimizer, keep=spec.keep_checkpoints)
+            saved = done
+        events.write(Checkpoint(step=done, path=checkpoint.name(done), reason=reason))
+        say(f"checkpoint {checkpoint.name(done)}: {reason}")
+
+    def leave(stopping: bool) -> tuple[str, str]:
+        """Save before the end; what the end is, and why."""
+        if stopping:
+            save("asked to stop")
+            return "stopped", f"asked to stop after step {done} of {steps}"
+        why = f"time limit of {spec.max_minutes:g} minutes after step {done} of {steps}"
+        save(why)
+        return "succeeded", why
+
+    def time_is_up() -> bool:
+        return spec.max_minutes is not None and time.monotonic() - began >= spec.max_minutes * 60
 
     # the loop
     events.write(Phase(name="train", at=time.time(), detail=f"{steps} steps"))
@@ -109,12 +125,21 @@ def train(
             group["lr"] = rate
         in_step = rows_of_step(done, rows.ledger.rounds, spec, team.world)
         chosen = in_step[team.rank :: team.world]
-        batches = [as_batch([rows[index] for index in part]).to(device.value) for part in chunks(chosen, spec.batch_rows)]
+        parts = list(chunks(chosen, spec.batch_rows))
+        batches = [as_batch([rows[index] for index in part]).to(device.value) for part in parts]
         (targets,) = team.add_up(sum(batch.learned for batch in batches))
         if team.rank:  # the first machine's random numbers go on through its checkpoints; the others' begin anew with each step
             torch.manual_seed(spec.seed + done * team.world + team.rank)
-        loss, trouble = 0.0, ""
-        for part, batch in zip(chunks(chosen, spec.batch_rows), batches, strict=True):
+        random = torch.get_rng_state()
+        loss, trouble, late, stopping = 0.0, "", False, False
+        for turn in range(-(-len(in_step) // (team.world * spec.batch_rows))):  # as many on all machines, whoever has fewer rows
+            if turn:  # passes of many long rows outlast the time that who stops a run gives it; the first step is finished even if late
+                late, stopping, troubled = team.any(done > 0 and time_is_up(), stop_requested(), bool(trouble))
+                if late or stopping or troubled:
+                    break
+            if turn >= len(parts):
+                continue
+            part, batch = parts[turn], batches[turn]
             with torch.autocast(device.value, torch.bfloat16, enabled=mixed):
                 share = batch_loss(model, batch, scale=1 / max(1, targets))
             if not math.isfinite(share.item()):
@@ -122,12 +147,17 @@ def train(
                     f"the loss is {share.item()} at step {done + 1}, row {', '.join(map(str, part))}: try a smaller learning_rate "
                     f"(it is {spec.learning_rate:g}), a longer warmup_ratio, or dtype float32"
                 )
-                break
+                continue
             share.backward()
             loss += share.item()
         loss, tokens, troubled = team.add_up(loss, sum(batch.tokens.numel() for batch in batches), bool(trouble))
         if troubled:
             raise Diverged(team.first_word(trouble))
+        if late or stopping:  # as if the step had not begun
+            optimizer.zero_grad(set_to_none=True)
+            torch.set_rng_state(random)
+            ending, ended_by = leave(stopping)
+            break
         team.add_gradients(adapters.values())
         norm = float(torch.nn.utils.clip_grad_norm_(adapters.values(), spec.max_grad_norm))
         if not math.isfinite(norm):
@@ -150,15 +180,9 @@ def train(
             say(event.line())
 
         # checkpoints: every so many steps, every so many minutes, when stopped, when time is up
-        late = spec.max_minutes is not None and time.monotonic() - began >= spec.max_minutes * 60
-        late, stopping = team.any(late, stop_requested())
-        if stopping and done < steps:
-            ending, ended_by = "stopped", f"asked to stop after step {done} of {steps}"
-            save("asked to stop")  # first: what asked may not wait for the rest
-            break
-        if late and done < steps:
-            ended_by = f"time limit of {spec.max_minutes:g} minutes after step {done} of {steps}"
-            save(ended_by)
+        late, stopping = team.any(time_is_up(), stop_requested())
+        if (late or stopping) and done < steps:
+            ending, ended_by = leave(stopping)
             break
         if done < steps and done % spec.save_every_steps == 0:
             save(f"every {spec.save_every_steps} steps")
@@ -173,7 +197,8 @@ def train(
         return ending
     events.write(Phase(name="save", at=time.time(), detail=ended_by))
     metrics = {
-        "steps": done, "of": steps, "nodes": team.world, "first_loss": losses[0], "last_loss": losses[-1],
+        "steps": done, "of": steps, "nodes": team.world,
+        "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
         "seconds": round(before + time.monotonic() - loop_began, 1), "ended_by": ended_by or "all steps done",
     }  # fmt: skip
     artifact.write(job, spec, model, rows.ledger, metrics)

@@ -59,9 +59,15 @@ def test_two_machines_learn_what_one_learns_with_twice_the_rows(tmp_path: Path, 
 LONG = {"epochs": 20, "lora_dropout": 0.1, "save_every_steps": 4}
 
 
-@pytest.mark.parametrize("asked", [0, 1])
-def test_a_stop_asked_of_one_machine_stops_both_after_the_same_step(tmp_path: Path, prepared: JobDir, asked: int) -> None:
-    first, second = jobs = pair(tmp_path / "stopped", prepared, **LONG)
+@pytest.mark.parametrize(
+    ("asked", "accumulation"),
+    [(0, 1), (1, 1), pytest.param(0, 8, id="within a step, of three passes on one machine and two on the other")],
+)
+def test_a_stop_asked_of_one_machine_stops_both_after_the_same_step(
+    tmp_path: Path, prepared: JobDir, asked: int, accumulation: int
+) -> None:
+    options = {**LONG, "accumulation": accumulation}
+    first, second = jobs = pair(tmp_path / "stopped", prepared, **options)
     processes = begin(jobs)
     until_step(first, 5, processes)
     processes[asked].terminate()
@@ -77,7 +83,7 @@ def test_a_stop_asked_of_one_machine_stops_both_after_the_same_step(tmp_path: Pa
         train_here(JobDir(shutil.copytree(first.root, tmp_path / "alone", symlinks=True)))
     said = train_both(jobs)
     assert all(f"going on after step {saved.step}" in text for text in said)
-    straight = pair(tmp_path / "straight", prepared, **LONG)
+    straight = pair(tmp_path / "straight", prepared, **options)
     train_both(straight)
     assert losses(first) == losses(straight[0])
     names = ("model/adapter_model.safetensors",)
