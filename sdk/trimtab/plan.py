@@ -23,6 +23,7 @@ _SECTIONS = ("data", "steps", "memory", "time", "place", "price", "permissions",
 _WIDTH = 13  # of the column of section names
 _MEASURED = 0.2  # an estimate by measured rates may be so far off
 _DRY_RUN = 0.2  # the other steps may take so much more or less than the one that stands for them
+_OF_ROLE = "permission of the role "  # begins the name of a finding about what the job, and not its user, may do
 _SECTION = {"tokens": "data", "instance": "place", "money": "price"}  # of a reason whose first word is no section's name
 
 
@@ -180,8 +181,12 @@ class Plan:
         for finding in self.findings:
             if finding.ok and finding.name in sections:
                 sections[finding.name].append(finding.detail)
-        if there := [finding.name.removeprefix("permission ") for finding in asked if finding.ok]:
-            sections["permissions"].append(f"there: {', '.join(there)}")
+        there = [finding.name for finding in asked if finding.ok]
+        of_role = [name.removeprefix(_OF_ROLE) for name in there if name.startswith(_OF_ROLE)]
+        if own := [name.removeprefix("permission ") for name in there if not name.startswith(_OF_ROLE)]:
+            sections["permissions"].append(f"there: {', '.join(own)}")
+        if of_role:
+            sections["permissions"].append(f"there for the role: {', '.join(of_role)}")
         unknown: dict[str, list[str]] = {}  # what has the same reason is one line
         for finding in asked:
             if finding.ok is None:

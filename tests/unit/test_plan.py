@@ -106,9 +106,14 @@ def test_a_plan_is_one_json_value():
 
 def test_what_is_not_known_for_the_same_reason_is_one_line():
     findings = [Finding(name, None, "nobody answers", "ask later") for name in ("image", "role")]
-    findings += [Finding("bucket", None, "it is another account's")]
+    findings += [Finding("bucket", None, "it is another account's"), Finding("permission s3:GetObject", True, "")]
+    findings += [Finding(f"permission of the role s3:{name}", True, "") for name in ("GetObject", "PutObject")]
     page = sections(plan(SPEC, LEDGER, findings=findings).lines())
-    assert page["permissions"] == ["not known: image, role: nobody answers  ->  ask later", "not known: bucket: it is another account's"]
+    assert page["permissions"][:2] == ["there: s3:GetObject", "there for the role: s3:GetObject, s3:PutObject"]
+    assert page["permissions"][2:] == [
+        "not known: image, role: nobody answers  ->  ask later",
+        "not known: bucket: it is another account's",
+    ]
 
 
 def test_a_dry_run_takes_the_place_of_what_was_stated():
