@@ -34,7 +34,7 @@ class Echo:
 
     def stop(self, endpoint: Endpoint, gone: Callable[[], None]) -> None:
         def end() -> None:
-            self.release.wait(10)
+            self.release.wait()
             del self.serving[endpoint.name]
             gone()
 
@@ -101,7 +101,7 @@ def test_an_endpoint_is_created_described_updated_and_deleted(plane: ControlPlan
     with refused("ValidationException", f'Cannot update in-progress endpoint "{ARN}:endpoint/endpoint".'):
         sagemaker.delete_endpoint(EndpointName="endpoint")
     echo.release.set()
-    sagemaker.get_waiter("endpoint_deleted").wait(EndpointName="endpoint", WaiterConfig={"Delay": 1, "MaxAttempts": 5})
+    sagemaker.get_waiter("endpoint_deleted").wait(EndpointName="endpoint", WaiterConfig={"Delay": 1, "MaxAttempts": 180})
     assert sagemaker.describe_endpoint_config(EndpointConfigName="config")["ProductionVariants"][0]["ModelName"] == "model"
     assert sagemaker.describe_model(ModelName="model")["PrimaryContainer"]["Mode"] == "SingleModel"
     assert sagemaker.list_endpoints()["Endpoints"] == []

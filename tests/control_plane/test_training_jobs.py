@@ -202,7 +202,9 @@ def test_a_warm_pool_is_kept_reused_and_ended(plane: ControlPlane, sagemaker: An
     with refused("ResourceLimitExceeded", "current utilization of 2 Instances"):  # a pool counts as training
         sagemaker.create_training_job(**job_request("unlike"))
     sagemaker.create_training_job(**job_request("second", **KEEP))
-    assert pool("first") == {"Status": "Reused", "ResourceRetainedBillableTimeInSeconds": 0, "ReusedByJob": "second"}
+    reused = pool("first")
+    assert (reused["Status"], reused["ReusedByJob"]) == ("Reused", "second")
+    assert 0 <= reused["ResourceRetainedBillableTimeInSeconds"] < 180  # what this test took
     finish("second")
     listed = sagemaker.list_training_jobs(WarmPoolStatusEquals="Available")["TrainingJobSummaries"]
     assert [each["TrainingJobName"] for each in listed] == ["second"]
