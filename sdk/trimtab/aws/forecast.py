@@ -11,7 +11,7 @@ from trimtab.plan import Foreseen, Price, Time, Work
 from trimtab.spec import JobSpec
 
 STATED_FROM, STATED_TO = 0.5, 2.0  # stated rates may be wrong by so much
-PATIENT_STEP = 60.0  # seconds; a step that takes longer may not end, and be saved, in the 120 that SageMaker gives before it kills
+PATIENT_PASS = 60.0  # seconds; a pass that takes longer may not end, and all be saved, in the 120 that SageMaker gives before it kills
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def forecast(
 
     chosen = instances.choose(spec, memory.total if memory else None, ask=ask, seconds=seconds if model else None, region=region)
     training = seconds(chosen.instance) if model else None
-    step = training / max(1, steps) if training is not None else 0.0
+    one_pass = training / max(1, steps) / spec.train.accumulation if training is not None else 0.0
     bounds = instances.limits(
         max_usd,
         spec.train.max_minutes,
@@ -61,12 +61,12 @@ def forecast(
         spec.nodes,
         keep_alive_seconds=keep_alive_seconds,
         model_mb=work.model_mb,
-        step_seconds=STATED_TO * step,
+        pass_seconds=STATED_TO * one_pass,
         spent_usd=spent_usd,
     )
     time = _time(training, bounds, work) if training is not None else None
     price = _price(time, chosen.instance, spec.nodes, bounds, spot=spot, keep_alive_seconds=keep_alive_seconds)
-    reasons = [chosen.reason, *bounds.reasons, *_of_time(training, steps, bounds), *_of_step(step)]
+    reasons = [chosen.reason, *bounds.reasons, *_of_time(training, steps, bounds), *_of_pass(one_pass)]
     reasons.append(_of_price(chosen.instance, spec.nodes, spot, keep_alive_seconds, region))
     return Forecast(chosen, bounds, Foreseen(chosen.name, memory, time, price, tuple(reasons), bounds.max_runtime_seconds))
 
@@ -106,13 +106,13 @@ def _all_of(training: float) -> str:
     return f"all would take {training / 60:,.0f} min"
 
 
-def _of_step(step: float) -> list[str]:
-    """A run looks between its steps whether it is to stop. Source: "Use managed spot training", SageMaker AI developer guide."""
-    if step <= PATIENT_STEP:
+def _of_pass(seconds: float) -> list[str]:
+    """A run looks between the passes of its steps whether it is to stop; the 120 s are those of StoppingCondition, API reference."""
+    if seconds <= PATIENT_PASS:
         return []
     return [
-        f"time of a step about {step:,.0f} s: SageMaker ends a job 120 s after it asks it to stop, so a stop or a spot interruption may "
-        "lose what was done since the last checkpoint; lower batch_rows or accumulation, or save oftener with save_every_minutes"
+        f"time of a pass about {seconds:,.0f} s: SageMaker ends a job 120 s after it asks it to stop, so a stop or a spot interruption may "
+        "lose what was done since the last checkpoint; lower batch_rows, or save oftener with save_every_minutes"
     ]
 
 

@@ -242,20 +242,20 @@ def limits(
     *,
     keep_alive_seconds: int = 0,
     model_mb: int = 0,
-    step_seconds: float = 0.0,
+    pass_seconds: float = 0.0,
     spent_usd: float = 0.0,
 ) -> Limits:
     """When the job has to end: by the user's time and money, so that it is saved before and never costs more.
 
     Of the billed time that `max_usd` buys on demand, the end is kept free: the hard stop comes so early that the two minutes which
-    SageMaker then gives and the upload are paid for, and the run itself stops earlier by what starting, saving and a step that has just
-    begun take. `model_mb` (2^20 bytes), the base model's files, lengthens the start by their download at 100 MB/s; `step_seconds` is what
-    a step takes; `keep_alive_seconds`, a warm pool after the job, is paid from the same money, and so is `spent_usd`: what the run's
-    earlier training jobs cost.
+    SageMaker then gives and the upload are paid for, and the run itself stops earlier by what starting, saving and a pass that has just
+    begun take. `model_mb` (2^20 bytes), the base model's files, lengthens the start by their download at 100 MB/s; `pass_seconds` is what
+    a pass over `batch_rows` rows takes; `keep_alive_seconds`, a warm pool after the job, is paid from the same money, and so is
+    `spent_usd`: what the run's earlier training jobs cost.
 
     Raises SpecError when the money buys less than starting and saving.
     """
-    around = START_MINUTES + model_mb / 100 / 60 + SAVE_MINUTES + step_seconds / 60
+    around = START_MINUTES + model_mb / 100 / 60 + SAVE_MINUTES + pass_seconds / 60
     machines = f"{instance.name if nodes == 1 else f'{nodes} x {instance.name}'} at {instance.price}"
     own, hard, reasons = max_minutes, USUAL_SECONDS / 60, []
     if own is not None:
