@@ -372,7 +372,6 @@ def test_a_client_that_dies_leaves_a_run_that_others_find(place, amazon, job, st
     assert finish(place, handle).state is RunState.SUCCEEDED
 
 
-@pytest.mark.parametrize("where", ["tags", "image"])
 def test_a_resume_has_the_money_that_is_left(place, longer, staged):
     spec = longer.model_copy(update={"max_usd": 2.0, "train": longer.train.model_copy(update={"max_steps": 1_000})})
     run = Run(place.submit(spec, staged.channels), place)
@@ -417,6 +416,7 @@ def test_what_would_be_refused_is_refused_before_anything_is_sent_or_made(amazon
         assert not [seen for seen in proxy.seen if seen.method in ("PUT", "POST")]
 
 
+@pytest.mark.parametrize("where", ["tags", "image"])
 def test_a_token_is_refused_before_anything_is_sent(amazon, image, job, staged, where, control_plane):
     token = "hf_" + "b" * 34
     settings = {"image": image, "tags": f"owner={token}"} if where == "tags" else {"image": f"{image}?{token}"}

@@ -87,7 +87,7 @@ def proxy(localstack: str) -> Iterator[FaultyProxy]:
 
 @pytest.fixture
 def looking_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in [("LOOK_EVERY", 0.0), ("SHORTEST_WAIT", 0.02), ("LONGEST_WAIT", 0.05), ("LONGEST_REST", 0.05)]:
+    for name, seconds in [("LOOK_EVERY", 0.0), ("SHORTEST_WAIT", 0.02), ("LONGEST_WAIT", 0.05)]:
         monkeypatch.setattr(logs, name, seconds)
 
 
@@ -471,11 +471,10 @@ def test_who_has_the_runs_last_word_waits_for_no_more(client, group, looking_oft
 def test_the_wait_grows_while_nothing_comes_and_falls_back():
     waits = [1.0]
     for _ in range(8):
-        waits.append(next_wait(waits[-1], came=False, failed=False))
+        waits.append(next_wait(waits[-1], came=False))
     assert waits == sorted(waits)
     assert waits[-1] == 10.0
-    assert next_wait(10.0, came=True, failed=False) == 1.0
-    assert next_wait(50.0, came=False, failed=True) == 60.0
+    assert next_wait(10.0, came=True) == 1.0
     assert all(0.75 * wait <= logs.jittered(wait) <= wait for wait in waits)
 
 

@@ -39,7 +39,7 @@ def asked(job: JobSpec = JOB, **settings):
         {"spot": True, "max_wait_minutes": 30.0},
         {"keep_alive_minutes": 15.0, "tags": {"team": "search"}},
         {"subnets": ("subnet-0abc",), "security_groups": ("sg-0abc",), "kms_key": "alias/ours", "volume_kms_key": "alias/disks"},
-        {"max_pending_minutes": 180.0, "encrypt_traffic": True, "network_isolation": False},
+        {"encrypt_traffic": True, "network_isolation": False},
     ],
 )
 def test_the_services_own_model_has_nothing_against_it(settings):

@@ -22,7 +22,7 @@ from trimtab.secrets import redact
 
 OVERLAP_MS, OVERLAP_LINES = 60_000, 2_000  # so late may a line come behind newer ones of its stream
 LOOK_EVERY = 5.0  # seconds between two questions for new streams: an account may ask 25 a second
-SHORTEST_WAIT, LONGEST_WAIT, LONGEST_REST = 1.0, 10.0, 60.0  # seconds: while lines come, when none come, after failures
+SHORTEST_WAIT, LONGEST_WAIT = 1.0, 10.0  # seconds: while lines come, when none come
 _EMPTY_PAGES, _EMPTY_PAGES_EAGER = 5, 100  # in a row, before the next look goes on behind them
 
 
@@ -113,7 +113,7 @@ class LogReader:
             for number, stream in enumerate(self._streams.values()):
                 if eager or time.monotonic() >= stream.due:
                     came = self._scan(stream, found, number, _EMPTY_PAGES_EAGER if eager else _EMPTY_PAGES)
-                    stream.wait = next_wait(stream.wait, came=came, failed=False)
+                    stream.wait = next_wait(stream.wait, came=came)
                     stream.due = time.monotonic() + (0.0 if came else stream.wait)
         except BackendError:
             if not found:
@@ -183,11 +183,11 @@ class LogReader:
         return match[1] if match else name.removeprefix(f"{self._job}/")
 
 
-def next_wait(wait: float, *, came: bool, failed: bool) -> float:
+def next_wait(wait: float, *, came: bool) -> float:
     """Seconds until the next question: short while lines come, longer while none come, longest after failures. Pure."""
     if came:
         return SHORTEST_WAIT
-    return min(wait * 2, LONGEST_REST) if failed else min(max(wait * 1.5, SHORTEST_WAIT), LONGEST_WAIT)
+    return min(max(wait * 1.5, SHORTEST_WAIT), LONGEST_WAIT)
 
 
 def jittered(wait: float) -> float:

@@ -125,7 +125,7 @@ class SageMakerBackend(Asked):
             except BackendError as exc:
                 if exc.__cause__ is None or not is_passing(exc.__cause__) or time.monotonic() >= deadline:
                     raise
-                time.sleep(jittered(wait := next_wait(wait, came=False, failed=False)))
+                time.sleep(jittered(wait := next_wait(wait, came=False)))
 
     def logs(self, handle: RunHandle, *, follow: bool = False) -> Iterator[str]:
         lives = self._of(handle)
