@@ -88,7 +88,7 @@ class Exchange(BaseHTTPRequestHandler):
                 document = json.loads(body or b"{}")
             except ValueError as exc:
                 raise Refused("SerializationException", "The request's body is no JSON") from exc
-            self.plane.requests.append((name, document))
+            self.plane.record(name, document)
             fault = self._fault(name, place)
             if fault is not None and not fault.after:
                 return self._answer_fault(fault, name, place)
@@ -108,7 +108,7 @@ class Exchange(BaseHTTPRequestHandler):
         try:
             place = self._place()
             request = invocations.read(name, endpoint, dict(self.headers.items()), body)
-            self.plane.requests.append((name, request))
+            self.plane.record(name, {member: value for member, value in request.items() if member != "Body"})
             fault = self._fault(name, place)
             if fault is not None and not fault.after:
                 return self._answer_fault(fault, name, place)

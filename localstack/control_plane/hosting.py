@@ -162,10 +162,12 @@ class HostingRunner(Runner):
         try:
             bucket, key = split_uri(uri)
             if source.get("S3DataType") == "S3Prefix" and not packed:
-                found = {channels.relative(each.key, key): each.key for each in self.objects.find(bucket, key)}
+                found = [each.key for each in self.objects.find(bucket, key, folders=True)]
                 if not found:
                     raise TransferFailed("no objects")
-                self.objects.fetch(bucket, {key: place_in(tree.model, place) for place, key in found.items()})
+                if folders := [each for each in found if each.endswith("/")]:  # as S3's console makes them
+                    raise TransferFailed(f"{folders[0]} ends with a slash, which no file's name can")
+                self.objects.fetch(bucket, {each: place_in(tree.model, each.removeprefix(key)) for each in found})
                 return
             here = tree.root / "model.tar.gz" if packed else tree.model / key.rpartition("/")[2]
             self.objects.fetch(bucket, {key: here})

@@ -1,4 +1,4 @@
-"""What SageMaker looks for in S3 before it takes a training job in: that its channels have something in them."""
+"""What SageMaker looks for in S3 before it takes a training job or a model in: that its data is there."""
 
 from __future__ import annotations
 
@@ -31,13 +31,28 @@ class Inputs:
             if not self._has_objects(parts.netloc, parts.path.lstrip("/")):
                 raise invalid(_NOTHING.format(uri=uri, bucket=parts.netloc, region=self.region, role=request["RoleArn"]))
 
+    def refuse_absent_model(self, container: Request) -> None:
+        """Raises Refused for model data that is not there."""
+        source = container.get("ModelDataSource", {}).get("S3DataSource", {})
+        if uri := source.get("S3Uri") or container.get("ModelDataUrl"):
+            parts = urlsplit(uri)
+            key = parts.path.lstrip("/")
+            found = self._first(parts.netloc, key)
+            if found is None or (source.get("S3DataType") != "S3Prefix" and found != key):
+                raise invalid(f"Could not find model data at {uri}.")
+
     def _has_objects(self, bucket: str, prefix: str) -> bool:
+        return self._first(bucket, prefix) is not None
+
+    def _first(self, bucket: str, prefix: str) -> str | None:
+        """The first key with a prefix, which is the prefix itself where there is such an object."""
         try:
             there = self.s3.head_bucket(Bucket=bucket)["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region", self.region)
-            return there == self.region and bool(self.s3.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1).get("Contents"))
+            found = self.s3.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1).get("Contents") if there == self.region else None
+            return str(found[0]["Key"]) if found else None
         except ClientError as exc:
             if exc.response["ResponseMetadata"]["HTTPStatusCode"] < 500:
-                return False
+                return None
             raise Refused("InternalFailure", f"S3 could not be asked for s3://{bucket}/{prefix}: {exc}", 500) from exc
         except BotoCoreError as exc:
             raise Refused("InternalFailure", f"S3 could not be asked for s3://{bucket}/{prefix}: {exc}", 500) from exc

@@ -46,7 +46,7 @@ def invoke(request: Request, place: Place, *, streamed: bool) -> tuple[dict[str,
         raise model_error(0, f"the container could not be reached: {exc}", endpoint) from exc
     answered = {name.lower(): value for name, value in answered.items()}
     if not 200 <= status < 300:
-        raise model_error(status, b"".join(chunks).decode(errors="replace"), endpoint)
+        raise model_error(status, _whole(chunks, endpoint).decode(errors="replace"), endpoint)
     headers = {"x-Amzn-Invoked-Production-Variant": variant}
     for name in ("X-Amzn-SageMaker-Custom-Attributes", "X-Amzn-SageMaker-New-Session-Id", "X-Amzn-SageMaker-Closed-Session-Id"):
         if name.lower() in answered:
@@ -55,8 +55,12 @@ def invoke(request: Request, place: Place, *, streamed: bool) -> tuple[dict[str,
     if streamed:
         headers |= {"X-Amzn-SageMaker-Content-Type": content_type, "Content-Type": "application/vnd.amazon.eventstream"}
         return headers, _events(chunks)
+    return headers | {"Content-Type": content_type}, iter([_whole(chunks, endpoint)])
+
+
+def _whole(chunks: Iterator[bytes], endpoint: Endpoint) -> bytes:
     try:
-        return headers | {"Content-Type": content_type}, iter([b"".join(chunks)])
+        return b"".join(chunks)
     except OSError as exc:
         raise model_error(0, f"the container broke its answer off: {exc}", endpoint) from exc
 

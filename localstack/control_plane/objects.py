@@ -71,12 +71,12 @@ class Objects:
     def close(self) -> None:
         self.client.close()
 
-    def find(self, bucket: str, prefix: str) -> list[Object]:
-        """What lies under a key prefix, by key; without the empty objects that stand for folders."""
+    def find(self, bucket: str, prefix: str, *, folders: bool = False) -> list[Object]:
+        """What lies under a key prefix, by key; the empty objects that stand for folders only where they are asked for."""
         with _telling(f"s3://{bucket}/{prefix}"):
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
             found = [Object(each["Key"], each["Size"]) for page in pages for each in page.get("Contents", [])]
-        return sorted((each for each in found if not (each.key.endswith("/") and each.size == 0)), key=lambda each: each.key)
+        return sorted((each for each in found if folders or not (each.key.endswith("/") and each.size == 0)), key=lambda each: each.key)
 
     def read(self, bucket: str, key: str) -> bytes:
         with _telling(f"s3://{bucket}/{key}"):

@@ -20,6 +20,9 @@ _BUSY = ("Creating", "Updating", "Deleting")
 def create_model(request: Request, place: Place) -> Answer:
     store = place.store
     _refuse_model(request, store.account)
+    if place.inputs is not None:
+        for each in _containers(request):
+            place.inputs.refuse_absent_model(each)
     tags, arn = new_tags(request.get("Tags", [])), store.arn("model", request["ModelName"])
     with store.lock:
         if arn in store.tags:
@@ -29,8 +32,12 @@ def create_model(request: Request, place: Place) -> Answer:
     return {"ModelArn": arn}
 
 
+def _containers(request: Request) -> list[Request]:
+    return request.get("Containers") or ([request["PrimaryContainer"]] if "PrimaryContainer" in request else [])
+
+
 def _refuse_model(request: Request, account: str) -> None:
-    containers = request.get("Containers") or ([request["PrimaryContainer"]] if "PrimaryContainer" in request else [])
+    containers = _containers(request)
     if not containers or ("PrimaryContainer" in request and request.get("Containers")):
         raise invalid("You must specify either PrimaryContainer or Containers, but not both.")
     if "ExecutionRoleArn" not in request:
@@ -44,6 +51,19 @@ def _refuse_model(request: Request, account: str) -> None:
             raise invalid("Image is required for a container that has no ModelPackageName.")
         if "ModelDataUrl" in each and "ModelDataSource" in each:
             raise invalid("You cannot specify both ModelDataUrl and ModelDataSource.")
+        _refuse_source(each.get("ModelDataSource", {}).get("S3DataSource", {}))
+
+
+def _refuse_source(source: Request) -> None:
+    """The rules of S3ModelDataSource in the API reference."""
+    for name in ("HubAccessConfig", "ManifestS3Uri"):
+        if name in source:
+            raise invalid(f"{name} is not emulated by this control plane.")
+    if source.get("S3DataType") == "S3Prefix":
+        if not source["S3Uri"].endswith("/"):
+            raise invalid(f"Invalid S3Uri {source['S3Uri']}: a key name prefix (S3Prefix) must end with a forward slash (/).")
+        if source["CompressionType"] == "Gzip":
+            raise invalid("CompressionType Gzip needs S3DataType S3Object.")
 
 
 def describe_model(request: Request, place: Place) -> Answer:
@@ -137,6 +157,7 @@ def create_endpoint(request: Request, place: Place) -> Answer:
         if arn in store.tags:
             raise invalid(f'Cannot create already existing endpoint "{arn}".')
         models = _models(config, store)
+        _refuse_unserved(config, models)
         _refuse_over_quota(config, store)
         endpoint = Endpoint(name, arn, config, account=store.account, region=store.region)
         store.endpoints[name] = endpoint
@@ -174,8 +195,6 @@ def _variant(variant: Request, store: Store) -> Answer:
         model = store.models.get(variant["ModelName"])
     images = [{"SpecifiedImage": model.container["Image"], "ResolvedImage": model.container["Image"]}] if model is not None else []
     answer = {"VariantName": variant["VariantName"], "DeployedImages": images, "CurrentWeight": weight, "DesiredWeight": weight}
-    if "ServerlessConfig" in variant:
-        return answer | {"CurrentServerlessConfig": variant["ServerlessConfig"], "CurrentInstanceCount": 0, "DesiredInstanceCount": 0}
     count = variant["InitialInstanceCount"]
     return answer | {"CurrentInstanceCount": count, "DesiredInstanceCount": count}
 
@@ -189,6 +208,11 @@ def update_endpoint(request: Request, place: Place) -> Answer:
         with endpoint.lock:
             if endpoint.status in _BUSY:
                 raise invalid(f'Cannot update in-progress endpoint "{endpoint.arn}".')
+            if endpoint.status == "Failed":
+                raise invalid(
+                    f'Cannot update failed endpoint "{endpoint.arn}": DeleteEndpoint is the only operation that can be performed on it.'
+                )
+            _refuse_unserved(config, models)
             _config(endpoint.config.name, store)  # the one it serves with must still be there, too
             _refuse_over_quota(config, store)
             endpoint.update(config)
@@ -268,6 +292,20 @@ def _endpoint(name: str, store: Store) -> Endpoint:
         return store.endpoints[name]
 
 
+def _refuse_unserved(config: EndpointConfig, models: list[Model]) -> None:
+    """Raises Refused for what can be written down, but not served here."""
+    containers = [each for model in models for each in _containers(model.request)]
+    unserved = {
+        "An endpoint with AsyncInferenceConfig": "AsyncInferenceConfig" in config.request,
+        "A variant with ServerlessConfig": any("ServerlessConfig" in each for each in config.variants),
+        "A model of several Containers": len(containers) > len(models),
+        "A container with Mode MultiModel": any(each.get("Mode") == "MultiModel" for each in containers),
+        "A container with AdditionalModelDataSources": any("AdditionalModelDataSources" in each for each in containers),
+    }
+    if found := [name for name, is_so in unserved.items() if is_so]:
+        raise invalid(f"{found[0]} is not served by this control plane.")
+
+
 def _refuse_over_quota(config: EndpointConfig, store: Store) -> None:
     for instance_type, delta in _instances(config).items():
         taken = sum(
@@ -281,8 +319,7 @@ def _refuse_over_quota(config: EndpointConfig, store: Store) -> None:
 def _instances(config: EndpointConfig) -> dict[str, int]:
     counted: dict[str, int] = {}
     for each in config.variants:
-        if "InstanceType" in each:
-            counted[each["InstanceType"]] = counted.get(each["InstanceType"], 0) + int(each["InitialInstanceCount"])
+        counted[each["InstanceType"]] = counted.get(each["InstanceType"], 0) + int(each["InitialInstanceCount"])
     return counted
 
 

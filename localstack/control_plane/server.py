@@ -10,6 +10,7 @@ import contextlib
 import socket
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +24,8 @@ from control_plane.place import Place
 from control_plane.runner import Settings
 from control_plane.store import ACCOUNT, Request, Store
 from control_plane.training import TrainingRunner
+
+RECORDED = 100_000
 
 
 class ControlPlane:
@@ -54,7 +57,7 @@ class ControlPlane:
         self.region, self.account, self.settings = region, account, settings or Settings()
         self.check_inputs = runner is not None if check_inputs is None else check_inputs
         self.faults = Faults()
-        self.requests: list[tuple[str, Request]] = []  # every operation asked for and its request as received, in order
+        self._requests: deque[tuple[str, Request]] = deque(maxlen=RECORDED)
         self.closing = threading.Event()
         self._lock = threading.RLock()
         self._places: dict[tuple[str, str], Place] = {}
@@ -63,6 +66,16 @@ class ControlPlane:
         self._server = _Server(("127.0.0.1", port), Exchange, self)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="control plane")
+
+    @property
+    def requests(self) -> list[tuple[str, Request]]:
+        """The last RECORDED operations asked for and their requests as received, in order; invocations without their bodies."""
+        with self._lock:
+            return list(self._requests)
+
+    def record(self, operation: str, request: Request) -> None:
+        with self._lock:
+            self._requests.append((operation, request))
 
     @property
     def store(self) -> Store:

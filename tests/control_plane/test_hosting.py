@@ -23,7 +23,6 @@ from control_plane.container import LABEL
 from control_plane.hosting import HostingRunner
 from control_plane.store import Endpoint, EndpointConfig, Model, Store
 from control_plane.training import Settings
-from support.cloud import QUICK
 from support.script_runs import MINE, derived
 from support.training_jobs import PATIENCE, until
 
@@ -195,16 +194,13 @@ def test_a_stream_comes_as_it_is_made(endpoints: Endpoints) -> None:
         assert list(parts) == [b"two"]
 
 
-def test_an_answer_that_takes_too_long_is_a_model_error(endpoints: Endpoints) -> None:
-    name = endpoints.start()
-    endpoints.wait(name)
-    place: Any = endpoints.plane.place(endpoints.plane.account, endpoints.plane.region)
-    before, place.hosting.settings = place.hosting.settings, Settings(grace=QUICK.grace, answer=1.0)
-    try:
+def test_an_answer_that_takes_too_long_is_a_model_error(localstack: str, aws: Callable[..., Any], bucket: str, image: str) -> None:
+    with ControlPlane(aws_url=localstack, settings=Settings(answer=1.0)) as plane:
+        endpoints = Endpoints(plane, aws, bucket, image)
+        name = endpoints.start()
+        endpoints.wait(name)
         with pytest.raises(endpoints.runtime.exceptions.ModelError, match="Your invocation timed out while waiting") as raised:
             endpoints.ask(name, b"never")
-    finally:
-        place.hosting.settings = before
     assert raised.value.response["OriginalStatusCode"] == 0
 
 
@@ -224,7 +220,9 @@ def test_what_does_not_serve_fails_with_its_reason(endpoints: Endpoints) -> None
         began.append((endpoints.start(**asked), reason))
 
     start("The primary container for production variant AllTraffic did not pass the ping health check.", Environment={"BREAKS": "1"})
-    start("Failed to download model data", ModelDataUrl=f"s3://{endpoints.bucket}/nowhere.tar.gz")
+    endpoints.s3.put_object(Bucket=endpoints.bucket, Key="marked/deep/", Body=b"")  # as S3's console makes a folder
+    marked = {"S3Uri": f"s3://{endpoints.bucket}/marked/", "S3DataType": "S3Prefix", "CompressionType": "None"}
+    start("Failed to download model data", ModelDataSource={"S3DataSource": marked})
     start("Failed to extract model data archive", ModelDataUrl=f"s3://{endpoints.bucket}/broken.tar.gz")
     start("does not exist", Image="123456789012.dkr.ecr.us-east-1.amazonaws.com/none-of-ours:1")
     for name, reason in began:
