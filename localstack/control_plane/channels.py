@@ -23,13 +23,9 @@ class ChannelRefused(Exception):
     """A channel cannot be had; the text is the job's FailureReason."""
 
 
-def download(objects: Objects, channel: Mapping[str, Any], mode: str, host: Host, hosts: Sequence[Host], tree: Tree) -> None:
+def download(objects: Objects, channel: Mapping[str, Any], host: Host, hosts: Sequence[Host], tree: Tree) -> None:
     """One channel's files for one machine. Raises ChannelRefused."""
-    name, source = channel["ChannelName"], channel["DataSource"].get("S3DataSource")
-    if source is None:
-        raise ChannelRefused(f"{FAILED}channel {name} has no S3DataSource, and this emulator knows no other kind")
-    if (asked := channel.get("InputMode", mode)) == "Pipe":
-        raise ChannelRefused(f"{FAILED}channel {name} has input mode {asked}: this emulator copies files (File, FastFile)")
+    name, source = channel["ChannelName"], channel["DataSource"]["S3DataSource"]
     try:
         bucket, found = listed(objects, source)
         mine = share(sorted(found), source, host, hosts)
@@ -53,9 +49,7 @@ def listed(objects: Objects, source: Mapping[str, Any]) -> tuple[str, dict[str, 
         if not found:
             raise TransferFailed(f"S3 key: {uri} matched no files on s3")
         return bucket, found
-    if kind == "ManifestFile":
-        return _manifest(objects, uri, objects.read(bucket, key))
-    raise TransferFailed(f"S3DataType {kind} of {uri} needs input mode Pipe")
+    return _manifest(objects, uri, objects.read(bucket, key))
 
 
 def relative(key: str, prefix: str) -> str:

@@ -59,7 +59,6 @@ class Asked:
     hostname: str = ""
     network: Network = Network("bridge")
     port: int | None = None  # published on a free port of the loopback interface, but for an isolated network
-    options: Mapping[str, Any] = field(default_factory=dict)  # further parts of the engine's HostConfig
 
 
 class Engine:
@@ -132,7 +131,7 @@ class Engine:
                 network_mode=asked.network.name,
                 port_bindings=ports,
                 extra_hosts=dict(asked.network.addresses) or None,
-                **{**self._options, **asked.options},
+                **self._options,
             )
             alone = asked.network.name in ("bridge", "none")
             network: Any = None if alone else {"EndpointsConfig": {asked.network.name: _endpoint(asked)}}

@@ -28,13 +28,8 @@ class Host:
 
 def hosts_of(resources: Mapping[str, Any]) -> list[Host]:
     """The machines of a ResourceConfig; those of instance groups are numbered through."""
-    types = resources.get("InstancePreferences") or [{}]  # the first that has capacity; here all have
-    first = resources.get("InstanceType") or types[0].get("InstanceType", "")
-    groups = resources.get("InstanceGroups") or [
-        {"InstanceType": first, "InstanceCount": resources.get("InstanceCount", 1), "InstanceGroupName": _GROUP}
-    ]
-    found = [each for each in groups for _ in range(each["InstanceCount"])]
-    return [Host(f"algo-{number}", each["InstanceType"], each["InstanceGroupName"]) for number, each in enumerate(found, 1)]
+    found = [each for each in resources.get("InstanceGroups") or [resources] for _ in range(each["InstanceCount"])]
+    return [Host(f"algo-{number}", each["InstanceType"], each.get("InstanceGroupName", _GROUP)) for number, each in enumerate(found, 1)]
 
 
 @dataclass(frozen=True)

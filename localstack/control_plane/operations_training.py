@@ -104,14 +104,21 @@ def delete_training_job(request: Request, place: Place) -> Answer:
 def list_training_jobs(request: Request, place: Place) -> Answer:
     with place.store.lock:
         jobs = list(place.store.jobs.values())
-    rows = [each for each in map(_summary, jobs) if wanted(each, request, "TrainingJobName", "TrainingJobStatus")]
+    first = "StatusEquals" in request and "MaxResults" in request  # then the newest are taken first, and asked for their status afterwards
+    filters = {name: value for name, value in request.items() if not (first and name == "StatusEquals")}
+    rows = [each for each in map(_summary, jobs) if wanted(each, filters, "TrainingJobName", "TrainingJobStatus")]
     if "WarmPoolStatusEquals" in request:
         rows = [each for each in rows if (each["WarmPoolStatus"] or {}).get("Status") == request["WarmPoolStatusEquals"]]
     if "TrainingPlanArnEquals" in request:
         rows = []  # no job here runs on a training plan
     by = {"Name": "TrainingJobName", "Status": "TrainingJobStatus"}.get(request.get("SortBy", ""), "CreationTime")
     descending = request.get("SortOrder") == "Descending"
-    shown, token = page(rows, request, lambda row: row[by], lambda row: str(row["TrainingJobName"]), descending=descending)
+    if first:
+        shown, token = page(rows, request, lambda row: row["CreationTime"], lambda row: str(row["TrainingJobName"]), descending=True)
+        shown = [each for each in shown if each["TrainingJobStatus"] == request["StatusEquals"]]
+        shown.sort(key=lambda row: (row[by], row["TrainingJobName"]), reverse=descending)
+    else:
+        shown, token = page(rows, request, lambda row: row[by], lambda row: str(row["TrainingJobName"]), descending=descending)
     return {"TrainingJobSummaries": shown, "NextToken": token}
 
 

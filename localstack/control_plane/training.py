@@ -164,8 +164,7 @@ class _Run:
             write_config(tree, request, host, hosts)
             for each in given:
                 self._refuse_to_go_on()
-                mode = request["AlgorithmSpecification"].get("TrainingInputMode", "File")
-                channels.download(self.runner.objects, each, mode, host, hosts, tree)
+                channels.download(self.runner.objects, each, host, hosts, tree)
             found.append((host, tree))
         return found
 

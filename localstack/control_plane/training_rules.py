@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
@@ -10,6 +11,10 @@ from control_plane.store import Request
 
 LONGEST = 28 * 24 * 3600  # seconds: MaxRuntimeInSeconds' limit in the API reference of StoppingCondition
 NOT_EMULATED = ("ServerlessJobConfig", "ModelPackageConfig", "MlflowConfig", "SessionChainingConfig")
+_MODES = ("File", "FastFile")
+_LOCAL_DISKS = re.compile(  # families with NVMe disks of their own: a "d" behind the generation, and these (EC2 user guide, instance store)
+    r"ml\.(?:[a-z]+\d+[a-z]*d[a-z]*|g5|g6|g6e|g7|g7e|p5|p5e|p5en|p6-b200|p6-b300|p6e-gb200|trn1|trn1n|trn2|dl1)\."
+)
 _NOT_EMULATED_RESOURCES = (
     "TrainingPlanArn",
     "InstancePlacementConfig",
@@ -65,6 +70,13 @@ def _algorithm(algorithm: Request) -> Iterator[str]:
     names = [each["Name"] for each in algorithm.get("MetricDefinitions", [])]
     if len(set(names)) < len(names):
         yield "Metric definition names must be unique."
+    for each in algorithm.get("MetricDefinitions", []):
+        try:
+            re.compile(each["Regex"])
+        except re.error as exc:
+            yield f"Invalid regular expression {each['Regex']!r} of the metric {each['Name']}: {exc}."
+    if (mode := algorithm.get("TrainingInputMode", "File")) not in _MODES:
+        yield f"TrainingInputMode {mode} is not emulated by this control plane; it has {' and '.join(_MODES)}."
 
 
 def _resources(resources: Request) -> Iterator[str]:
@@ -86,6 +98,10 @@ def _resources(resources: Request) -> Iterator[str]:
         yield "InstanceCount must be at least 1."
     if resources.get("VolumeSizeInGB", 1) < 1:
         yield "VolumeSizeInGB must be at least 1."
+    if "VolumeKmsKeyId" in resources:
+        for each in groups:
+            if _LOCAL_DISKS.match(each["InstanceType"]):
+                yield f"You can't request a VolumeKmsKeyId when using an instance type with local storage ({each['InstanceType']})."
 
 
 def _time(request: Request) -> Iterator[str]:
@@ -103,18 +119,27 @@ def _time(request: Request) -> Iterator[str]:
 
 def _channels(request: Request) -> Iterator[str]:
     channels = request.get("InputDataConfig", [])
+    groups = [each["InstanceGroupName"] for each in request["ResourceConfig"].get("InstanceGroups", [])]
     names = [each["ChannelName"] for each in channels]
     if len(set(names)) < len(names):
         yield "Channel names must be unique: " + ", ".join(sorted({each for each in names if names.count(each) > 1}))
     for each in channels:
-        source = each["DataSource"]
+        source, name = each["DataSource"], each["ChannelName"]
+        if name in (".", ".."):
+            yield f"Invalid channel name {name}: no folder can have it."
         if len(source) != 1:
-            yield f"Channel {each['ChannelName']} must have exactly one data source."
-        if "FileSystemDataSource" in source and "VpcConfig" not in request:
-            yield f"VpcConfig is required when a channel ({each['ChannelName']}) has a FileSystemDataSource."
+            yield f"Channel {name} must have exactly one data source."
+        elif "S3DataSource" not in source:
+            yield f"{next(iter(source))} is not emulated by this control plane (channel {name})."
+        if (mode := each.get("InputMode", "File")) not in _MODES:
+            yield f"InputMode {mode} is not emulated by this control plane (channel {name}); it has {' and '.join(_MODES)}."
         s3 = source.get("S3DataSource", {})
         if s3.get("AttributeNames") and s3["S3DataType"] != "AugmentedManifestFile":
-            yield f"AttributeNames can only be specified for S3DataType AugmentedManifestFile (channel {each['ChannelName']})."
+            yield f"AttributeNames can only be specified for S3DataType AugmentedManifestFile (channel {name})."
+        if s3.get("S3DataType", "S3Prefix") not in ("S3Prefix", "ManifestFile"):
+            yield f"S3DataType {s3['S3DataType']} is not emulated by this control plane (channel {name}); it has S3Prefix and ManifestFile."
+        if missing := [each for each in s3.get("InstanceGroupNames", []) if each not in groups]:
+            yield f"The instance group {missing[0]} of channel {name} is none of the job's."
     image = request["AlgorithmSpecification"].get("TrainingImageConfig", {})
     if image.get("TrainingRepositoryAccessMode") == "Vpc" and "VpcConfig" not in request:
         yield "VpcConfig is required when TrainingRepositoryAccessMode is Vpc."
