@@ -17,7 +17,7 @@ from control_plane import ControlPlane, channels, cloudwatch
 from control_plane.container import LABEL
 from control_plane.layout import Host, hosts_of, resource_config
 from control_plane.training import TrainingRunner
-from support.cloud import QUICK, hasten
+from support.cloud import QUICK
 from support.training_jobs import WAITS, Jobs, client_at, prefix, statuses, until
 
 
@@ -51,8 +51,7 @@ class TestWhatAContainerFinds:
 
     def test_volumes_in_place_of_folders_look_the_same(self, jobs: Jobs, localstack: str, client: DockerClient) -> None:
         """What a caller gets who is not root."""
-        with ControlPlane(aws_url=localstack) as plane:
-            hasten(plane, replace(QUICK, volumes=True))
+        with ControlPlane(aws_url=localstack, settings=replace(QUICK, volumes=True)) as plane:
             mine_alone = {"label": f"{LABEL}={plane.place(plane.account, plane.region).training.engine.mark}"}  # type: ignore[union-attr]
             mine = Jobs(plane, None, jobs.s3, jobs.logs, jobs.bucket, jobs.image)
             with contextlib.closing(client_at(jobs.sagemaker, plane.url)) as mine.sagemaker:
@@ -202,8 +201,7 @@ class TestProcesses:
         echo "$1 $SM_ML_ROOT" | sed "s#/.*/#/.../#"; cd $SM_ML_ROOT; cat input/config/hyperparameters.json; echo
         echo w >model/w; cp input/data/code/script checkpoints/; sleep 300 & exit 3
         """)
-        with ControlPlane(aws_url=localstack, runner="process", command=["/bin/sh", str(script)]) as plane:
-            hasten(plane)
+        with ControlPlane(aws_url=localstack, runner="process", command=["/bin/sh", str(script)], settings=QUICK) as plane:
             jobs = Jobs(plane, aws("sagemaker", plane.url), aws("s3"), aws("logs"), bucket, "any/image:1")
             found = jobs.wait(jobs.spot("data", HyperParameters={"a": "1"}))
         assert found["FailureReason"] == "AlgorithmError: , exit code: 3"

@@ -13,7 +13,7 @@ from control_plane import ControlPlane
 from control_plane.faults import CAPACITY
 from control_plane.store import TrainingJob
 from control_plane.training import NO_IMAGE, NO_MEMORY, Settings, TrainingRunner, algorithm_error
-from support.cloud import QUICK, hasten
+from support.cloud import QUICK
 from support.training_jobs import GRACEFUL, PATIENCE, WAITS, Jobs, client_at, prefix, statuses, until
 
 
@@ -71,11 +71,12 @@ class TestItsEnd:
         assert found["FailureReason"].endswith("exit code: 127")
 
     def test_a_container_killed_for_memory(self, jobs: Jobs, localstack: str) -> None:
-        with ControlPlane(aws_url=localstack) as plane:
-            hasten(plane, Settings(memory="24m"))
-            with contextlib.closing(client_at(jobs.sagemaker, plane.url)) as sagemaker:
-                mine = Jobs(plane, sagemaker, jobs.s3, jobs.logs, jobs.bucket, jobs.image)
-                assert mine.run("exec python3 -c 'bytearray(1 << 28)'")["FailureReason"] == NO_MEMORY
+        with (
+            ControlPlane(aws_url=localstack, settings=Settings(memory="24m")) as plane,
+            contextlib.closing(client_at(jobs.sagemaker, plane.url)) as sagemaker,
+        ):
+            mine = replace(jobs, plane=plane, sagemaker=sagemaker)
+            assert mine.run("exec python3 -c 'bytearray(1 << 28)'")["FailureReason"] == NO_MEMORY
 
     def test_no_capacity(self, jobs: Jobs) -> None:
         jobs.plane.fault(kind="capacity", instance_type="ml.m7i.2xlarge", hang=3.0)
@@ -101,16 +102,17 @@ class TestBeingEnded:
 
     def test_one_that_does_not_end_is_killed_and_its_model_is_kept(self, jobs: Jobs, localstack: str) -> None:
         grace = 2.0
-        with ControlPlane(aws_url=localstack) as plane:
-            hasten(plane, replace(QUICK, grace=grace))
-            with contextlib.closing(client_at(jobs.sagemaker, plane.url)) as sagemaker:
-                mine = replace(jobs, plane=plane, sagemaker=sagemaker)
-                name = mine.start("trap '' TERM; echo w >/opt/ml/model/w; echo going; while :; do sleep 0.1; done")
-                mine.until_printed(name, "going")
-                began = time.monotonic()
-                sagemaker.stop_training_job(TrainingJobName=name)
-                assert mine.wait(name)["TrainingJobStatus"] == "Stopped"
-                assert grace <= time.monotonic() - began < 60
+        with (
+            ControlPlane(aws_url=localstack, settings=replace(QUICK, grace=grace)) as plane,
+            contextlib.closing(client_at(jobs.sagemaker, plane.url)) as sagemaker,
+        ):
+            mine = replace(jobs, plane=plane, sagemaker=sagemaker)
+            name = mine.start("trap '' TERM; echo w >/opt/ml/model/w; echo going; while :; do sleep 0.1; done")
+            mine.until_printed(name, "going")
+            began = time.monotonic()
+            sagemaker.stop_training_job(TrainingJobName=name)
+            assert mine.wait(name)["TrainingJobStatus"] == "Stopped"
+            assert grace <= time.monotonic() - began < 60
         assert jobs.packed(name) == {"w": "w\n"}
 
     def test_the_time_limits_of_running_and_of_waiting(self, jobs: Jobs) -> None:

@@ -19,8 +19,7 @@ HERE = Path(__file__).parents[2] / "localstack"
 sys.path.insert(0, str(HERE))  # its packages are no part of the distribution
 
 import cloud  # noqa: E402
-from control_plane import ControlPlane  # noqa: E402
-from control_plane.training import Settings  # noqa: E402
+from control_plane import ControlPlane, Settings  # noqa: E402
 
 QUICK = Settings(grace=30.0, notice=30.0, sync_every=0.2)  # enough for a slow machine; what is to be killed has settings of its own
 
@@ -45,8 +44,7 @@ def localstack(localstack_venv: Path) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def control_plane(localstack: str) -> Iterator[ControlPlane]:
     """The session's control plane: jobs run in containers, with graces that no test waits for."""
-    with ControlPlane(aws_url=localstack, runner="docker") as plane:
-        hasten(plane)
+    with ControlPlane(aws_url=localstack, runner="docker", settings=QUICK) as plane:
         yield plane
 
 
@@ -67,12 +65,6 @@ def amazon(localstack: str, control_plane: ControlPlane) -> Iterator[dict[str, s
         for name, value in variables.items():
             patch.setenv(name, value)
         yield variables
-
-
-def hasten(plane: ControlPlane, settings: Settings = QUICK) -> None:
-    """Gives the runners of a control plane's own region other settings."""
-    place: Any = plane.place(plane.account, plane.region)
-    place.training.settings = place.hosting.settings = settings
 
 
 @pytest.fixture
