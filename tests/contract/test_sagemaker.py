@@ -15,7 +15,7 @@ import pytest
 
 from contract.backend_contract import PATIENCE, BackendContract, _interrupt, finish, until
 from support.faulty_proxy import FaultyProxy, cut_answer, lost_answer
-from trimtab.aws import session
+from trimtab.aws import lives, session
 from trimtab.aws.channels import plan_channel
 from trimtab.aws.submission import Submission
 from trimtab.aws.upload import Sent, upload
@@ -42,6 +42,15 @@ def image(xeon_image) -> str:
 def place(amazon, image, tmp_path) -> Iterator[SageMakerBackend]:
     """A client of its own."""
     backend = SageMakerBackend(role=ROLE, image=image, home=tmp_path / "home", poll_seconds=0.2)
+    yield backend
+    backend.aws.close()
+
+
+@pytest.fixture
+def quick(amazon, script_image, tmp_path, monkeypatch) -> Iterator[SageMakerBackend]:
+    """For what is about a job's beginning and not its work: its image finds no script in its channels, and ends at once."""
+    monkeypatch.setattr(lives, "SETTLING", 0.5)  # no last word will come
+    backend = SageMakerBackend(role=ROLE, image=f"{REGISTRY}/{script_image}", home=tmp_path / "home", poll_seconds=0.2)
     yield backend
     backend.aws.close()
 
@@ -247,30 +256,32 @@ def test_money_is_a_limit_of_time_that_is_told(place, job, staged):
     ],
     ids=["throttled", "500", "500 after it was created", "answer lost"],
 )
-def test_trouble_while_it_is_created_makes_one_job(place, job, staged, control_plane, fault):
+def test_trouble_while_it_is_created_makes_one_job(quick, job, staged, control_plane, fault):
     control_plane.fault(operation="CreateTrainingJob", **fault)
-    handle = place.submit(job, staged.channels)
-    assert finish(place, handle).state is RunState.SUCCEEDED
+    handle = quick.submit(job, staged.channels)
+    assert finish(quick, handle).done
     assert [name for name in control_plane.store.jobs if handle.id in name] == [handle.id]
 
 
-def test_what_nobody_can_tell_is_said_and_nothing_is_taken_away(place, job, staged, control_plane):
+def test_what_nobody_can_tell_is_said_and_nothing_is_taken_away(quick, job, staged, control_plane):
     control_plane.fault(operation="CreateTrainingJob", code="InternalFailure", after=True)
     control_plane.fault(operation="ListTags", code="AccessDeniedException", times=-1)
     with pytest.raises(BackendError, match="trimtab status sagemaker://trim-0c0c0c0c"):
-        place.submit(job, staged.channels, "trim-0c0c0c0c")
+        quick.submit(job, staged.channels, "trim-0c0c0c0c")
     control_plane.faults.clear()
     handle = RunHandle("sagemaker", "trim-0c0c0c0c")
-    assert finish(place, handle).state is RunState.SUCCEEDED
-    assert Run(handle, place).ledger() == staged.ledger  # the record is there
+    assert finish(quick, handle).done
+    assert Run(handle, quick).ledger() == staged.ledger  # the record is there
 
 
-def test_an_answer_that_does_not_come_is_waited_for_and_asked_for_again(amazon, image, job, staged, tmp_path, control_plane, monkeypatch):
+def test_an_answer_that_does_not_come_is_waited_for_and_asked_for_again(
+    amazon, script_image, job, staged, tmp_path, control_plane, monkeypatch
+):
     monkeypatch.setattr(session, "_USUAL_PATIENCE", (2, 8))
-    backend = SageMakerBackend(role=ROLE, image=image, home=tmp_path / "home", poll_seconds=0.2)
+    backend = SageMakerBackend(role=ROLE, image=f"{REGISTRY}/{script_image}", home=tmp_path / "home", poll_seconds=0.2)
     control_plane.fault(operation="CreateTrainingJob", hang=4.0, after=True)
     handle = backend.submit(job, staged.channels)
-    assert finish(backend, handle).state is RunState.SUCCEEDED
+    assert finish(backend, handle).done
     assert [name for name in control_plane.store.jobs if handle.id in name] == [handle.id]
     backend.aws.close()
 
@@ -290,16 +301,16 @@ def test_ctrl_c_before_the_handle_is_told_stops_the_job(place, job, staged, monk
     assert finish(place, handle).state is RunState.STOPPED
 
 
-def test_a_name_that_is_somebody_elses_is_refused_and_theirs_is_left_alone(place, job, staged, control_plane):
-    handle = place.submit(job, staged.channels)
-    other = SageMakerBackend(role=ROLE, image=place.image, home=place.home, poll_seconds=0.2)
+def test_a_name_that_is_somebody_elses_is_refused_and_theirs_is_left_alone(quick, job, staged, control_plane):
+    handle = quick.submit(job, staged.channels)
+    other = SageMakerBackend(role=ROLE, image=quick.image, home=quick.home, poll_seconds=0.2)
     with pytest.raises(BackendError, match="another one: run the command again"):
         other.submit(job, staged.channels, handle.id)
-    place.aws.client("sagemaker").create_training_job(**_unlike(place.render(job, staged.channels, "trim-0b0b0b0b")["training_job"]))
+    quick.aws.client("sagemaker").create_training_job(**_unlike(quick.render(job, staged.channels, "trim-0b0b0b0b")["training_job"]))
     with pytest.raises(BackendError, match="another one: run the command again"):
         other.submit(job, staged.channels, "trim-0b0b0b0b")  # a job without a record
-    assert finish(place, handle).state is RunState.SUCCEEDED
-    assert Run(handle, place).ledger() == staged.ledger
+    assert finish(quick, handle).done
+    assert Run(handle, quick).ledger() == staged.ledger
     other.aws.close()
 
 
@@ -315,19 +326,19 @@ def test_trouble_while_it_is_followed_is_ridden_out(place, job, staged, control_
     assert [step.step for step in run.metrics()] == [1, 2, 3, 4, 5, 6]
 
 
-def test_credentials_that_expire_while_it_is_followed_say_what_to_type_and_the_run_goes_on(place, job, staged, control_plane):
-    handle = place.submit(job, staged.channels)
+def test_credentials_that_expire_while_it_is_followed_say_what_to_type_and_the_run_goes_on(quick, job, staged, control_plane):
+    handle = quick.submit(job, staged.channels)
     control_plane.fault(operation="DescribeTrainingJob", code="ExpiredTokenException")
     with pytest.raises(BackendUnavailable, match="aws sso login"):
-        place.status(handle)
-    assert finish(place, handle).state is RunState.SUCCEEDED
+        quick.status(handle)
+    assert finish(quick, handle).done
 
 
-def test_a_missing_permission_is_named(place, job, staged, control_plane):
+def test_a_missing_permission_is_named(quick, job, staged, control_plane):
     control_plane.fault(operation="CreateTrainingJob", code="AccessDeniedException")
     with pytest.raises(BackendError, match="lacks the permission sagemaker:CreateTrainingJob"):
-        place.submit(job, staged.channels, "trim-0a0a0a0a")
-    assert "Contents" not in place.aws.client("s3").list_objects_v2(Bucket=place.place.bucket, Prefix=place.place.run("trim-0a0a0a0a"))
+        quick.submit(job, staged.channels, "trim-0a0a0a0a")
+    assert "Contents" not in quick.aws.client("s3").list_objects_v2(Bucket=quick.place.bucket, Prefix=quick.place.run("trim-0a0a0a0a"))
 
 
 def test_no_capacity_says_how_to_go_on_elsewhere_and_does(place, job, staged, control_plane):
@@ -343,19 +354,19 @@ def test_no_capacity_says_how_to_go_on_elsewhere_and_does(place, job, staged, co
     elsewhere.aws.close()
 
 
-def test_a_quota_of_zero_names_it(place, job, staged, control_plane):
-    request = place.render(job, staged.channels, "trim-12345678")["training_job"]
+def test_a_quota_of_zero_names_it(quick, job, staged, control_plane):
+    request = quick.render(job, staged.channels, "trim-12345678")["training_job"]
     name = f"{request['ResourceConfig']['InstanceType']} for training job usage"
     before = control_plane.store.quotas.get(name)
     control_plane.set_quota(name, 0)
     try:
         with pytest.raises(BackendError, match=f"the quota '{name}' of the account is 0.*request-service-quota-increase"):
-            place.submit(job, staged.channels)
+            quick.submit(job, staged.channels)
     finally:
         control_plane.set_quota(name, before)
 
 
-def test_a_client_that_dies_leaves_a_run_that_others_find(place, amazon, job, staged):
+def test_a_client_that_dies_leaves_a_run_that_others_find(quick, amazon, job, staged):
     code = (
         "import os, sys\nfrom pathlib import Path\n"
         "from trimtab.backends.sagemaker import SageMakerBackend\nfrom trimtab.spec import JobSpec\n"
@@ -364,12 +375,12 @@ def test_a_client_that_dies_leaves_a_run_that_others_find(place, amazon, job, st
         "print(backend.submit(JobSpec.model_validate_json(job), {'train': Path(train), 'model': Path(model)}), flush=True)\n"
         "os.kill(os.getpid(), 9)"
     )
-    arguments = [place.image, str(place.home), job.model_dump_json(), *(str(staged.channels[name]) for name in ("train", "model"))]
+    arguments = [quick.image, str(quick.home), job.model_dump_json(), *(str(staged.channels[name]) for name in ("train", "model"))]
     done = subprocess.run([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == -signal.SIGKILL
     handle = RunHandle.parse(done.stdout.strip())
-    assert handle in [run.handle for run in place.runs()]
-    assert finish(place, handle).state is RunState.SUCCEEDED
+    assert handle in [run.handle for run in quick.runs()]
+    assert finish(quick, handle).done
 
 
 def test_a_resume_has_the_money_that_is_left(place, longer, staged):

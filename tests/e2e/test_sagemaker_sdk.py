@@ -28,7 +28,7 @@ KEY = "arn:aws:kms:us-east-1:000000000000:key/1234abcd-12ab-34cd-56ef-1234567890
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "spot": {"spot": True, "max_wait_minutes": 180},
-    "warm-pool": {"keep_alive_minutes": 10, "max_pending_minutes": 120},
+    "warm-pool": {"keep_alive_minutes": 10},
     "private": {
         "subnets": "subnet-0a1b2c3d,subnet-1a2b3c4d",
         "security_groups": "sg-0a1b2c3d",
