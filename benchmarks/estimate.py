@@ -7,7 +7,9 @@ the default views and questions and without replay, which only changes what is i
 Memory is the peak resident set of the run against `peak_memory` of the rows' facts in their manifest. Time is each step from the second on
 against `step_seconds` of its row, by the rates that `python -m trimtab_runtime measure` found before and after the run; the median of the
 ratios counts. Runs and rates use one thread and are timed in seconds of its processor, so that what others do on the machine is no part of
-either; where there are no others these are seconds of the clock, too. With --threads 0 they use all, timed by the clock.
+either; where there are no others these are seconds of the clock, too, which are what a user waits for. The bar is judged on the
+processor's, because the clock's on a shared machine tell of the others; these are a proxy all the same: others also take caches, and a run
+suffers more from that than the rates do. With --threads 0 they use all, timed by the clock.
 """
 
 from __future__ import annotations

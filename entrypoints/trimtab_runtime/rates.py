@@ -13,23 +13,25 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trimtab.errors import SpecError
-from trimtab.estimate import LOGITS_AT_ONCE, ModelFacts, Rates, RowShape, elementwise_bytes
+from trimtab.estimate import LOGITS_AT_ONCE, ModelFacts, Rates, elementwise_bytes
 from trimtab.layout import JobDir
 from trimtab.spec import TrainSpec
 from trimtab_runtime.choices import cpu_flags, pick_dtype
 from trimtab_runtime.manifest import write_json
 from trimtab_runtime.methods.lora import add_adapters
 from trimtab_runtime.model import read_config
+from trimtab_runtime.rows import shape_of_row
 from trimtab_runtime.xeon import attention
 from trimtab_runtime.xeon.lora import fuse
 from trimtab_runtime.xeon.loss import linear_cross_entropy
 
 _TOKENS = 1024  # of a typical row
 _SHORT = 48  # of a row so small that a layer's own overhead is most of its time
-_SAMPLES = (400, 112)  # tokens of two samples that are not attended to together
+_SAMPLES = (400, 112)  # tokens of two samples that are not attended to together, as in a typical row
+_TINY = (6, 12, 24, 48)  # the same of samples whose attention is mostly overhead
 _MOST = 4e11  # operations in one measured pass, so that a large model takes seconds too
 _QUANTISED = 1 << 23  # weights: quantising them takes far longer than back
-_WEIGHTS = 1 << 26  # bytes of weights in turn, so that they come from memory as a model's do
+_WEIGHTS = 1 << 26  # bytes of weights in turn, so that they, and what layers keep of a row, come from memory as a model's do
 
 
 def measure(job: JobDir, spec: TrainSpec, say: Callable[[str], None]) -> Rates:
@@ -55,25 +57,29 @@ def rates_for(folder: Path, spec: TrainSpec, dtype: torch.dtype) -> Rates:
     name: Literal["bfloat16", "float32"] = "bfloat16" if dtype is torch.bfloat16 else "float32"
     size = dtype.itemsize
     a_layer = model.linear // model.layers
+    copies = _copies(a_layer * size)
     tokens = max(_SHORT * 2, min(_TOKENS, spec.batch_rows * spec.max_seq_len, int(_MOST / (4 * a_layer))))
     with torch.enable_grad():
         linear, adapters = _products(model, spec.lora_rank, tokens, dtype)
-        long, short = ([size] for size in _SAMPLES)
-        alone = sum(_seconds(_attention(model, lengths, dtype)) for lengths in (long, short))
-        explicit = model.heads * sum(length**2 for length in _SAMPLES) / alone
-        together = _seconds(_attention(model, [*long, *short], dtype))
+        alone = sum(_seconds(_attention(model, [length], dtype)) for length in _SAMPLES)
+        together = _seconds(_attention(model, [*_SAMPLES], dtype))
         a_place = 2 * (model.heads + model.kv_heads) * model.head_width
         gathered = sum(_SAMPLES) * a_place / max(together - alone, 0.05 * together)
         flash = model.heads * 1024**2 / _seconds(_attention(model, [1024], dtype))
-        tiny = [6, 12, 24, 48]
-        known = sum(tiny) * a_place / gathered + model.heads * sum(length**2 for length in tiny) / explicit
-        group = max(0.0, _seconds(_attention(model, tiny, dtype)) - known) / len(tiny)
+        # alone = groups * group + weights / explicit, and the same of groups so small that it is most of their time
+        weights, few = (model.heads * sum(length**2 for length in lengths) for lengths in (_SAMPLES, _TINY))
+        tiny = max(0.0, _seconds(_attention(model, [*_TINY], dtype)) - sum(_TINY) * a_place / gathered)
+        share = len(_SAMPLES) / len(_TINY)
+        explicit = (weights - share * few) / max(alone - share * tiny, 0.5 * alone)
+        group = max(0.0, tiny - few / explicit) / len(_TINY)
         layer, rest = {}, {}
         for count in (_SHORT, tokens):
-            row = RowShape.of([[count]], count)
-            layer[count] = _seconds(_layer(folder, spec, count, dtype))
-            known = count * (4 * a_layer / linear + 6 * model.adapter(spec.lora_rank) / model.layers / adapters) + group
-            rest[count] = layer[count] - known - model.heads * (row.explicit / explicit + row.flash / flash)
+            lengths = _lengths(count)
+            row = shape_of_row(lengths, [True] * count)
+            layer[count] = _seconds(_layers(folder, spec, lengths, copies, dtype)) / copies
+            known = count * (4 * a_layer / linear + 6 * model.adapter(spec.lora_rank) / model.layers / adapters) + row.groups * group
+            known += model.heads * (row.explicit / explicit + row.flash / flash)
+            rest[count] = layer[count] - known - (row.padded * a_place / gathered if row.groups > 1 else 0)
     moved = elementwise_bytes(model, size)
     # what a token adds beyond the products, at least a fiftieth of the layer: noise may hide it
     a_token = max((rest[tokens] - rest[_SHORT]) / (tokens - _SHORT), 0.02 * layer[tokens] / tokens)
@@ -105,11 +111,22 @@ def _shapes(model: ModelFacts) -> list[tuple[int, int]]:
     return [(query, hidden), (keys, hidden), (keys, hidden), (hidden, query), (inner, hidden), (inner, hidden), (hidden, inner)]
 
 
+def _copies(layer: int) -> int:
+    """How many layers of so many bytes are worked on in turn."""
+    return max(1, min(8, _WEIGHTS // layer))
+
+
+def _lengths(tokens: int) -> list[int]:
+    """The samples of a row of so many tokens."""
+    times, left = divmod(tokens, sum(_SAMPLES))
+    return [*_SAMPLES * times, *([left] if left else [])]
+
+
 def _products(model: ModelFacts, rank: int, tokens: int, dtype: torch.dtype) -> tuple[float, float]:
     """FLOP/s of a layer's frozen maps, forward and towards the input; and of their adapters' products."""
     shapes = _shapes(model)
     a_layer = sum(out * inner for out, inner in shapes)
-    copies = max(2, min(8, _WEIGHTS // (a_layer * dtype.itemsize)))
+    copies = max(2, _copies(a_layer * dtype.itemsize))
     layers = [[torch.rand(shape, dtype=dtype) - 0.5 for shape in shapes] for _ in range(copies)]
     inputs = {width: torch.rand(tokens, width, dtype=dtype) for pair in shapes for width in pair}
     turn = 0
@@ -155,20 +172,21 @@ def _attention(model: ModelFacts, lengths: list[int], dtype: torch.dtype) -> Cal
     return both_ways
 
 
-def _layer(folder: Path, spec: TrainSpec, tokens: int, dtype: torch.dtype) -> Callable[[], object]:
-    """One layer of the model with adapters, random weights, over a row of one sample, forward and backward."""
+def _layers(folder: Path, spec: TrainSpec, lengths: list[int], count: int, dtype: torch.dtype) -> Callable[[], object]:
+    """So many layers of the model with adapters, random weights, over a row of such samples, forward and backward."""
     attention.register()
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    few = {"num_hidden_layers": 1, "vocab_size": 8, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "use_cache": False}
-    config.update(few)
+    few = {"vocab_size": 8, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "use_cache": False}
+    config.update(few | {"num_hidden_layers": count})
     base: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         config, dtype=dtype, attn_implementation=attention.NAME
     )
     model = add_adapters(base, spec)
     fuse(model)
     decoder: Any = base.get_decoder().train()  # type: ignore[no-untyped-call]
-    given = {"position_ids": torch.arange(tokens)[None], "packed_groups": attention.plan_groups([tokens])}
-    embedded = torch.rand(1, tokens, config.hidden_size, dtype=dtype).requires_grad_()
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    given = {"position_ids": positions[None], "packed_groups": attention.plan_groups(lengths)}
+    embedded = torch.rand(1, sum(lengths), config.hidden_size, dtype=dtype).requires_grad_()
 
     def both_ways() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16 and spec.lora_dropout > 0):
