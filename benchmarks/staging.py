@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import resource
@@ -88,7 +89,7 @@ def commands(folder: Path, bucket: str, prefix: str) -> dict[str, list[str]]:
     }
 
 
-def measure(endpoint: str, megabytes: int, rounds: int, files: int) -> dict[str, list[Turn]]:
+def measure(endpoint: str, megabytes: int, rounds: int, files: int, *, stated: bool = False) -> dict[str, list[Turn]]:
     """What each contender took in each turn, in the order of the turns."""
     import boto3
 
@@ -112,6 +113,9 @@ def measure(endpoint: str, megabytes: int, rounds: int, files: int) -> dict[str,
             with (folder / f"model-{number + 1:05}-of-{files:05}.safetensors").open("wb") as file:
                 for _ in range(megabytes // files):
                     file.write(os.urandom(1 << 20))
+        if stated:
+            facts = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in folder.iterdir()}
+            (folder / "trimtab-weights.json").write_text(json.dumps({"files": facts}))
         time.sleep(3)  # a file that was just written may change unnoticed, and would be hashed twice
         s3.create_bucket(Bucket=bucket)
         try:
@@ -130,6 +134,11 @@ def measure(endpoint: str, megabytes: int, rounds: int, files: int) -> dict[str,
             s3.delete_bucket(Bucket=bucket)
             s3.close()
     return found
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def empty(s3: object, bucket: str) -> None:
@@ -187,11 +196,12 @@ def main() -> int:
     parser.add_argument("--mb", type=int, default=1024, help="MiB of data  [default: 1024]")
     parser.add_argument("--files", type=int, default=4, help="files that they are in  [default: 4]")
     parser.add_argument("--rounds", type=int, default=5, help="turns  [default: 5]")
+    parser.add_argument("--stated", action="store_true", help="a manifest states the digests, as one does beside a model that was fetched")
     parser.add_argument("--endpoint", help="another S3 endpoint than a LocalStack of its own")
     asked = parser.parse_args()
     make_venv()
     with endpoint_of(asked.endpoint) as endpoint:
-        turns = measure(endpoint, asked.mb, asked.rounds, asked.files)
+        turns = measure(endpoint, asked.mb, asked.rounds, asked.files, stated=asked.stated)
     against = ratios(turns)
     figure = min(against.values())
     if asked.json:
