@@ -56,7 +56,7 @@ def _refuse_model(request: Request, account: str) -> None:
 
 def _refuse_source(source: Request) -> None:
     """The rules of S3ModelDataSource in the API reference."""
-    for name in ("HubAccessConfig", "ManifestS3Uri"):
+    for name in ("HubAccessConfig", "ManifestS3Uri", "ManifestEtag"):
         if name in source:
             raise invalid(f"{name} is not emulated by this control plane.")
     if source.get("S3DataType") == "S3Prefix":
