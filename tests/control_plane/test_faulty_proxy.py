@@ -27,8 +27,11 @@ def service() -> Iterator[Callable[[Script], tuple[str, list[bytes]]]]:
             opened.enter_context(listening)
 
             def serve() -> None:
-                for answers in script:
-                    connection, _ = listening.accept()
+                for answers in [*script, [b""]]:  # one more than should come
+                    try:
+                        connection, _ = listening.accept()
+                    except OSError:  # the test is over
+                        return
                     with connection, connection.makefile("rb") as asked:
                         for answer in answers:
                             while asked.readline() != b"\r\n":
@@ -39,6 +42,7 @@ def service() -> Iterator[Callable[[Script], tuple[str, list[bytes]]]]:
             thread = threading.Thread(target=serve, daemon=True)
             thread.start()
             opened.callback(thread.join, 60)
+            opened.callback(listening.shutdown, socket.SHUT_RDWR)
             return f"http://127.0.0.1:{listening.getsockname()[1]}", bodies
 
         yield start
