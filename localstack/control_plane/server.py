@@ -21,6 +21,7 @@ from control_plane.faults import Fault, Faults
 from control_plane.hosting import HostingRunner
 from control_plane.inputs import Inputs
 from control_plane.place import Place
+from control_plane.refusal import Refused
 from control_plane.runner import Settings
 from control_plane.store import ACCOUNT, Request, Store
 from control_plane.training import TrainingRunner
@@ -83,9 +84,11 @@ class ControlPlane:
         return self.place(self.account, self.region).store
 
     def place(self, account: str, region: str) -> Place:
-        """An account in a region; its runners are made with it."""
+        """An account in a region; its runners are made with it. Raises Refused for a new one when this is ending."""
         with self._lock:
             if (account, region) not in self._places:
+                if self.closing.is_set():  # nobody would close it
+                    raise Refused("ServiceUnavailable", "This control plane is ending.", 503)
                 self._places[account, region] = self._new_place(account, region)
             return self._places[account, region]
 

@@ -15,6 +15,7 @@ import pytest
 import cloud
 from control_plane import ControlPlane, Settings, cloudwatch
 from control_plane.hosting import HostingRunner
+from control_plane.refusal import Refused
 from control_plane.runner import Runner
 from control_plane.store import Endpoint, EndpointConfig, Model
 from support.plane import client
@@ -129,3 +130,11 @@ http.server.HTTPServer(("127.0.0.1", int(os.environ["SAGEMAKER_BIND_TO_PORT"])),
     assert time.monotonic() - began < 10
     assert list((tmp_path / "work" / "endpoints").iterdir()) == []
     aws("logs").delete_log_group(logGroupName=f"{cloudwatch.ENDPOINTS}/deaf")
+
+
+def test_one_that_is_ending_takes_in_no_further_account() -> None:
+    with ControlPlane(runner=None) as plane:
+        there = plane.place(cloud.ACCOUNT, cloud.REGION)
+    assert plane.place(cloud.ACCOUNT, cloud.REGION) is there
+    with pytest.raises(Refused, match="is ending"):
+        plane.place("111122223333", cloud.REGION)
