@@ -152,7 +152,13 @@ class Job:
         from trimtab.staging import stage
 
         # a model in S3 is looked at with the account and region that the job will run in
-        return stage(self.spec, say=screen.say, show=screen.show, aws=getattr(backend, "aws", None))
+        return stage(
+            self.spec,
+            say=screen.say,
+            show=screen.show,
+            aws=getattr(backend, "aws", None),
+            bucket_owner=getattr(backend, "bucket_owner", None),
+        )
 
     def __repr__(self) -> str:
         place = self.backend if isinstance(self.backend, str) else self.backend.name

@@ -14,6 +14,7 @@ from trimtab.errors import StagingError
 from trimtab.estimate import ModelFacts, PeakMemory, Rates, RowFacts, optimiser_steps, step_seconds
 from trimtab.layout import JobDir
 from trimtab.ledger import Ledger
+from trimtab.model_folder import model_bytes
 from trimtab.progress import clock
 from trimtab.spec import TrainSpec
 
@@ -117,12 +118,12 @@ class Work:
             ledger = Ledger.model_validate_json((channels["train"] / "ledger.json").read_bytes())
         except (OSError, ValueError) as exc:
             raise StagingError(f"{channels['train']} holds no prepared rows ({exc}): run the same command again") from exc
-        sizes, files = _parsed(channels["model"] / "config.json"), channels["model"].rglob("*")
+        sizes = _parsed(channels["model"] / "config.json")
         return cls(
             ledger,
             model=ModelFacts.from_config(sizes),
             rows=RowFacts.from_manifest(_parsed(channels["train"] / "manifest.json")),
-            model_mb=sum(path.stat().st_size for path in files if path.is_file()) >> 20,
+            model_mb=model_bytes(channels["model"]) >> 20,
         )
 
 
