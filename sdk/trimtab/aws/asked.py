@@ -35,7 +35,8 @@ class Asked:
     `role` is the execution role, by ARN or name (default: TRIMTAB_SAGEMAKER_ROLE); `image` a URI in ECR (default: this version's image in
     the account's own registry, where `trimtab image push` puts it); `instance_type` one of SageMaker's (default: chosen by the job's
     memory and by price); `bucket` (default: trimtab-sagemaker-<region>-<account>, made when absent) and `prefix` where things lie in S3;
-    `bucket_owner` the account that must own the bucket; `kms_key` and `volume_kms_key` encrypt what is in S3 and on the disks.
+    `bucket_owner` the account that must own the bucket; `kms_key` encrypts channels and artifacts in S3 (checkpoints are encrypted as the
+    bucket does by default: SageMaker takes no key for them), `volume_kms_key` the disks.
     `spot`, `max_wait_minutes`, `max_pending_minutes`, `keep_alive_minutes`, `subnets`, `security_groups`, `network_isolation`,
     `encrypt_traffic`, `tags` and `volume_gb` are those of CreateTrainingJob; lists have commas between their parts. `region` and
     `profile` are AWS's, by default as its command line finds them; `max_usd` takes the place of the job's own, for a resume. Artifacts are

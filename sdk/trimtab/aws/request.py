@@ -174,8 +174,11 @@ def tags_of(values: Mapping[str, str]) -> list[dict[str, str]]:
 
 
 def volume_gb(input_bytes: int) -> int:
-    """GB of disk for a job: what it reads, twice for what is unpacked and cached, and room for checkpoints."""
-    return max(30, math.ceil(2 * input_bytes / 1e9) + 20)
+    """GB of disk for a job: what it reads, twice for what is unpacked and cached, and room for checkpoints.
+
+    In steps of 50, because instances that are kept warm are only taken by a job that asks for the same disk.
+    """
+    return 50 * math.ceil((2 * input_bytes / 1e9 + 20) / 50)
 
 
 def yes_or_no(name: str, value: bool | str) -> bool:
