@@ -74,6 +74,8 @@ class Price:
     high: float
 
     def __str__(self) -> str:
+        if self.high < 0.01:
+            return "less than $0.01"
         low, high = (f"${usd:,.2f}" for usd in (self.low, self.high))
         return low if low == high else f"{low} to {high}"
 
