@@ -21,7 +21,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest.register_assert_rewrite("contract.backend_contract")
 
-pytest_plugins = ["support.engine", "support.script_runs", "support.cloud", "support.training_jobs", "support.sagemaker_runs"]
+pytest_plugins = [
+    "support.engine",
+    "support.script_runs",
+    "support.cloud",
+    "support.training_jobs",
+    "support.sagemaker_runs",
+    "support.log_groups",
+]
 
 PAGES = Path(__file__).parent / "support" / "pages"
 
