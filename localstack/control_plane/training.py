@@ -24,7 +24,6 @@ from control_plane.layout import INSIDE, Host, Tree, container_environment, host
 from control_plane.objects import TransferFailed
 from control_plane.process_place import Process
 from control_plane.runner import Runner, log_output
-from control_plane.runner import Settings as Settings  # its place for who runs jobs alone
 from control_plane.store import TrainingJob
 
 NO_IMAGE = "ClientError: Cannot pull algorithm container. Either the image does not exist or its permissions are incorrect."

@@ -18,11 +18,10 @@ from botocore.exceptions import ClientError
 from docker import DockerClient
 
 import cloud
-from control_plane import ControlPlane
+from control_plane import ControlPlane, Settings
 from control_plane.container import LABEL
 from control_plane.hosting import HostingRunner
 from control_plane.store import Endpoint, EndpointConfig, Model, Store
-from control_plane.training import Settings
 from support.script_runs import MINE, derived
 from support.training_jobs import PATIENCE, until
 

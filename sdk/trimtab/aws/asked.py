@@ -82,7 +82,6 @@ class Asked:
         self.poll_seconds = requests.number("poll_seconds", poll_seconds)
         self.home = Path(home or os.environ.get("TRIMTAB_HOME") or Path.home() / ".trimtab").expanduser().absolute()
         self.aws = Aws(region, profile)
-        self._planned: dict[Path, PlannedChannel] = {}
 
     def check(self, spec: JobSpec) -> None:
         """Raises BackendUnavailable or SpecError for a job that cannot run there, before anything is fetched or paid for."""
@@ -124,7 +123,7 @@ class Asked:
         def sending(done: int, of: int) -> None:
             show(Progress(name="upload, MB", done=done // 10**6, of=max(1, of // 10**6)))
 
-        whole = sum(model_bytes(path) for path in channels.values())
+        whole = sum(file.stat().st_size for path in self._sent(spec, channels).values() for file in path.rglob("*") if file.is_file())
         plans = self._plans(spec, channels, reading)
         self.render(spec, channels, "trim-00000000")  # what would be refused is refused before anything is sent
         upload(list(plans.values()), self.aws.client("s3"), self.place, sending)
@@ -210,14 +209,15 @@ class Asked:
         found.settings = replace(self.settings, instance_type=instance)
         return found
 
+    def _sent(self, spec: JobSpec, channels: Mapping[str, Path]) -> dict[str, Path]:
+        """The channels that go to S3; a model that lies there does not."""
+        return {name: path for name, path in channels.items() if not (name == "model" and in_s3(spec.train.model))}
+
     def _plans(
         self, spec: JobSpec, channels: Mapping[str, Path], show: Callable[[int], None] = lambda read: None
     ) -> dict[str, PlannedChannel]:
-        """The channels that are sent; a model that lies in S3 is not. `show` gets the bytes that were read."""
-        for name, path in channels.items():
-            if path not in self._planned and not (name == "model" and in_s3(spec.train.model)):
-                self._planned[path] = plan_channel(path, name, show=show)
-        return {name: self._planned[path] for name, path in channels.items() if path in self._planned}
+        """What goes to S3, as the files are now; digests are noted, so that files are read once. `show` gets the bytes that were read."""
+        return {name: plan_channel(path, name, show=show) for name, path in self._sent(spec, channels).items()}
 
     def _own_image(self, device: str) -> str:
         domain = "amazonaws.com.cn" if self.aws.partition == "aws-cn" else "amazonaws.com"

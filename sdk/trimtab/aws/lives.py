@@ -69,10 +69,14 @@ class Lives:
             known = {life.name for life in self.all}
             for name in self._names():
                 if name not in known:
-                    life = self._new(name)
-                    self._describe(life)
-                    self.all.append(life)
+                    self.add(name)
         return self.all[-1]
+
+    def add(self, name: str) -> None:
+        """A further life, whose training job is there: lists may be late to tell of it."""
+        life = self._new(name)
+        self._describe(life)
+        self.all.append(life)
 
     def _new(self, name: str) -> Life:
         return Life(name, LogReader(self._aws.client("logs"), GROUP, name))

@@ -65,7 +65,6 @@ class SageMakerBackend(Asked):
     def submit(self, spec: JobSpec, channels: Mapping[str, Path], run_id: str | None = None) -> RunHandle:
         handle = RunHandle(self.name, run_id or f"trim-{uuid.uuid4().hex[:8]}")
         refuse_absent({name: str(path) for name, path in channels.items()})
-        self._planned.clear()  # files may have changed since
         request = self.render(spec, channels, handle.id)
         self.upload(spec, channels)
         record = {
@@ -90,17 +89,19 @@ class SageMakerBackend(Asked):
 
     def resume(self, handle: RunHandle) -> None:
         """Make another training job on the run's checkpoints. What this backend was expressly given takes the place of the run's own."""
-        newest = self._of(handle).look()
+        lives = self._of(handle)
+        newest = lives.look()
         running = f"{handle} is still running. Watch it:  trimtab logs -f {handle}"
         if newest.described["TrainingJobStatus"] == "Completed":
             raise BackendError(f"{handle} has succeeded, there is nothing to go on with. Ask it something:  trimtab chat {handle}")
         if not newest.done:
             raise BackendError(running)
         number = requests.life_number(handle.id, newest.name) or 1
-        request = self.renewed(handle, number + 1, self._record(handle), [life.described for life in self._of(handle).all])
+        request = self.renewed(handle, number + 1, self._record(handle), [life.described for life in lives.all])
         limits.refuse("CreateTrainingJob", request)
         limits.refuse_secrets(request)
         Submission(self.aws, request, running).send()  # the name is taken when another client was quicker
+        lives.add(request["TrainingJobName"])
 
     def _take_back(self, submission: Submission, handle: RunHandle, key: str) -> None:
         """Leave nothing of a run whose handle nobody will see: no job that costs money, no record."""
