@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import cloud
-from control_plane import ControlPlane
+from control_plane import ControlPlane, Settings
 from control_plane.faults import CAPACITY
 from control_plane.store import TrainingJob
-from control_plane.training import NO_IMAGE, NO_MEMORY, Settings, TrainingRunner, algorithm_error
+from control_plane.training import NO_IMAGE, NO_MEMORY, TrainingRunner, algorithm_error
 from support.cloud import QUICK
 from support.training_jobs import GRACEFUL, PATIENCE, WAITS, Jobs, client_at, prefix, statuses, until
 
