@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT_VARIABLE = "TRIMTAB_ROOT"
 EVENTS_VARIABLE = "TRIMTAB_EVENTS"  # log: events are printed, too, for a place that keeps the log and shows no files
+SERVE_VARIABLE = "TRIMTAB_SERVE"  # how to serve: a ServeSpec as one line of JSON
 DEVICE_VARIABLE = "TRIMTAB_DEVICE"  # xeon or gpu: what a run was asked to compute on; the images set their own
 
 
@@ -40,8 +41,23 @@ class JobDir:
         return self.root / "input" / "data" / name
 
     @property
+    def api_key(self) -> Path:
+        """The key that whoever asks an endpoint must send; a file, so that it stands in no environment and no request."""
+        return self.root / "input" / "config" / "api_key"
+
+    @property
+    def adapters(self) -> Path:
+        """Where the artifacts lie that are served beside their base model, each in a folder of its name."""
+        return self.channel("adapters")
+
+    @property
+    def endpoint(self) -> Path:
+        """What a server says of itself once it answers: url, pid, models, engine."""
+        return self.root / "output" / "data" / "endpoint.json"
+
+    @property
     def model(self) -> Path:
-        """Where the artifact is written."""
+        """Where the artifact is written, and from where a merged model is served."""
         return self.root / "model"
 
     @property

@@ -171,6 +171,46 @@ class JobSpec(_Spec):
         return self
 
 
+class ServeSpec(_Spec):
+    """How a model is served. It crosses into the container as one line of JSON in `TRIMTAB_SERVE`; without it all defaults hold."""
+
+    spec_version: int = Field(SPEC_VERSION, description="version of this contract; client and container must agree")
+    name: str = Field("", max_length=200, description="one more name that the model answers to, such as its catalog alias")
+    engine: Literal["auto", "openvino", "vllm", "transformers"] = Field(
+        "auto", description="what computes; auto: the fastest that is installed and takes the model"
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="compute dtype; auto: bf16 where the machine has it")
+    max_context: int | None = Field(None, ge=16, description="longest prompt and answer together, in tokens, below the model's own")
+    max_running: int = Field(32, ge=1, le=4096, description="requests that are answered at once")
+    max_waiting: int = Field(64, ge=0, le=65_536, description="requests that may wait for their turn; one more is told to come back (429)")
+    cache_gb: float | None = Field(None, gt=0, description="memory for keys and values, in GB (10^9 bytes); chosen by what is free")
+    grace_seconds: float = Field(100.0, ge=0, le=3600, description="time that running answers get after SIGTERM")
+    ttl_minutes: float | None = Field(None, gt=0, description="end by itself after so long")
+    open: bool = Field(False, description="need no API key although others reach the port: a platform in front checks who asks")
+    trust_remote_code: bool = Field(False, description="run Python code from the model's folder; its revision was allowed by name")
+
+    @model_validator(mode="after")
+    def _same_version(self) -> Self:
+        if self.spec_version != SPEC_VERSION:
+            raise SpecError(version_mismatch(self.spec_version))
+        return self
+
+    def to_text(self) -> str:
+        """One line of JSON of what is not the default, and the version."""
+        return json.dumps({"spec_version": self.spec_version} | self.model_dump(mode="json", exclude_defaults=True))
+
+    @classmethod
+    def from_text(cls, text: str) -> ServeSpec:
+        """Raises SpecError for a text that is no JSON object, an unknown name, or another spec_version."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as exc:
+            raise SpecError(f"TRIMTAB_SERVE is not JSON ({exc}): write it with ServeSpec.to_text()") from exc
+        if not isinstance(values, dict):
+            raise SpecError("TRIMTAB_SERVE is not an object: write it with ServeSpec.to_text()")
+        return cls(**values)
+
+
 def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
