@@ -1,7 +1,8 @@
 """What computes answers: one small interface, and an engine a file behind it.
 
-An engine lives in a process of its own (`worker`), which the server starts, watches and talks to (`process`): a step of the model never
-holds up the server, and an engine that dies takes nobody along. It sees token ids only; text, chat templates and stop texts are the server's.
+An engine lives in a process of its own (`worker`), which the server starts, watches and talks to (`process`): a step of the
+model never holds up the server, and an engine that dies takes nobody along. It sees token ids only; text, chat templates and
+stop texts are the server's.
 """
 
 from __future__ import annotations
