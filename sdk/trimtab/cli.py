@@ -6,47 +6,27 @@ line that is none; 130 when interrupted.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import click
 from pydantic.fields import FieldInfo
 
-from trimtab.backends import BACKENDS, load_backend
+from trimtab import cli_options
+from trimtab.backends import load_backend
 from trimtab.backends.base import Listable, RunState, RunStatus
 from trimtab.doctor.command import doctor
-from trimtab.errors import BackendError, EndpointError, TrimtabError
+from trimtab.endpoint_cli import chat, deploy
+from trimtab.errors import BackendError, TrimtabError
 from trimtab.image_cli import image
 from trimtab.job import OPTIONS, Job
 from trimtab.progress import clock, display
 from trimtab.run import Run, detach_or_stop
-
-if TYPE_CHECKING:
-    from trimtab.endpoint import Endpoint
-
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-
-_as_json = click.option("--json", "as_json", is_flag=True, help="print one JSON value instead of text")
-
-
-def _backend(meaning: str) -> Callable[[_Command], _Command]:
-    return click.option("--backend", type=click.Choice(list(BACKENDS)), default="process", show_default=True, help=meaning)
-
-
-_settings = click.option(
-    "--backend-option",
-    "settings",
-    metavar="NAME=VALUE",
-    multiple=True,
-    help="a setting of the backend, such as memory=8g for docker or region=us-east-1 for sagemaker; may be repeated",
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,16 +63,16 @@ def trimtab() -> None:
     """
 
 
-trimtab.add_command(doctor)
-trimtab.add_command(image)
+for command in (chat, deploy, doctor, image):
+    trimtab.add_command(command)
 
 
-def _options(command: _Command) -> _Command:
+def _options(command: cli_options.Command) -> cli_options.Command:
     """An option for each field of the specs but the data, which are arguments. What is not given keeps the field's own default."""
     for name, field in reversed(OPTIONS.items()):
         if name != "data":
             command = click.option(f"--{name.replace('_', '-')}", name, **_kind(field))(command)
-    command = _backend("where to run")(_settings(command))
+    command = cli_options.backend("where to run")(cli_options.settings(command))
     return click.argument("data", nargs=-1, required=True)(command)
 
 
@@ -117,18 +97,9 @@ def _kind(field: FieldInfo) -> dict[str, Any]:
 
 
 def _job(data: tuple[str, ...], backend: str, options: dict[str, Any]) -> Job:
-    settings = _pairs(options.pop("settings"))
+    settings = cli_options.pairs(options.pop("settings"))
     given = {name: value for name, value in options.items() if value not in (None, ())}
     return Job(data=data, backend=load_backend(backend, settings) if settings else backend, **given)
-
-
-def _pairs(settings: Sequence[str]) -> dict[str, str]:
-    """NAME=VALUE, each once."""
-    pairs = [setting.partition("=") for setting in settings]
-    for name, equals, _ in pairs:
-        if not (name and equals):
-            raise click.UsageError(f"--backend-option takes NAME=VALUE, such as memory=8g, not {name + equals!r}")
-    return {name: value for name, _, value in pairs}
 
 
 class _DryRunAlone(click.Command):
@@ -149,7 +120,7 @@ class _DryRunAlone(click.Command):
     metavar="[=render]",
     help="run two steps, say what the whole job would take, and leave nothing; =render: run nothing, print the exact request",
 )
-@_as_json
+@cli_options.as_json
 def fit(data: tuple[str, ...], backend: str, detach: bool, dry_run: str | None, as_json: bool, **options: Any) -> None:
     """Tune a model on DATA: URLs, files and folders.
 
@@ -180,7 +151,7 @@ def fit(data: tuple[str, ...], backend: str, detach: bool, dry_run: str | None, 
 @trimtab.command()
 @_options
 @click.option("--dry-run", is_flag=True, help="run two steps of the job first, where it would run: time and memory are then measured")
-@_as_json
+@cli_options.as_json
 def plan(data: tuple[str, ...], backend: str, dry_run: bool, as_json: bool, **options: Any) -> int:
     """Say what `fit` would do with DATA and what it would take.
 
@@ -199,8 +170,8 @@ def plan(data: tuple[str, ...], backend: str, dry_run: bool, as_json: bool, **op
 
 @trimtab.command()
 @click.argument("handle")
-@_settings
-@_as_json
+@cli_options.settings
+@cli_options.as_json
 def status(handle: str, settings: tuple[str, ...], as_json: bool) -> None:
     """Say how a run stands.
 
@@ -208,7 +179,7 @@ def status(handle: str, settings: tuple[str, ...], as_json: bool) -> None:
     Example:
       trimtab status process://trim-7f3a9c21
     """
-    found = Run.attach(handle, **_pairs(settings)).status()
+    found = Run.attach(handle, **cli_options.pairs(settings)).status()
     if as_json:
         print(json.dumps({"handle": handle, **_facts(found)}))
         return
@@ -221,7 +192,7 @@ def status(handle: str, settings: tuple[str, ...], as_json: bool) -> None:
 
 @trimtab.command()
 @click.argument("handle")
-@_settings
+@cli_options.settings
 @click.option("-f", "--follow", is_flag=True, help="go on until the run is done; exit code 1 when it fails")
 def logs(handle: str, settings: tuple[str, ...], follow: bool) -> None:
     """Print what a run printed. With --follow Ctrl-C asks whether to leave the run or to stop it.
@@ -230,7 +201,7 @@ def logs(handle: str, settings: tuple[str, ...], follow: bool) -> None:
     Example:
       trimtab logs -f process://trim-7f3a9c21
     """
-    run = Run.attach(handle, **_pairs(settings))
+    run = Run.attach(handle, **cli_options.pairs(settings))
     try:
         for line in run.logs(follow=follow):
             print(line, flush=follow)
@@ -245,7 +216,7 @@ def logs(handle: str, settings: tuple[str, ...], follow: bool) -> None:
 
 @trimtab.command()
 @click.argument("handle")
-@_settings
+@cli_options.settings
 def stop(handle: str, settings: tuple[str, ...]) -> None:
     """Stop a run: it writes a checkpoint and ends. Quiet when it is done already.
 
@@ -253,15 +224,15 @@ def stop(handle: str, settings: tuple[str, ...]) -> None:
     Example:
       trimtab stop process://trim-7f3a9c21
     """
-    run = Run.attach(handle, **_pairs(settings))
+    run = Run.attach(handle, **cli_options.pairs(settings))
     run.stop()
     print(f"{handle} is {_state(run.status())}", file=sys.stderr)
 
 
 @trimtab.command(name="list")
-@_backend("whose runs")
-@_settings
-@_as_json
+@cli_options.backend("whose runs")
+@cli_options.settings
+@cli_options.as_json
 def list_runs(backend: str, settings: tuple[str, ...], as_json: bool) -> None:
     """List runs, the newest first.
 
@@ -269,7 +240,7 @@ def list_runs(backend: str, settings: tuple[str, ...], as_json: bool) -> None:
     Example:
       trimtab list
     """
-    place = load_backend(backend, _pairs(settings))
+    place = load_backend(backend, cli_options.pairs(settings))
     runs = place.runs() if isinstance(place, Listable) else []
     if as_json:
         rows = [{"handle": str(run.handle), "created": run.created.isoformat(), "model": run.model, **_facts(run.status)} for run in runs]
@@ -281,7 +252,7 @@ def list_runs(backend: str, settings: tuple[str, ...], as_json: bool) -> None:
 
 @trimtab.command()
 @click.argument("handle")
-@_settings
+@cli_options.settings
 @click.option("--detach", is_flag=True, help="start the run and return")
 def resume(handle: str, settings: tuple[str, ...], detach: bool) -> None:
     """Go on with a run that was stopped, or died, from its newest checkpoint.
@@ -291,7 +262,7 @@ def resume(handle: str, settings: tuple[str, ...], detach: bool) -> None:
       trimtab resume process://trim-7f3a9c21
       trimtab resume docker://trim-7f3a9c21 --backend-option memory=16g
     """
-    run = Run.attach(handle, **_pairs(settings)).resume()
+    run = Run.attach(handle, **cli_options.pairs(settings)).resume()
     if not detach:
         try:
             with display() as screen:
@@ -304,7 +275,7 @@ def resume(handle: str, settings: tuple[str, ...], detach: bool) -> None:
 
 @trimtab.command()
 @click.argument("handle")
-@_settings
+@cli_options.settings
 def remove(handle: str, settings: tuple[str, ...]) -> None:
     """Delete a run that is done: its log, its checkpoints and its artifact.
 
@@ -312,75 +283,7 @@ def remove(handle: str, settings: tuple[str, ...]) -> None:
     Example:
       trimtab remove process://trim-7f3a9c21
     """
-    Run.attach(handle, **_pairs(settings)).remove()
-
-
-@trimtab.command()
-@click.argument("handle")
-@_settings
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="port on 127.0.0.1; 0: any that is free", show_default=True)
-def deploy(handle: str, settings: tuple[str, ...], port: int) -> None:
-    """Serve a run's model on this machine until Ctrl-C, and print the address.
-
-    \b
-    Example:
-      trimtab deploy process://trim-7f3a9c21 --port 8080
-    """
-    run = Run.attach(handle, **_pairs(settings))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with run.deploy(port=port) as endpoint:
-        print(endpoint.url, flush=True)
-        print("It speaks OpenAI's interface under /v1. Ctrl-C ends it.", file=sys.stderr)
-        with contextlib.suppress(KeyboardInterrupt):
-            while endpoint.ready(timeout=60):
-                time.sleep(5)
-            raise EndpointError(f"{endpoint.url} answers no more: deploy it again with  trimtab deploy {handle}")
-
-
-@trimtab.command()
-@click.argument("handle")
-@_settings
-@click.option("--question", help="ask this one question and end")
-@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="longest answer, in tokens")
-def chat(handle: str, settings: tuple[str, ...], question: str | None, max_tokens: int) -> None:
-    """Talk to a run's model. `stop` or Ctrl-D ends it.
-
-    \b
-    Example:
-      trimtab chat process://trim-7f3a9c21
-      trimtab chat process://trim-7f3a9c21 --question "When does the library open?"
-    """
-    run = Run.attach(handle, **_pairs(settings))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with run.deploy() as endpoint:
-        if question is not None:
-            _ask(endpoint, [], question, max_tokens)
-            return
-        conversation: list[dict[str, str]] = []
-        while (asked := _read_line()) is not None:
-            if asked:
-                _ask(endpoint, conversation, asked, max_tokens)
-
-
-def _read_line() -> str | None:
-    """What a person types, without blanks around it; None for `stop` and at the end of the input."""
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  line editing for input()
-    try:
-        text = input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return None
-    return None if text == "stop" else text
-
-
-def _ask(endpoint: Endpoint, conversation: list[dict[str, str]], question: str, max_tokens: int) -> None:
-    """Print the answer and its seconds, and add both sides to the conversation."""
-    conversation.append({"role": "user", "content": question})
-    began = time.monotonic()
-    answer = endpoint.chat(conversation, max_new_tokens=max_tokens)
-    conversation.append({"role": "assistant", "content": answer})
-    print(answer, flush=True)
-    print(f"({time.monotonic() - began:.1f} s)", file=sys.stderr, flush=True)
+    Run.attach(handle, **cli_options.pairs(settings)).remove()
 
 
 def _state(found: RunStatus) -> str:
