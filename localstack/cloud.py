@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 VENV = HERE.parent / ".cloud" / "localstack"
-SERVICES = "s3,sts,iam,logs,secretsmanager"
+SERVICES = "s3,sts,iam,logs,cloudwatch,secretsmanager"
 REGION, ACCOUNT = "us-east-1", "000000000000"
 BUCKET, ROLE = f"sagemaker-{REGION}-{ACCOUNT}", "SageMakerExecutionRole"
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

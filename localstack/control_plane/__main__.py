@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--region", default="us-east-1", help="region of the quotas that are set (default: %(default)s)")
     parser.add_argument("--runner", choices=["docker", "process", "none"], default="docker", help="what jobs run in (default: %(default)s)")
     parser.add_argument("--work", help="folder for what jobs need while they run (default: a temporary one)")
+    parser.add_argument("--hub", help="folder of <model id>.json: what JumpStart's public hub is to have")
     parser.add_argument("--volumes", action="store_true", default=None, help="volumes in place of folders, as where you are not root")
     parser.add_argument("command", nargs="*", help="with --runner process: the command of a job, after --")
     asked = parser.parse_args()
@@ -37,7 +38,7 @@ def main() -> None:
     runner = None if asked.runner == "none" else asked.runner
     settings = Settings(volumes=asked.volumes)
     with ControlPlane(
-        asked.aws_url, runner, asked.command, port=asked.port, region=asked.region, work=asked.work, settings=settings
+        asked.aws_url, runner, asked.command, port=asked.port, region=asked.region, work=asked.work, settings=settings, hub=asked.hub
     ) as plane:
         print(f"control plane: {plane.url}", flush=True)
         over.wait()

@@ -15,7 +15,7 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-TRAINING, ENDPOINTS = "/aws/sagemaker/TrainingJobs", "/aws/sagemaker/Endpoints"
+TRAINING = "/aws/sagemaker/TrainingJobs"
 OVERHEAD, LONGEST, BATCH_BYTES, BATCH_EVENTS = 26, 262_144 - 26, 1_048_576, 10_000
 Event = tuple[int, str]  # milliseconds since 1970, and the message
 

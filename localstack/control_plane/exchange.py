@@ -22,7 +22,11 @@ from control_plane.refusal import Refused
 if TYPE_CHECKING:
     from control_plane.server import ControlPlane
 
-_SERVICES = {"SageMaker": "sagemaker", "ServiceQuotasV20190624": "service-quotas"}  # X-Amz-Target's prefix -> botocore's name
+_SERVICES = {
+    "SageMaker": "sagemaker",
+    "ServiceQuotasV20190624": "service-quotas",
+    "AnyScaleFrontendService": "application-autoscaling",
+}  # X-Amz-Target's prefix -> botocore's name
 _CREDENTIAL = re.compile(r"AWS4-HMAC-SHA256 +Credential=([^/,]+)/\d{8}/([a-z0-9-]+)/([a-z0-9-]+)/aws4_request")
 _INVOCATION = re.compile(r"/endpoints/([^/]+)/(invocations|invocations-response-stream)")
 _JSON = "application/x-amz-json-1.1"
@@ -151,7 +155,8 @@ class Exchange(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         store = place.store
-        service = "servicequotas" if name in OPERATIONS["service-quotas"] else "sagemaker"
+        named = next((each for each, operations in OPERATIONS.items() if name in operations), "sagemaker")
+        service = "servicequotas" if named == "service-quotas" else named  # as IAM spells it
         where = f"{store.region}:{store.account}"
         refusal = fault.refusal(
             user=f"arn:aws:iam::{store.account}:user/trainer", action=f"{service}:{name}", resource=f"arn:aws:{service}:{where}:*"

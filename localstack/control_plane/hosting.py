@@ -188,9 +188,9 @@ class HostingRunner(Runner):
             here.unlink()
 
     def _run(self, endpoint: Endpoint, model: Model, variant: Mapping[str, Any], tree: Tree, version: int) -> _Serving:
-        group, name = f"{cloudwatch.ENDPOINTS}/{endpoint.name}", variant.get("VariantName", "AllTraffic")
+        name = variant.get("VariantName", "AllTraffic")
         environment = {**model.container.get("Environment", {}), "AWS_REGION": endpoint.region}
-        log = cloudwatch.LogStream(self.logs, group, f"{name}/i-{uuid.uuid4().hex[:17]}")
+        log = cloudwatch.LogStream(self.logs, endpoint.log_group, f"{name}/i-{uuid.uuid4().hex[:17]}")
         network: Network | None = None
         try:
             instance: Instance

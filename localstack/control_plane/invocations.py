@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from control_plane import event_stream, validation
+from control_plane.operations_components import serving_component
 from control_plane.operations_hosting import serving
 from control_plane.place import Place
 from control_plane.refusal import Refused
@@ -37,9 +38,17 @@ def invoke(request: Request, place: Place, *, streamed: bool) -> tuple[dict[str,
     endpoint = serving(request["EndpointName"], place.store)
     if place.hosting is None:
         raise Refused("ServiceUnavailable", "This control plane runs no containers.", 503)
-    variant = _variant(request, endpoint)
+    variant, asked = _variant(request, endpoint), endpoint.name
+    if "InferenceComponentName" in request:
+        asked = serving_component(request["InferenceComponentName"], endpoint.name, place.store).name
+    elif "ModelName" not in endpoint.config.variants[0]:
+        raise Refused(
+            "ValidationError",
+            "Inference Component Name header is required for endpoints to which you plan to deploy inference"
+            " components. Please include Inference Component Name header or consider using SageMaker models.",
+        )
     try:
-        status, answered, chunks = place.hosting.invoke(endpoint.name, request["Body"], _asked(request))
+        status, answered, chunks = place.hosting.invoke(asked, request["Body"], _asked(request))
     except TimeoutError as exc:
         raise model_error(0, _TIMED_OUT, endpoint) from exc
     except OSError as exc:

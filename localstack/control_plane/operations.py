@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from control_plane import operations_components as components
 from control_plane import operations_hosting as hosting
+from control_plane import operations_hub, operations_search, validation
 from control_plane import operations_quotas as quotas
-from control_plane import operations_search, validation
+from control_plane import operations_scaling as scaling
 from control_plane import operations_tags as tags
 from control_plane import operations_training as training
 from control_plane.place import Place
@@ -40,6 +42,20 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
         "UpdateEndpoint": hosting.update_endpoint,
         "DeleteEndpoint": hosting.delete_endpoint,
         "ListEndpoints": hosting.list_endpoints,
+        "CreateInferenceComponent": components.create_inference_component,
+        "DescribeInferenceComponent": components.describe_inference_component,
+        "UpdateInferenceComponentRuntimeConfig": components.update_inference_component_runtime_config,
+        "DeleteInferenceComponent": components.delete_inference_component,
+        "ListInferenceComponents": components.list_inference_components,
+        "DescribeHubContent": operations_hub.describe_hub_content,
+    },
+    "application-autoscaling": {
+        "RegisterScalableTarget": scaling.register_scalable_target,
+        "DescribeScalableTargets": scaling.describe_scalable_targets,
+        "DeregisterScalableTarget": scaling.deregister_scalable_target,
+        "PutScalingPolicy": scaling.put_scaling_policy,
+        "DescribeScalingPolicies": scaling.describe_scaling_policies,
+        "DeleteScalingPolicy": scaling.delete_scaling_policy,
     },
     "service-quotas": {
         "GetServiceQuota": quotas.get_service_quota,

@@ -15,6 +15,10 @@ from control_plane.store import Endpoint, EndpointConfig, Model, Request, Store
 
 Answer = dict[str, Any]
 _BUSY = ("Creating", "Updating", "Deleting")
+_NO_CAPACITY = (
+    "Unable to provision requested ML compute capacity due to InsufficientInstanceCapacity error. Please retry using a different ML "
+    "instance type or after some time."
+)
 
 
 def create_model(request: Request, place: Place) -> Answer:
@@ -67,7 +71,7 @@ def _refuse_source(source: Request) -> None:
 
 
 def describe_model(request: Request, place: Place) -> Answer:
-    model = _model(request["ModelName"], place.store)
+    model = existing_model(request["ModelName"], place.store)
     answer = {name: value for name, value in copy.deepcopy(model.request).items() if name != "Tags"}
     for container in [answer.get("PrimaryContainer"), *answer.get("Containers", [])]:
         if container is not None:
@@ -80,7 +84,7 @@ def describe_model(request: Request, place: Place) -> Answer:
 def delete_model(request: Request, place: Place) -> Answer:
     """The entry alone; what was made from it stays."""
     with place.store.lock:
-        model = _model(request["ModelName"], place.store)
+        model = existing_model(request["ModelName"], place.store)
         del place.store.models[model.name]
         place.store.tags.pop(model.arn, None)
     return {}
@@ -100,9 +104,15 @@ def create_endpoint_config(request: Request, place: Place) -> Answer:
         raise invalid("Production variant names must be unique within an endpoint configuration.")
     for each in variants:
         _refuse_variant(each)
+    without = [each["VariantName"] for each in variants if "ModelName" not in each]
+    if without and len(without) < len(variants):
+        raise invalid("Variants with a ModelName and variants for inference components cannot be in one endpoint configuration.")
+    if without and "ExecutionRoleArn" not in request:
+        raise invalid("ExecutionRoleArn is required for an endpoint configuration of inference components.")
     with store.lock:
         for each in variants:
-            _model(each["ModelName"], store)
+            if "ModelName" in each:
+                existing_model(each["ModelName"], store)
         if arn in store.tags:
             raise invalid(f'Cannot create already existing endpoint configuration "{arn}".')
         store.configs[name] = EndpointConfig(name, arn, request)
@@ -112,8 +122,8 @@ def create_endpoint_config(request: Request, place: Place) -> Answer:
 
 def _refuse_variant(variant: Request) -> None:
     name = variant["VariantName"]
-    if "ModelName" not in variant:
-        raise invalid(f"ModelName is required for the variant {name}; inference components are not emulated by this control plane.")
+    if "ModelName" not in variant and "ServerlessConfig" in variant:
+        raise invalid(f"ModelName is required for the variant {name}: inference components have no ServerlessConfig.")
     if "InstancePools" in variant:
         raise invalid("InstancePools are not emulated by this control plane.")
     instances = "InstanceType" in variant and "InitialInstanceCount" in variant
@@ -159,16 +169,21 @@ def create_endpoint(request: Request, place: Place) -> Answer:
         models = _models(config, store)
         _refuse_unserved(config, models)
         _refuse_over_quota(config, store)
+        shortage = place.faults.take_capacity(set(_instances(config)))
         endpoint = Endpoint(name, arn, config, account=store.account, region=store.region)
         store.endpoints[name] = endpoint
         store.tags[arn] = tags
-    if place.hosting is not None:
+    if shortage is not None:
+        endpoint.fail(_NO_CAPACITY)
+    elif not models:  # it begins empty; inference components bring models
+        endpoint.move("InService")
+    elif place.hosting is not None:
         place.hosting.start(endpoint, models[0], config)
     return {"EndpointArn": arn}
 
 
 def describe_endpoint(request: Request, place: Place) -> Answer:
-    endpoint = _endpoint(request["EndpointName"], place.store)
+    endpoint = existing_endpoint(request["EndpointName"], place.store)
     with endpoint.lock:
         serving = endpoint.status not in ("Creating", "Failed")
         answer: Answer = {
@@ -192,17 +207,19 @@ def describe_endpoint(request: Request, place: Place) -> Answer:
 def _variant(variant: Request, store: Store) -> Answer:
     weight = variant.get("InitialVariantWeight", 1.0)
     with store.lock:
-        model = store.models.get(variant["ModelName"])
+        model = store.models.get(variant.get("ModelName", ""))
     images = [{"SpecifiedImage": model.container["Image"], "ResolvedImage": model.container["Image"]}] if model is not None else []
     answer = {"VariantName": variant["VariantName"], "DeployedImages": images, "CurrentWeight": weight, "DesiredWeight": weight}
     count = variant["InitialInstanceCount"]
+    if "ManagedInstanceScaling" in variant:
+        answer["ManagedInstanceScaling"] = variant["ManagedInstanceScaling"]
     return answer | {"CurrentInstanceCount": count, "DesiredInstanceCount": count}
 
 
 def update_endpoint(request: Request, place: Place) -> Answer:
     store = place.store
     with store.lock:
-        endpoint = _endpoint(request["EndpointName"], store)
+        endpoint = existing_endpoint(request["EndpointName"], store)
         config = _config(request["EndpointConfigName"], store)
         models = _models(config, store)
         with endpoint.lock:
@@ -213,6 +230,8 @@ def update_endpoint(request: Request, place: Place) -> Answer:
                     f'Cannot update failed endpoint "{endpoint.arn}": DeleteEndpoint is the only operation that can be performed on it.'
                 )
             _refuse_unserved(config, models)
+            if not models:
+                raise invalid("An endpoint of inference components is not updated by this control plane.")
             _config(endpoint.config.name, store)  # the one it serves with must still be there, too
             _refuse_over_quota(config, store)
             endpoint.update(config)
@@ -225,16 +244,19 @@ def delete_endpoint(request: Request, place: Place) -> Answer:
     """The endpoint is `Deleting` until its container is gone; its config and model stay."""
     store = place.store
     with store.lock:
-        endpoint = _endpoint(request["EndpointName"], store)
+        endpoint = existing_endpoint(request["EndpointName"], store)
         with endpoint.lock:
             if endpoint.status in _BUSY:
                 raise invalid(f'Cannot update in-progress endpoint "{endpoint.arn}".')
+            if held := [each.name for each in store.components.values() if each.endpoint is endpoint]:
+                raise invalid(f'Cannot delete endpoint "{endpoint.arn}": it has inference components, such as {held[0]}.')
             endpoint.move("Deleting")
 
     def gone() -> None:
         with store.lock:
             store.endpoints.pop(endpoint.name, None)
             store.tags.pop(endpoint.arn, None)
+            store.drop_targets(f"endpoint/{endpoint.name}")
 
     if place.hosting is None:
         gone()
@@ -267,7 +289,7 @@ def _listed(rows: list[Answer], request: Request, member: str, name: str, status
     return {member: shown, "NextToken": token}
 
 
-def _model(name: str, store: Store) -> Model:
+def existing_model(name: str, store: Store) -> Model:
     with store.lock:
         if name not in store.models:
             raise invalid(f'Could not find model "{store.arn("model", name)}".')
@@ -275,7 +297,7 @@ def _model(name: str, store: Store) -> Model:
 
 
 def _models(config: EndpointConfig, store: Store) -> list[Model]:
-    return [_model(each["ModelName"], store) for each in config.variants]
+    return [existing_model(each["ModelName"], store) for each in config.variants if "ModelName" in each]
 
 
 def _config(name: str, store: Store) -> EndpointConfig:
@@ -285,7 +307,7 @@ def _config(name: str, store: Store) -> EndpointConfig:
         return store.configs[name]
 
 
-def _endpoint(name: str, store: Store) -> Endpoint:
+def existing_endpoint(name: str, store: Store) -> Endpoint:
     with store.lock:
         if name not in store.endpoints:
             raise invalid(f'Could not find endpoint "{store.arn("endpoint", name)}".')

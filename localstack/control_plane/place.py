@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from control_plane.faults import Faults
@@ -39,10 +40,14 @@ class Hosts(Protocol):
 
 @dataclass
 class Place:
-    """One account in one region: its state, and what runs its jobs and endpoints and looks at their data (None: nothing does)."""
+    """One account in one region: its state, and what runs its jobs and endpoints and looks at their data (None: nothing does).
+
+    `hub` is a folder of what JumpStart's public hub says of models.
+    """
 
     store: Store
     training: Trains | None = None
     hosting: Hosts | None = None
     inputs: LooksAtInputs | None = None
     faults: Faults = field(default_factory=Faults)
+    hub: Path | None = None

@@ -35,8 +35,9 @@ class ControlPlane:
     `aws_url` is where S3 and Logs are (LocalStack), `runner` what training jobs and endpoints run in: "docker", "process" (`command`), or
     None for nothing at all, when whoever holds the store moves the jobs. `check_inputs`: whether a job whose channels are empty is refused,
     as SageMaker does (default: when something runs). `work` is a folder for what they need meanwhile (default: a temporary one, removed at
-    the end). `settings` are those of all that runs, in every account and region. `port` 0 is any free one. Raises ValueError for a process
-    runner without a command.
+    the end). `settings` are those of all that runs, in every account and region. `port` 0 is any free one. `hub` is a folder with a
+    HubContentDocument for each model that JumpStart's public hub is to have, `<model id>.json`. Raises ValueError for a process runner
+    without a command.
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class ControlPlane:
         work: str | Path | None = None,
         check_inputs: bool | None = None,
         settings: Settings | None = None,
+        hub: str | Path | None = None,
     ) -> None:
         if runner == "process" and not command:
             raise ValueError('runner="process" needs a command: what the ENTRYPOINT of the jobs\' image would be')
         self.aws_url, self.runner, self.command = aws_url, runner, list(command or ())
         self.region, self.account, self.settings = region, account, settings or Settings()
         self.check_inputs = runner is not None if check_inputs is None else check_inputs
+        self.hub = None if hub is None else Path(hub)
         self.faults = Faults()
         self._requests: deque[tuple[str, Request]] = deque(maxlen=RECORDED)
         self.closing = threading.Event()
@@ -93,7 +96,7 @@ class ControlPlane:
             return self._places[account, region]
 
     def _new_place(self, account: str, region: str) -> Place:
-        place = Place(Store(account, region), faults=self.faults)
+        place = Place(Store(account, region), faults=self.faults, hub=self.hub)
         if self.check_inputs:
             place.inputs = Inputs(self.aws_url, account, region)
         if self.runner is not None:

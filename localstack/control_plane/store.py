@@ -254,6 +254,10 @@ class Endpoint:
         self.version = 1
         self.settled = threading.Event()  # set while the endpoint is neither being created nor updated
 
+    @property
+    def log_group(self) -> str:
+        return f"/aws/sagemaker/Endpoints/{self.name}"
+
     def move(self, status: str) -> None:
         """Enters Creating, Updating, InService, Deleting, ...; `InService` makes `wanted` the config that it serves with."""
         with self.lock:
@@ -281,6 +285,36 @@ class Endpoint:
             self.settled.set()
 
 
+class Component(Endpoint):
+    """An inference component: what runs `model` on the instances of `endpoint`, in `copies` copies.
+
+    `request` is the validated CreateInferenceComponent request.
+    """
+
+    def __init__(self, name: str, arn: str, config: EndpointConfig, endpoint: Endpoint, request: Request, model: Model) -> None:
+        super().__init__(name, arn, config, account=endpoint.account, region=endpoint.region)
+        self.endpoint, self.request, self.model = endpoint, request, model
+        self.copies: int = request["RuntimeConfig"]["CopyCount"]
+
+    @property
+    def log_group(self) -> str:
+        return f"/aws/sagemaker/InferenceComponents/{self.name}"
+
+
+TargetKey = tuple[str, str]  # a scalable dimension and a resource id
+
+
+@dataclass
+class ScalableTarget:
+    """What Application Auto Scaling may scale, between two capacities; its policies by name."""
+
+    arn: str
+    low: int = 0
+    high: int = 0
+    policies: dict[str, Request] = field(default_factory=dict)
+    created: datetime = field(default_factory=now)
+
+
 class Store:
     """One account's state in one region. `lock` guards the dictionaries; the values guard themselves."""
 
@@ -291,12 +325,19 @@ class Store:
         self.models: dict[str, Model] = {}
         self.configs: dict[str, EndpointConfig] = {}
         self.endpoints: dict[str, Endpoint] = {}
+        self.components: dict[str, Component] = {}
+        self.targets: dict[TargetKey, ScalableTarget] = {}
         self.tags: dict[str, dict[str, str]] = {}  # by ARN, for all that exists: names that differ in case alone are taken, too
         self.quotas = Quotas(account, region)
 
     def arn(self, kind: str, name: str) -> str:
         """`kind` as ARNs spell it: training-job, model, endpoint-config, endpoint. The name is in small letters, as in AWS's ARNs."""
         return f"arn:aws:sagemaker:{self.region}:{self.account}:{kind}/{name.lower()}"
+
+    def drop_targets(self, resource: str) -> None:
+        """Scalable targets of what is deleted: `endpoint/NAME` or `inference-component/NAME`."""
+        for key in [key for key in self.targets if key[1] == resource or key[1].startswith(f"{resource}/")]:
+            del self.targets[key]
 
     def add_job(self, request: Request, tags: dict[str, str] | None = None) -> TrainingJob:
         """Takes a new job in; its name must be free."""

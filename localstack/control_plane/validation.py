@@ -23,6 +23,7 @@ from control_plane.refusal import Refused
 
 _CLASSES = {"Alnum": r"a-zA-Z0-9", "Alpha": "a-zA-Z", "ASCII": r"\x00-\x7F", "Print": r"\x20-\x7E"}  # java.util.regex.Pattern
 _LINE_ENDS = r"\n\r\u0085\u2028\u2029"  # what a dot does not match there
+_SURROGATES = re.compile(r"\\u(D[89AB][0-9A-F]{2})\\u(D[C-F][0-9A-F]{2})", re.IGNORECASE)  # one character of Java's in two
 _JSON_NAMES = {
     dict: "START_OBJECT",
     list: "START_ARRAY",
@@ -196,6 +197,10 @@ def expression(pattern: str) -> re.Pattern[str]:
             named = _class(pattern[at + 3 : end])
             out.append(named if inside else f"[{named}]")
             at = end + 1
+            continue
+        if pair := _SURROGATES.match(pattern, at):
+            out.append(rf"\U{0x10000 + (int(pair[1], 16) - 0xD800 << 10) + int(pair[2], 16) - 0xDC00:08x}")
+            at = pair.end()
             continue
         if char == "\\":
             out.append(r"\Z" if pattern[at + 1] == "z" else pattern[at : at + 2])

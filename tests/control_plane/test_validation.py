@@ -132,6 +132,8 @@ def test_every_pattern_of_every_operation_here_compiles() -> None:
         (r"[\p{L}\p{N}]+", "ß八Ⅷ", True),
         (r"([a-z]+)(?<!-)", "a", True),
         (r"[a-z[&~|]+", "a[&~|", True),
+        (r"[\u0020-\uD7FF\uD800\uDC00-\uDBFF\uDFFF\r]*", "a\U0001f600", True),
+        (r"[\u0020-\uD7FF\uD800\uDC00-\uDBFF\uDFFF\r]*", "\n", False),
     ],
 )
 def test_javas_expressions_mean_in_python_what_they_mean_in_java(pattern: str, value: str, fits: bool) -> None:
