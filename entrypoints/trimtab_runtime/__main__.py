@@ -1,4 +1,6 @@
-"""`python -m trimtab_runtime generate|prepare|measure|train|evaluate|serve`: read the spec, call, write the result or the failure, exit.
+"""`python -m trimtab_runtime generate|prepare|measure|train|evaluate|merge|serve`.
+
+Read the spec, call, write the result or the failure, exit.
 
 Exit codes: 0 done; 1 failed, the cause first in output/failure; 2 usage; 143 stopped by SIGTERM with a checkpoint and an artifact.
 """
@@ -32,6 +34,7 @@ def main(arguments: list[str]) -> int:
         "measure": _measure,
         "train": _train,
         "evaluate": _evaluate,
+        "merge": _merge,
     }
     job = JobDir.from_environment()
     if arguments == ["serve"]:
@@ -115,6 +118,15 @@ def _evaluate(job: JobDir, events: EventLog) -> int:
 
     events.write(Phase(name="evaluate", at=time.time()))
     evaluate(job, _say, lambda done, of: events.write(Progress(name="evaluate", done=done, of=of)))
+    return 0
+
+
+def _merge(job: JobDir, events: EventLog) -> int:
+    _before_torch()
+    from trimtab_runtime.merge import merge
+
+    events.write(Phase(name="merge", at=time.time()))
+    merge(job, _say, lambda done, of: events.write(Progress(name="merge", done=done, of=of)))
     return 0
 
 

@@ -17,7 +17,7 @@ from trimtab.spec import TrainSpec
 from trimtab_runtime import manifest
 
 NAME = "trimtab.json"
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -38,7 +38,7 @@ def write(job: JobDir, spec: TrainSpec, model: PeftModel, ledger: Ledger, metric
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(str(folder), save_embedding_layers=False, safe_serialization=True)
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         source = job.channel("model") / name
         if source.is_file():
             shutil.copyfile(source, folder / name)

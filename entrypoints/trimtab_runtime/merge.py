@@ -1,0 +1,215 @@
+"""An adapter folded into the weights of its base model: a plain Hugging Face folder that needs neither PEFT nor NF4.
+
+Channel `model` (the base), `adapters/tuned` (the artifact) and channel `merge` (request.json) -> `model/`.
+
+    request.json    {"onto": "original" | "dequantised"}
+
+A weight W [out, in] becomes  W + alpha / r * B A, computed in fp32 and rounded once to the type in which the base stores it. `original`:
+W is the base's own. `dequantised`: W went through NF4 and back, as did the weights that a qlora adapter was trained on (Dettmers et al.
+2023, arXiv:2305.14314); merged onto the others, it is not the model that was trained.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import SpecError, StagingError, WeightsError
+from trimtab.layout import JobDir
+from trimtab_runtime import artifact, manifest
+from trimtab_runtime.choices import cpu_flags, pick_dtype
+from trimtab_runtime.methods.lora import linear_layers
+from trimtab_runtime.shards import read_header, rewrite
+
+Onto = Literal["original", "dequantised"]
+
+TUNED = "tuned"  # the folder of `adapters/` with the artifact
+
+_LAYER = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_INDEX = "model.safetensors.index.json"
+
+# settings of adapter_config.json that leave  W + alpha / r * B A  what it is; every other one must be unset
+_HARMLESS = {
+    *("task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "ensure_weight_tying"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("loftq_config", "eva_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """B [out, r] and A [r, in] of each adapted layer, by its name in the model, and the `scale` of their product."""
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    scale: float
+
+    def merged(self, layer: str, weight: Tensor, nf4: torch.dtype | None = None) -> Tensor:
+        """The layer's weight [out, in] with the adapter in it, in the type of `weight`; first to NF4 and back where `nf4` says in which
+        type the quantised layer computes. Raises WeightsError for other shapes than the adapter's, and for what is not finite."""
+        start = weight
+        if nf4 is not None:
+            from trimtab_runtime.methods.qlora import dequantised_nf4
+
+            start = dequantised_nf4(weight.to(nf4))
+        found = start.float()
+        if layer in self.factors:
+            b, a = self.factors[layer]
+            if (b.shape[0], a.shape[1]) != tuple(weight.shape):
+                shape = f"{b.shape[0]} x {a.shape[1]}"
+                raise WeightsError(f"the adapter's {layer} is {shape}, the base model's {tuple(weight.shape)}: it belongs to another model")
+            found = torch.addmm(found, b.float(), a.float(), alpha=self.scale)
+        rounded = found.to(weight.dtype)
+        if not torch.isfinite(rounded).all():
+            raise WeightsError(
+                f"{layer} is not finite once it is merged: the run diverged, or {weight.dtype} is too narrow; train it again"
+            )
+        return rounded
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Raises SpecError, naming the setting, for an adapter that is more than a product of two matrices beside a weight."""
+    from safetensors.torch import load_file
+
+    try:
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise WeightsError(f"{folder.name} holds no readable adapter ({exc}): copy the artifact there again") from exc
+    if config.get("peft_type") != "LORA":
+        raise SpecError(f"an adapter of peft_type {config.get('peft_type')} cannot be merged: serve it beside its base model (merge=False)")
+    if config.get("init_lora_weights") not in (True, False, "gaussian"):
+        raise _unknown("init_lora_weights", config["init_lora_weights"])  # such as pissa, which changes the base's weights, too
+    for name, value in config.items():
+        if name not in {*_HARMLESS, "peft_type", "init_lora_weights"} and value not in (None, False, "none", {}, []):
+            raise _unknown(name, value)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            raise SpecError(f"the adapter holds {name}, which cannot be merged: serve it beside its base model (merge=False)")
+        found.setdefault(match[1], {})[match[2]] = tensor
+    if odd := sorted(layer for layer, parts in found.items() if set(parts) != {"A", "B"}):
+        raise WeightsError(f"the adapter has only one of two matrices for {odd[0]}: copy the artifact there again")
+    return Adapter({layer: (parts["B"], parts["A"]) for layer, parts in found.items()}, alpha / rank)
+
+
+def _unknown(name: str, value: object) -> SpecError:
+    return SpecError(f"an adapter with {name} = {value!r} cannot be merged in this version: serve it beside its base model (merge=False)")
+
+
+def merge(job: JobDir, say: Callable[[str], None], progress: Callable[[int, int], None]) -> None:
+    """Write the merged model into `job.model`, trimtab.json last. `progress` counts megabytes.
+
+    Raises StagingError for a request that cannot be read and a disk that is full, SpecError for an adapter that is not merged in this
+    version, WeightsError for one that does not fit the base model.
+    """
+    file = job.channel("merge") / "request.json"
+    try:
+        onto = json.loads(file.read_text(encoding="utf-8"))["onto"]
+        if onto not in get_args(Onto):
+            raise ValueError(f"onto is {onto!r}")
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise StagingError(f"{file} holds no readable request ({exc}): write it as merge.py describes") from exc
+    base, tuned, target = job.channel("model"), job.adapters / TUNED, job.model
+    facts = read_facts(tuned)
+    adapter = read_adapter(tuned)
+    nf4, quantised = (trained_dtype(facts), quantised_layers(base)) if onto == "dequantised" else (None, set[str]())
+    shards = shards_of(base)
+    owners = layers_by_tensor({name for shard in shards for name in read_header(shard)}, {*adapter.factors, *quantised})
+    total = sum(shard.stat().st_size for shard in shards)
+    say(f"merge: {len(adapter.factors)} adapted layers onto the {onto} weights")
+    done, names = 0, frozenset(owners)
+
+    def wrote(count: int) -> None:
+        nonlocal done
+        before, done = done, done + count
+        if done >> 20 > before >> 20:
+            progress(done >> 20, -(-total >> 20))
+
+    def change(name: str, weight: Tensor) -> Tensor:
+        layer = owners[name]
+        return adapter.merged(layer, weight, nf4 if layer in quantised else None)
+
+    try:
+        (target / artifact.NAME).unlink(missing_ok=True)
+        files = _copy_others(base, tuned, target)
+        for shard in shards:
+            files[shard.name] = rewrite(shard, target / shard.name, names, change, wrote)
+        told = {"onto": onto, "adapter": facts.get("files", {}).get("adapter_model.safetensors", "")}
+        made = {"merged": told, "versions": artifact.versions(), "files": dict(sorted(files.items()))}
+        manifest.write_json(target / artifact.NAME, facts | made)
+    except OSError as exc:
+        raise StagingError(f"the merged model cannot be written ({exc.strerror or exc}): make room on the disk and try again") from exc
+    progress(-(-total >> 20), -(-total >> 20))
+    say(f"merge: {total / 1e6:,.0f} MB in {len(shards)} {'file' if len(shards) == 1 else 'files'}")
+
+
+def read_facts(tuned: Path) -> dict[str, Any]:
+    """What the artifact's manifest says. Raises WeightsError where it says nothing."""
+    try:
+        facts: dict[str, Any] = json.loads((tuned / artifact.NAME).read_text(encoding="utf-8"))
+        facts.get("spec", {}).get("method")
+    except (OSError, ValueError, AttributeError) as exc:
+        raise WeightsError(f"{tuned.name} has no readable {artifact.NAME} ({exc}): give the model folder of a run that succeeded") from exc
+    return facts
+
+
+def trained_dtype(facts: dict[str, Any]) -> torch.dtype:
+    """The type in which quantised layers compute, by an artifact's manifest: the one it was trained in, else what suits this machine."""
+    asked = facts.get("spec", {}).get("dtype", "auto")
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[pick_dtype(asked, cpu_flags()).value]
+
+
+def shards_of(base: Path) -> list[Path]:
+    """The files with the weights. Raises WeightsError where there are none."""
+    found = [base / "model.safetensors"]
+    if not found[0].is_file() and (base / _INDEX).is_file():
+        index = json.loads((base / _INDEX).read_text(encoding="utf-8"))
+        found = [base / name for name in sorted(set(index["weight_map"].values()))]
+    if missing := [path.name for path in found if not path.is_file()]:
+        raise WeightsError(f"the base model lacks {missing[0]}: copy it there again")
+    return found
+
+
+def quantised_layers(base: Path) -> set[str]:
+    """The layers that qlora quantises: every linear one but the head. Nothing is loaded for it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        return set(linear_layers(AutoModelForCausalLM.from_config(config)))
+
+
+def layers_by_tensor(stored: set[str], layers: Iterable[str]) -> dict[str, str]:
+    """The name of the stored weight of each layer, and the layer.
+
+    A checkpoint may have been saved without the model's outermost name, as `layers.0...` instead of `model.layers.0...`.
+    Raises WeightsError where a layer has no weight.
+    """
+    found = {}
+    for layer in layers:
+        names = (f"{layer}.weight", f"{layer.partition('.')[2]}.weight")
+        name = next((name for name in names if name in stored), None)
+        if name is None:
+            raise WeightsError(f"the base model stores no {layer}.weight, which the adapter needs: it belongs to another model")
+        found[name] = layer
+    return found
+
+
+def _copy_others(base: Path, tuned: Path, target: Path) -> dict[str, str]:
+    """Configuration of the base, tokenizer and chat template of the artifact where it has them. Returns their digests."""
+    taken = {path.name: path for path in base.iterdir() if path.is_file() and path.suffix != ".safetensors"}
+    taken |= {name: tuned / name for name in artifact.TOKENIZER_FILES if (tuned / name).is_file()}
+    taken.pop(artifact.NAME, None)
+    for name, path in taken.items():
+        shutil.copyfile(path, target / name)
+    return {name: manifest.file_digest(target / name) for name in taken}
