@@ -1,4 +1,4 @@
-"""`trimtab image`: builds, lists, shows, pushes and prunes the images in which jobs run."""
+"""`trimtab image`: builds, lists, shows, pushes and prunes the images in which jobs run and models are served."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="print one JSON 
 
 
 def _target(command: _Command) -> _Command:
-    return click.option("--target", type=click.Choice(images.TARGETS), default="train", show_default=True, help="what it is for")(command)
+    return click.option(
+        "--target", type=click.Choice(images.TARGETS), default="train", show_default=True, help="train: runs jobs; serve: answers"
+    )(command)
 
 
 @click.group()
 def image() -> None:
-    """Build, list, show, push and prune the images in which jobs run.
+    """Build, list, show, push and prune the images in which jobs run (target train) and models are served (target serve).
 
     \b
     Example:
       trimtab image build xeon
+      trimtab image build xeon --target serve
       trimtab image list
     """
 
@@ -43,11 +46,17 @@ def image() -> None:
 @image.command()
 @_device
 @_target
-@click.option("--base", help="image with Python 3.11 or 3.12 that it stands on  [default: TRIMTAB_BASE_IMAGE, else the Dockerfile's]")
-@click.option("--find-links", type=click.Path(path_type=Path), help="folder of wheels for pip  [default, xeon: pip's, with a CPU torch]")
+@click.option(
+    "--base",
+    help="image with Python 3.11 or 3.12 that it stands on; gpu serve: with vLLM  [default: TRIMTAB_BASE_IMAGE, else the Dockerfile's]",
+)
+@click.option(
+    "--find-links", type=click.Path(path_type=Path), help="folder of wheels for pip  [default, xeon train: pip's, with a CPU torch]"
+)
 @click.option("--offline", is_flag=True, help="take packages from that folder alone")
 @click.option("--arg", "pairs", multiple=True, metavar="NAME=VALUE", help="another ARG of the Dockerfile; may be repeated")
 @click.option("--force", is_flag=True, help="build although it is there, without the engine's cache")
+@click.option("--dry-run", is_flag=True, help="build nothing, ask no engine: print what would be built, of what")
 @_as_json
 def build(
     device: str,
@@ -57,6 +66,7 @@ def build(
     offline: bool,
     pairs: tuple[str, ...],
     force: bool,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Build the image for DEVICE, or find it built, and print its tag.
@@ -64,11 +74,15 @@ def build(
     \b
     Example:
       trimtab image build xeon
+      trimtab image build gpu --target serve --dry-run
       trimtab image build xeon --base python:3.12-slim-bookworm --find-links wheels/ --offline
     """
     if wrong := [pair for pair in pairs if "=" not in pair]:
         raise SpecError(f"--arg {wrong[0]} has no value: write it as  --arg NAME=VALUE")
     arguments = dict(pair.split("=", 1) for pair in pairs)
+    if dry_run:
+        _print_plan(images.Plan.of(device, target, base, arguments), as_json)
+        return
     with closing(images.engine()) as client, _screen("build") as (say, advance):
         tag = images.build(
             device,
@@ -84,6 +98,21 @@ def build(
         )
         found = images.inspect(tag, client)
     print(json.dumps(_facts(found)) if as_json else tag)
+
+
+def _print_plan(plan: images.Plan, as_json: bool) -> None:
+    files = {name: len(content) for name, content in plan.files.items()}
+    dockerfile = plan.files["Dockerfile"].decode()
+    if as_json:
+        said = {"tag": plan.tag, "base": plan.base, "arguments": dict(plan.arguments), "labels": plan.labels(), "files": files}
+        print(json.dumps({**said, "dockerfile": dockerfile, "requirements": plan.files["requirements.txt"].decode().splitlines()}))
+        return
+    print(f"would build {plan.tag}\n  base          {plan.base}")
+    for name, value in plan.arguments.items():
+        print(f"  argument      {name}={value}")
+    for name, size in files.items():
+        print(f"  file          {name}  {size:,} bytes")
+    print(f"\n{dockerfile}", end="")
 
 
 @image.command(name="list")
@@ -119,6 +148,7 @@ def inspect(name: str, target: str, as_json: bool) -> None:
     \b
     Example:
       trimtab image inspect xeon
+      trimtab image inspect xeon --target serve
     """
     with closing(images.engine()) as client:
         found = images.find(name, target, client) if name in DEVICES else images.inspect(name, client)
@@ -150,6 +180,7 @@ def push(name: str, repository: str, target: str, as_json: bool) -> None:
     \b
     Example:
       trimtab image push xeon registry.example.com/team/trimtab-xeon
+      trimtab image push xeon registry.example.com/team/trimtab-xeon-serve --target serve
     """
     with closing(images.engine()) as client, _screen("push") as (say, advance):
         pushed = images.push(

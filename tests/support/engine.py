@@ -1,4 +1,4 @@
-"""A Docker engine for the session, brought up by .ci/engine, and the image that its tests run: built once, and not when nothing changed.
+"""A Docker engine for the session, brought up by .ci/engine, and the images that its tests run: built once, and not when nothing changed.
 
 Where no engine can be had these tests fail. With TRIMTAB_TEST_ENGINE=none they are skipped, counted, and named in the summary.
 """
@@ -66,3 +66,9 @@ def left_behind(client: DockerClient, volumes_before: set[str], tmp_path_factory
 def xeon_image(client: DockerClient, base_image: str) -> str:
     """The tag of the Xeon train image of this checkout."""
     return images.build("xeon", base=base_image, client=client, say=lambda line: None)
+
+
+@pytest.fixture(scope="session")
+def xeon_serve_image(client: DockerClient, base_image: str) -> str:
+    """The tag of the Xeon serve image of this checkout."""
+    return images.build("xeon", "serve", base=base_image, client=client, say=lambda line: None)

@@ -43,27 +43,51 @@ def pinned(text: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("device", context.DEVICES)
-def test_a_dockerfile_keeps_to_what_every_builder_and_platform_takes(device: str) -> None:
-    text = (ROOT / "containers" / device / "Dockerfile").read_text()
+KINDS = [(device, target) for device in context.DEVICES for target in context.TARGETS]
+
+
+@pytest.mark.parametrize(("device", "target"), KINDS)
+def test_a_dockerfile_keeps_to_what_every_builder_and_platform_takes(device: str, target: str) -> None:
+    text = (ROOT / "containers" / device / target / "Dockerfile").read_text()
     assert len(text.splitlines()) < 60
-    assert not re.search(r"--mount|--chmod|<<|^# *syntax|apt-get|^EXPOSE|^VOLUME", text, re.MULTILINE)
-    assert re.search(r"^ARG BASE=python:3\.11\.\d+-slim-\w+$", text, re.MULTILINE)
-    assert re.search(r'^ENTRYPOINT \["python", "-P", "-m", "trimtab_runtime.entrypoint"\]$', text, re.MULTILINE)
+    assert not re.search(r"--mount|--chmod|<<|^# *syntax|apt-get|^VOLUME|^ADD|^USER|:latest", text, re.MULTILINE)
+    base = r"vllm/vllm-openai:v\d+\.\d+\.\d+" if (device, target) == ("gpu", "serve") else r"python:3\.11\.\d+-slim-\w+"
+    assert re.search(rf"^ARG BASE={base}$", text, re.MULTILINE)
+    assert re.findall(r"^FROM (.*)$", text, re.MULTILINE) == [f"${{BASE}} AS {target}"]
+    assert re.search(r'^ENTRYPOINT \["python3?", "-P", "-m", "trimtab_runtime.entrypoint"\]$', text, re.MULTILINE)
+    assert text.rstrip().endswith(f'CMD ["{target}"]')
+    assert re.findall(r"^EXPOSE (.*)$", text, re.MULTILINE) == (["8080"] if target == "serve" else [])
+    assert re.search(rf"\bTRIMTAB_DEVICE={device}\b", text)
     assert text.index("COPY requirements.txt") < text.index("COPY trimtab-*.whl")
+
+
+@pytest.mark.parametrize(("device", "target"), KINDS)
+def test_the_shell_lines_of_a_dockerfile_are_a_shells(device: str, target: str, tmp_path: Path) -> None:
+    """What sh would refuse, and a step that would go on after a part of it failed."""
+    text = (ROOT / "containers" / device / target / "Dockerfile").read_text()
+    steps = re.findall(r"^RUN (.*(?:\\\n.*)*)", text, re.MULTILINE)
+    assert len(steps) == 3
+    for step in steps:
+        script = re.sub(r"\\\n(\s*#.*\n)?", " ", step)  # a builder leaves out comments between continued lines
+        subprocess.run(["sh", "-n"], input=script, text=True, check=True)
+        assert ";" not in re.sub(r"(['\"]).*?\1", "", script) or script.startswith("set -e;"), script
 
 
 def test_packages_are_pinned_as_the_tests_have_them() -> None:
     tested = pinned((ROOT / ".ci" / "constraints.txt").read_text())
     for device in context.DEVICES:
-        required = pinned((ROOT / "containers" / device / "requirements.txt").read_text())
+        required = pinned((ROOT / "containers" / device / "train" / "requirements.txt").read_text())
         assert {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "numpy", "jinja2", "pydantic"} <= set(
             required
         )
         assert {name: version for name, version in required.items() if name in tested} == {
             name: version for name, version in tested.items() if name in required
         }
-    xeon = pinned((ROOT / "containers" / "xeon" / "requirements.txt").read_text())
+    serve = pinned((ROOT / "containers" / "xeon" / "serve" / "requirements.txt").read_text())
+    assert serve.items() <= tested.items()
+    assert {"openvino-genai", "tokenizers", "jinja2", "starlette", "uvicorn", "pydantic", "numpy"} <= set(serve)
+    assert {name for name in serve if name.startswith(("torch", "transformers", "huggingface", "hf-", "httpx"))} == set()
+    xeon = pinned((ROOT / "containers" / "xeon" / "train" / "requirements.txt").read_text())
     assert {name for name in xeon if name.startswith(("nvidia", "cuda", "triton", "pandas", "docker", "boto"))} == set()
     torch = re.search(r"^TORCH=(\S+)$", (ROOT / ".ci" / "setup").read_text(), re.MULTILINE)
     assert torch is not None
@@ -106,6 +130,12 @@ def test_the_wheel_is_one_that_pip_installs(tmp_path: Path) -> None:
     assert not [name for name in names if "containers" in name or name.endswith(".pyc")]
 
 
+def test_what_one_target_holds_leaves_the_other_as_it_is() -> None:
+    train, serve = context.context("xeon"), context.context("xeon", "serve")
+    assert train.keys() == serve.keys()
+    assert [name for name in train if train[name] == serve[name]] == [name for name in train if name.endswith(".whl")]
+
+
 def test_a_tag_says_device_target_version_and_contents() -> None:
     tag = images.tag_of("xeon")
     assert re.fullmatch(rf"trimtab-xeon-train:{re.escape(context.version())}-[0-9a-f]{{12}}", tag)
@@ -114,6 +144,7 @@ def test_a_tag_says_device_target_version_and_contents() -> None:
         len({tag, images.tag_of("gpu"), images.tag_of("xeon", base="python:3.12"), images.tag_of("xeon", arguments={"CPU_INDEX": "x"})})
         == 4
     )
+    assert images.tag_of("gpu", "serve").startswith("trimtab-gpu-serve:")
 
 
 def test_images_of_equal_sources_on_different_bases_share_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +158,7 @@ def test_images_of_equal_sources_on_different_bases_share_their_source(monkeypat
 def test_what_there_is_not_is_refused_with_what_there_is() -> None:
     with pytest.raises(SpecError, match="devices are xeon, gpu"):
         images.tag_of("tpu")
-    with pytest.raises(SpecError, match="targets are train"):
+    with pytest.raises(SpecError, match="targets are train, serve"):
         images.tag_of("xeon", "play")
     with pytest.raises(SpecError, match="no build argument FLASH_ATTN; it has CPU_INDEX"):
         images.tag_of("xeon", arguments={"FLASH_ATTN": "x"})
@@ -180,7 +211,7 @@ def test_an_image_in_which_it_would_not_is_refused_with_the_next_command(changed
     ],
 )
 def test_a_build_that_fails_says_why_and_what_next(error: str, last: list[str], said: str) -> None:
-    told = failure(error, last, "some:base", AGAIN)
+    told = failure(error, last, Plan.of("xeon", base="some:base"), AGAIN)
     assert said in told
     assert AGAIN in told.splitlines()[-1]
     assert "Step 3" not in told

@@ -51,9 +51,10 @@ def build(
     """Build an image, or find it built, and return its tag.
 
     `base` is the image that it stands on (default: `TRIMTAB_BASE_IMAGE`, else the Dockerfile's). `find_links` is a folder of wheels for
-    pip, served to the build on loopback; for xeon it is by default the folder of pip's configured find-links that holds a CPU build of
-    torch, if there is one. `offline` takes packages from there alone. `arguments` are further ARGs of the Dockerfile. `force` builds
-    although the image is there, without the engine's cache. `say` gets the log, `show` the steps; `cpus` binds the build, such as "0,1".
+    pip, served to the build on loopback; for xeon's train image it is by default the folder of pip's configured find-links that holds a
+    CPU build of torch, if there is one. `offline` takes packages from there alone. `arguments` are further ARGs of the Dockerfile.
+    `force` builds although the image is there, without the engine's cache. `say` gets the log, `show` the steps; `cpus` binds the build,
+    such as "0,1".
 
     Raises SpecError for what there is not, BackendUnavailable without an engine, BackendError with the remedy when the build fails.
     """
@@ -66,7 +67,8 @@ def build(
             check(there, client)
             say(f"image: {plan.tag} is there")
             return plan.tag
-        if find_links is None and device == "xeon" and (find_links := wheels.configured("torch-*+cpu-*.whl")) is not None:
+        with_torch = (device, target) == ("xeon", "train")
+        if find_links is None and with_torch and (find_links := wheels.configured("torch-*+cpu-*.whl")) is not None:
             say(f"image: wheels from {find_links}: pip's find-links, with a CPU build of torch")
         if offline and find_links is None:
             raise BackendError("an offline build takes its packages from a folder of wheels: name it with --find-links")
@@ -97,7 +99,7 @@ def build(
             **extra,
         )
         last: deque[str] = deque(maxlen=40)
-        for line in read(begin, "the build", lambda error: failure(error, last, plan.base, again)):
+        for line in read(begin, "the build", lambda error: failure(error, last, plan, again)):
             last.append(line)
             if step := re.match(r"Step (\d+)/(\d+) : (.*)", line):
                 show(Progress(int(step[1]), int(step[2]), step[3]))
@@ -136,13 +138,14 @@ def read(begin: Callable[[], Iterable[dict[str, Any]]], doing: str, explain: Cal
         raise BackendUnavailable(f"the Docker engine went away during {doing} ({exc}): {ENGINE_REMEDY}") from exc
 
 
-def failure(error: str, last: Iterable[str], base: str, again: str) -> str:
+def failure(error: str, last: Iterable[str], plan: Plan, again: str) -> str:
     """What a failed build is told as: from the engine's error and the last lines of the log, ending with what to do."""
+    base = plan.base
     log = "\n  ".join(line for line in last if not line.startswith(("Step ", " ---> ", "Removing intermediate")))
     if _DISK_FULL in f"{error}\n{log}".lower():
         return f"the disk of the Docker engine is full: make room there (docker system prune) and build again:  {again}"
     if f"non-zero code: {_WRONG_PYTHON}" in error or ("non-zero code: 127" in error and "import sys" in error):
-        return f"the base image {base} has no Python 3.11 or 3.12: name one that has:  {again} --base python:3.11-slim-bookworm"
+        return f"the base image {base} has no Python 3.11 or 3.12: name one that has:  {again} --base {plan.usual_base}"
     if "non-zero code" not in error:
         return f"the build stopped ({error.strip()}): is the base image {base} here, or within reach? Name another:  {again} --base IMAGE"
     code = re.search(r"non-zero code: \d+", error)

@@ -1,6 +1,6 @@
 """What an image is built from: three things, the same bytes on every machine, so that their digest can be its name.
 
-Dockerfile         how, from containers/<device>
+Dockerfile         how, from containers/<device>/<target>
 requirements.txt   with what: every package by its exact version, from the same folder
 trimtab-*.whl      us: a wheel packed from the files of the packages that run here, be they a checkout or installed
 """
@@ -24,6 +24,7 @@ from pathlib import Path
 from trimtab.errors import BackendUnavailable
 
 DEVICES = ("xeon", "gpu")
+TARGETS = ("train", "serve")
 PACKAGES = ("trimtab", "trimtab_runtime")
 
 _KEPT = {".py", ".toml", ".txt"}
@@ -40,12 +41,12 @@ def version() -> str:
         return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
 
 
-def context(device: str) -> dict[str, bytes]:
-    """The files of the build context of a device's images, by name.
+def context(device: str, target: str = "train") -> dict[str, bytes]:
+    """The files of the build context of an image, by name. What one target's image holds leaves the other's as it is.
 
     Raises BackendUnavailable when a part of this installation is missing.
     """
-    home = _container_folder(device)
+    home = _container_folder(device, target)
     name, wheel = pack_wheel({package: _folder_of(package) for package in PACKAGES}, version())
     return {"Dockerfile": (home / "Dockerfile").read_bytes(), "requirements.txt": (home / "requirements.txt").read_bytes(), name: wheel}
 
@@ -99,15 +100,15 @@ def pack_wheel(packages: Mapping[str, Path], version: str) -> tuple[str, bytes]:
     return f"trimtab-{version}-py3-none-any.whl", buffer.getvalue()
 
 
-def _container_folder(device: str) -> Path:
-    """`containers/<device>`: inside the installed package, or at the top of a checkout."""
+def _container_folder(device: str, target: str) -> Path:
+    """`containers/<device>/<target>`: inside the installed package, or at the top of a checkout."""
     package = _folder_of("trimtab")
-    for home in (package / "containers" / device, package.parents[1] / "containers" / device):
+    for home in (package / "containers" / device / target, package.parents[1] / "containers" / device / target):
         if (home / "Dockerfile").is_file():
             return home
     raise BackendUnavailable(
-        f"this trimtab has no Dockerfile for {device!r}: devices are {' and '.join(DEVICES)}; install it again with  "
-        "pip install --force-reinstall trimtab"
+        f"this trimtab has no Dockerfile for {device} {target}: devices are {' and '.join(DEVICES)}, targets {' and '.join(TARGETS)}; "
+        "install it again with  pip install --force-reinstall trimtab"
     )
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from trimtab.errors import BackendUnavailable, SpecError
 from trimtab.images import context
+from trimtab.images.context import TARGETS
 from trimtab.spec import SPEC_VERSION
 
-TARGETS = ("train",)
 LABEL = "trimtab."  # what our labels begin with
 BASE_VARIABLE = "TRIMTAB_BASE_IMAGE"  # a base image for every build, as --base for one
 
@@ -35,12 +35,17 @@ class Plan:
             raise SpecError(
                 f"there is no {device} {target} image: devices are {', '.join(context.DEVICES)}, targets are {', '.join(TARGETS)}"
             )
-        files = context.context(device)
-        declared = {found[1]: found[2] for found in re.finditer(r"^ARG (\w+)=?(\S*)$", files["Dockerfile"].decode(), re.MULTILINE)}
+        files = context.context(device, target)
+        declared = _arguments(files)
         known = declared.keys() - _NOT_CONTENTS
         if unknown := sorted((arguments or {}).keys() - known):
-            raise SpecError(f"the {device} image has no build argument {unknown[0]}; it has {', '.join(sorted(known)) or 'none'}")
+            raise SpecError(f"the {device} {target} image has no build argument {unknown[0]}; it has {', '.join(sorted(known)) or 'none'}")
         return cls(device, target, base or os.environ.get(BASE_VARIABLE) or declared["BASE"], files, dict(arguments or {}))
+
+    @property
+    def usual_base(self) -> str:
+        """The base image that the Dockerfile names."""
+        return _arguments(self.files)["BASE"]
 
     @property
     def digest(self) -> str:
@@ -67,6 +72,11 @@ class Plan:
             "target": self.target,
             "base": self.base,
         }
+
+
+def _arguments(files: Mapping[str, bytes]) -> dict[str, str]:
+    """What the Dockerfile can be told, with the defaults, empty where there is none."""
+    return {found[1]: found[2] for found in re.finditer(r"^ARG (\w+)=?(\S*)$", files["Dockerfile"].decode(), re.MULTILINE)}
 
 
 def tag_of(device: str, target: str = "train", *, base: str | None = None, arguments: Mapping[str, str] | None = None) -> str:

@@ -35,8 +35,10 @@ class Image:
     @property
     def current(self) -> bool:
         """Whether it holds what this trimtab would build now, on whatever base."""
-        device = self.labels.get("device")
-        return device in context.DEVICES and self.labels.get("source") == context.digest(context.context(device))
+        device, target = self.labels.get("device"), self.labels.get("target")
+        if device not in context.DEVICES or target not in context.TARGETS:
+            return False
+        return self.labels.get("source") == context.digest(context.context(device, target))
 
 
 def engine(*, timeout: float = 120.0) -> DockerClient:
@@ -94,7 +96,7 @@ def find(device: str, target: str = "train", client: DockerClient | None = None)
 
     Raises BackendUnavailable, which ends with the command that builds it.
     """
-    source = context.digest(context.context(device))
+    source = context.digest(context.context(device, target))
     with using(client) as asked:
         ours = [image for image in installed(asked) if (image.labels.get("device"), image.labels.get("target")) == (device, target)]
         current = next((image for image in ours if image.labels.get("source") == source), None)
