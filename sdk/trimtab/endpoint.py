@@ -1,49 +1,79 @@
-"""What answers: an endpoint by its address, and a server on this machine for a run's artifact."""
+"""What answers: an endpoint by its address or its handle, and how one is started, listed and ended."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
+import uuid
 import weakref
-from collections.abc import Mapping, Sequence
-from http.client import HTTPException
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from trimtab.artifact import Artifact
-from trimtab.command import inherited, runtime_command, runtime_environment
+from trimtab.deployers import load_deployer, settings_of
+from trimtab.deployers.base import PREFIX, Deployer, EndpointHandle, EndpointRecord, EndpointState
 from trimtab.errors import EndpointError
-from trimtab.layout import JobDir
+from trimtab.events import Event
+from trimtab.serving import Serving, serving
+from trimtab.spec import ServeSpec, refuse_unknown
+from trimtab.transport import HttpTransport, Transport
 
-_NEEDED = ("trimtab_runtime", "torch", "transformers", "peft", "tokenizers", "starlette", "uvicorn")
-_LOG_TAIL = 20  # lines
-_GRACE = 10.0  # seconds from SIGTERM to SIGKILL; whoever closes does not wait for answers
-_POLL = 0.05
+_PATIENCE, _RATE = 120.0, 25e6  # seconds to come up in any case, and bytes of a model that are read in one more
+
+_FORM = "the answer is not in the form of OpenAI's interface: check that the address is an endpoint's"
 
 
 class Endpoint:
-    """A server that speaks OpenAI's interface, here or elsewhere. Closing ends the server if it was started for this object."""
+    """A server that speaks OpenAI's interface, here or elsewhere.
 
-    def __init__(self, url: str, *, timeout: float = 600.0, _server: _Server | None = None) -> None:
-        """`timeout` is how many seconds an answer may take. Raises EndpointError for an address that is none."""
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise EndpointError(f"{url!r} is no address of an endpoint: give one such as http://127.0.0.1:8080")
-        self.url = url.rstrip("/")
+    `close()` ends an endpoint that has a handle, wherever it runs. The end of a `with` block, or of this process, ends only one that was
+    deployed by it and not detached.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 600.0,
+        _transport: Transport | None = None,
+        _place: _Place | None = None,
+    ) -> None:
+        """`timeout` is how many seconds an answer may take. Raises EndpointError for an address or a key that is none."""
+        self._transport = _transport or HttpTransport(url, api_key)
+        self._place = _place
         self.timeout = timeout
-        here = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
-        # a proxy from the environment would look for this machine's servers on its own
-        self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if here else []))
-        self._server = _server  # lives as long as this object: without it the process ends
+        self._end_with_us = None
+        if _place is not None and _place.ours:
+            self._end_with_us = weakref.finalize(self, _place.deployer.end, _place.handle)  # runs when this process exits, too
+
+    @classmethod
+    def attach(cls, handle: str | EndpointHandle, *, timeout: float = 600.0, **settings: Any) -> Endpoint:
+        """The endpoint of a handle such as `docker://trim-ep-7f3a9c21`, which another process may have started.
+
+        `settings` are its backend's. Raises EndpointError for a handle without an endpoint, or with one that has ended.
+        """
+        handle = EndpointHandle.parse(handle)
+        deployer = load_deployer(handle.backend, settings)
+        found = deployer.look(handle)
+        if found.state in (EndpointState.FAILED, EndpointState.ENDED):
+            raise EndpointError(f"{handle} has {found.state}: {found.reason}\nRemove what is left of it with:  trimtab close {handle}")
+        return cls("", timeout=timeout, _transport=deployer.transport(handle), _place=_Place(deployer, handle, ours=False))
+
+    @property
+    def url(self) -> str:
+        return self._transport.url
+
+    @property
+    def api_key(self) -> str | None:
+        """What others must send to ask it (`Authorization: Bearer ...`); None where nothing is asked for."""
+        return self._transport.api_key
+
+    @property
+    def handle(self) -> EndpointHandle | None:
+        """Its name for other processes; None for a bare address."""
+        return self._place.handle if self._place else None
 
     def generate(
         self,
@@ -53,15 +83,16 @@ class Endpoint:
         max_new_tokens: int = 200,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
         seed: int | None = None,
         stop: Sequence[str] = (),
     ) -> str:
-        """The text that goes on from `prompt`. `model` is "tuned" (the default where there is an adapter) or "base".
+        """The text that goes on from `prompt`. `model` is one of `models()`, by default the first.
 
-        Temperature 0 takes the likeliest token each time. Raises EndpointError with the status and the server's own words.
+        Temperature 0 takes the likeliest token each time; `top_k` 0 looks at all. Raises EndpointError with the server's own words.
         """
-        body = _body(model, max_new_tokens, temperature, top_p, seed, stop)
-        answer = self._ask("/v1/completions", {**body, "prompt": prompt})
+        body = _body(model, max_new_tokens, temperature, top_p, top_k, seed, stop)
+        answer = self._transport.ask("/v1/completions", {**body, "prompt": prompt}, timeout=self.timeout)
         return str(_first(answer)["text"])
 
     def chat(
@@ -72,18 +103,44 @@ class Endpoint:
         max_new_tokens: int = 200,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
         seed: int | None = None,
         stop: Sequence[str] = (),
     ) -> str:
         """The assistant's answer to a question, or to a conversation of {"role": ..., "content": ...}. Otherwise as `generate`."""
-        talk = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(message) for message in messages]
-        body = _body(model, max_new_tokens, temperature, top_p, seed, stop)
-        answer = self._ask("/v1/chat/completions", {**body, "messages": talk})
+        body = _body(model, max_new_tokens, temperature, top_p, top_k, seed, stop)
+        answer = self._transport.ask("/v1/chat/completions", {**body, "messages": _talk(messages)}, timeout=self.timeout)
         return str(_first(answer)["message"]["content"])
+
+    def stream(
+        self,
+        messages: str | Sequence[Mapping[str, str]],
+        *,
+        chat: bool = True,
+        model: str | None = None,
+        max_new_tokens: int = 200,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """The answer of `chat` in pieces as they come; with `chat=False` the text that goes on from `messages`, as of `generate`.
+
+        Asked with the first piece; closing the iterator, or letting go of it, ends the answer there. Raises as they do, also midway.
+        """
+        body = _body(model, max_new_tokens, temperature, top_p, top_k, seed, stop) | {"stream": True}
+        if chat:
+            events = self._transport.stream("/v1/chat/completions", {**body, "messages": _talk(messages)}, timeout=self.timeout)
+            return (piece for event in events if (piece := _first(event).get("delta", {}).get("content")))
+        if not isinstance(messages, str):
+            raise EndpointError("only a text can be gone on from: give one text, or leave out chat=False")
+        events = self._transport.stream("/v1/completions", {**body, "prompt": messages}, timeout=self.timeout)
+        return (piece for event in events if (piece := _first(event).get("text")))
 
     def models(self) -> list[str]:
         """The names that can be asked; the first is the default."""
-        listed = self._ask("/v1/models")
+        listed = self._transport.ask("/v1/models", timeout=self.timeout)
         try:
             return [str(entry["id"]) for entry in listed["data"]]
         except (KeyError, TypeError) as exc:
@@ -91,140 +148,178 @@ class Endpoint:
 
     def ready(self, *, timeout: float = 5.0) -> bool:
         """Whether it answers within so many seconds."""
-        try:
-            with self._opener.open(self.url + "/ping", timeout=timeout):
-                return True
-        except (OSError, HTTPException):
-            return False
+        return self._transport.ready(timeout=timeout)
+
+    def logs(self) -> list[str]:
+        """The lines that it printed so far. Raises EndpointError for a bare address, whose log is elsewhere."""
+        if self._place is None:
+            raise EndpointError(f"the log of {self.url} is where it was started: ask with its handle,  Endpoint.attach(HANDLE)")
+        return list(self._place.deployer.logs(self._place.handle))
 
     def close(self) -> None:
-        """End the server that was started for this object; nothing for an endpoint made from an address."""
-        if self._server is not None:
-            self._server.end()
+        """End the endpoint and remove what belongs to it, wherever it was started. Nothing for one made from an address; quiet again."""
+        if self._place is not None:
+            self._place.deployer.end(self._place.handle)
+        if self._end_with_us is not None:
+            self._end_with_us.detach()
+        self._transport.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        if self._place is not None and self._place.ours:
+            self.close()
+        else:
+            self._transport.close()
 
     def __repr__(self) -> str:
-        return f"Endpoint({self.url!r})"
+        return f"Endpoint({str(self.handle or self.url)!r})"
 
-    def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        try:
-            data = None if body is None else json.dumps(body, allow_nan=False).encode()
-        except (TypeError, ValueError) as exc:
-            raise EndpointError(f"the request cannot be written as JSON ({exc}): give text and finite numbers") from exc
-        request = urllib.request.Request(self.url + path, data=data, headers={"Content-Type": "application/json"})
-        try:
-            with self._opener.open(request, timeout=self.timeout) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as exc:
-            with exc:
-                raise EndpointError(f"{self.url} answered {exc.code}: {_message(exc.read())}") from exc
-        except TimeoutError as exc:
-            raise EndpointError(self._too_slow()) from exc
-        except urllib.error.URLError as exc:
-            if isinstance(exc.reason, TimeoutError):
-                raise EndpointError(self._too_slow()) from exc
-            raise EndpointError(f"nothing answers at {self.url} ({exc.reason}): deploy it again, or check the address") from exc
-        except (OSError, HTTPException) as exc:
-            raise EndpointError(f"{self.url} broke off its answer ({type(exc).__name__}): it ended or was closed; deploy it again") from exc
-        except ValueError as exc:
-            raise EndpointError(f"{self.url} answered something that is not JSON: check that the address is an endpoint's") from exc
 
-    def _too_slow(self) -> str:
-        return f"{self.url} did not answer within {self.timeout:g} s: ask for fewer new tokens, or give Endpoint a longer timeout"
+@dataclass(frozen=True)
+class _Place:
+    """Where an endpoint runs; `ours` ends with this process."""
+
+    deployer: Deployer
+    handle: EndpointHandle
+    ours: bool
 
 
 def deploy(
-    artifact: Artifact | str | Path | None,
-    base_model: str | Path,
+    artifact: Artifact | str | Path | None = None,
+    base_model: str | Path | None = None,
+    *,
+    backend: str = "process",
+    device: Literal["xeon", "gpu"] = "xeon",
+    merge: bool = True,
+    adapters: Mapping[str, Artifact | str | Path] | None = None,
+    trust_remote_code: str = "",
+    title: str = "",
+    host: str = "127.0.0.1",
+    port: int = 0,
+    api_key: str | None = None,
+    ttl: float | None = None,
+    detach: bool = False,
+    ready_timeout: float | None = None,
+    show: Callable[[Event], None] = lambda event: None,
+    **settings: Any,
+) -> Endpoint:
+    """Serve an artifact merged onto its base model, a base model alone, or adapters beside their base; as `serving.serving` says.
+
+    Returns when it answers. It ends with `close()`, with the `with` block and with this process however it dies; with `detach` only with
+    `close()` (`trimtab close HANDLE`); after `ttl` minutes in any case. Port 0 is any that is free. Where others than this machine can
+    reach it, an API key is made unless one is given. `settings` are fields of `ServeSpec` and of the backend's constructor.
+
+    Raises EndpointError with the end of its log when it does not come up in `ready_timeout` seconds (by default by the model's size), and
+    what `serving` raises. Whatever goes wrong, nothing stays.
+    """
+    deployer, wanted = _wanted(
+        backend,
+        artifact,
+        base_model,
+        device=device,
+        merge=merge,
+        adapters=adapters,
+        trust_remote_code=trust_remote_code,
+        title=title,
+        ttl=ttl,
+        show=show,
+        **settings,
+    )
+    handle = deployer.start(
+        wanted,
+        new_id(),
+        host=host,
+        port=port,
+        api_key=api_key,
+        detach=detach,
+        ready_timeout=_PATIENCE + wanted.bytes / _RATE if ready_timeout is None else ready_timeout,
+        show=show,
+    )
+    return Endpoint("", _transport=deployer.transport(handle), _place=_Place(deployer, handle, ours=not detach))
+
+
+def deploy_request(
+    artifact: Artifact | str | Path | None = None,
+    base_model: str | Path | None = None,
     *,
     backend: str = "process",
     host: str = "127.0.0.1",
     port: int = 0,
-    ready_timeout: float = 120.0,
-) -> Endpoint:
-    """Serve a base model's folder, and the adapter of `artifact` on it where one is given, in a process of its own.
-
-    Returns when it answers. The process ends with `close()`, with the `with` block, and with this process however it dies.
-    Port 0 is any that is free. Raises EndpointError with the end of its log when it does not come up in `ready_timeout` seconds.
-    """
-    if backend != "process":
-        raise EndpointError(f'no endpoint can be started on {backend!r}: leave backend out, or write backend="process"')
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise EndpointError(f"answering on this machine needs {', '.join(missing)}:  pip install 'trimtab[serve]'")
-    base = Path(base_model).expanduser().absolute()
-    if not (base / "config.json").is_file():
-        raise EndpointError(f"{base} holds no model: give the base model's Hugging Face folder")
-    folder = tempfile.TemporaryDirectory(prefix="trimtab-serve-")
-    job = JobDir(Path(folder.name))
-    if artifact is not None:
-        job.model.symlink_to((artifact if isinstance(artifact, Artifact) else Artifact(artifact)).path)
-    job.channel("model").parent.mkdir(parents=True)
-    job.channel("model").symlink_to(base)
-    server = _Server(folder, job, host, port)
-    try:
-        url = server.wait(time.monotonic() + ready_timeout, ready_timeout)
-    except BaseException:
-        server.end()
-        raise
-    return Endpoint(url, _server=server)
+    api_key: str | None = None,
+    detach: bool = False,
+    ready_timeout: float | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """What `deploy` with the same arguments would ask of the place, as JSON values without the key. Nothing is merged or started."""
+    deployer, wanted = _wanted(backend, artifact, base_model, make=False, **options)
+    return deployer.render(wanted, new_id(), host=host, port=port, api_key=api_key, detach=detach)
 
 
-class _Server:
-    """The serving process. It ends by SIGTERM, or when the pipe to its standard input closes: with this process, at the latest."""
-
-    def __init__(self, folder: tempfile.TemporaryDirectory[str], job: JobDir, host: str, port: int) -> None:
-        self._record, self._log = job.events.parent / "endpoint.json", job.root / "log.txt"
-        own = {"TRIMTAB_HOST": host, "TRIMTAB_PORT": str(port), "TRIMTAB_UNTIL_STDIN_CLOSES": "1"}
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                runtime_command(sys.executable, "serve"),
-                env=inherited(os.environ) | runtime_environment(job.root) | own,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the client, which then closes
-            )
-        self.end = weakref.finalize(self, _end, self._process, folder)  # runs when this process exits, too
-
-    def wait(self, deadline: float, seconds: float) -> str:
-        """The address, once it answers."""
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise EndpointError(f"the server ended with exit code {self._process.returncode} before it answered:\n{self._tail()}")
-            if self._record.exists():
-                url = str(json.loads(self._record.read_text(encoding="utf-8"))["url"])
-                if Endpoint(url).ready():
-                    return url
-            time.sleep(_POLL)
-        raise EndpointError(f"the server did not answer within {seconds:g} s; give a larger ready_timeout. Its log ends:\n{self._tail()}")
-
-    def _tail(self) -> str:
-        return "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL:])
+def endpoints(backend: str, **settings: Any) -> list[EndpointRecord]:
+    """The endpoints that a backend knows, newest first, with those that were left behind."""
+    return load_deployer(backend, settings).endpoints()
 
 
-def _end(process: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str]) -> None:
-    process.terminate()
-    try:
-        process.wait(_GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    if process.stdin is not None:
-        process.stdin.close()
-    folder.cleanup()
+def close(handle: str | EndpointHandle, **settings: Any) -> None:
+    """End an endpoint and remove what is left of it. Quiet when it is gone already."""
+    handle = EndpointHandle.parse(handle)
+    load_deployer(handle.backend, settings).end(handle)
+
+
+def new_id() -> str:
+    """The name of a new endpoint, which no other has."""
+    return f"{PREFIX}{uuid.uuid4().hex[:8]}"
+
+
+def _wanted(
+    backend: str,
+    artifact: Artifact | str | Path | None,
+    base_model: str | Path | None,
+    *,
+    device: Literal["xeon", "gpu"] = "xeon",
+    merge: bool = True,
+    adapters: Mapping[str, Artifact | str | Path] | None = None,
+    trust_remote_code: str = "",
+    title: str = "",
+    ttl: float | None = None,
+    show: Callable[[Event], None] = lambda event: None,
+    make: bool = True,
+    **settings: Any,
+) -> tuple[Deployer, Serving]:
+    """The deployer, which has agreed, and what it is to serve. Settings are told apart by their names."""
+    asked = {name: value for name, value in settings.items() if name in ServeSpec.model_fields}
+    own = {name: value for name, value in settings.items() if name not in asked}
+    refuse_unknown(own, dict.fromkeys([*settings_of(backend), *ServeSpec.model_fields]))
+    spec = ServeSpec(**asked | ({} if ttl is None else {"ttl_minutes": ttl}))
+    deployer = load_deployer(backend, own)
+    deployer.check(device)
+    wanted = serving(
+        artifact,
+        base_model,
+        device=device,
+        merge=merge,
+        adapters=adapters,
+        spec=spec,
+        trust_remote_code=trust_remote_code,
+        title=title,
+        make=make,
+        show=show,
+    )
+    return deployer, wanted
+
+
+def _talk(messages: str | Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(message) for message in messages]
 
 
 def _body(
-    model: str | None, max_new_tokens: int, temperature: float, top_p: float, seed: int | None, stop: Sequence[str]
+    model: str | None, max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int | None, stop: Sequence[str]
 ) -> dict[str, Any]:
     values: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    optional = {"model": model, "seed": seed, "stop": [stop] if isinstance(stop, str) else list(stop) or None}
+    # top_k is not OpenAI's: a server of that interface alone is not bothered with it unless it is used
+    optional = {"model": model, "top_k": top_k or None, "seed": seed, "stop": [stop] if isinstance(stop, str) else list(stop) or None}
     return values | {name: value for name, value in optional.items() if value is not None}
 
 
@@ -232,15 +327,7 @@ def _first(answer: Any) -> dict[str, Any]:
     try:
         choice = answer["choices"][0]
     except (KeyError, IndexError, TypeError) as exc:
-        raise EndpointError("the answer is not in the form of OpenAI's interface: check that the address is an endpoint's") from exc
+        raise EndpointError(_FORM) from exc
     if not isinstance(choice, dict):
-        raise EndpointError("the answer is not in the form of OpenAI's interface: check that the address is an endpoint's")
+        raise EndpointError(_FORM)
     return choice
-
-
-def _message(body: bytes) -> str:
-    """The server's own words, from OpenAI's form of an error or whatever it sent."""
-    try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return body[:500].decode(errors="replace") or "nothing more; look at the server's log"
