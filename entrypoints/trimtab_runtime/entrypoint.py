@@ -1,7 +1,8 @@
 """The process that a container starts: it runs a verb as its child, passes signals on, and ends as the child ends.
 
 As PID 1 it reaps what the child leaves behind. As root it makes the folders that a job writes to, gives them to a user without powers and
-starts the child as that user; as any other user it changes nothing. A child that something killed gets a failure file, with its memory.
+starts the child as that user; as any other user it changes nothing. A server writes only to `output`, so there its model stays whose it
+is. A child that something killed gets a failure file, with its memory.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _CHOWN, _SETGID, _SETUID = 0, 6, 7  # bits of capabilities(7)
 def main(arguments: Sequence[str]) -> int:
     """Run `python -m trimtab_runtime <arguments>` and return its exit code; 128 and the signal's number when a signal ended it."""
     job = JobDir.from_environment()
-    return run([sys.executable, "-P", "-m", "trimtab_runtime", *arguments], job, _user_for(job))
+    user = _user_for(job, serving=list(arguments) == ["serve"])
+    return run([sys.executable, "-P", "-m", "trimtab_runtime", *arguments], job, user)
 
 
 def run(command: Sequence[str], job: JobDir, user: int | None = None) -> int:
@@ -61,7 +63,7 @@ def killed(number: int, peak: int) -> str:
     """The reason of a run that a signal ended without anyone asking for it. `peak` is its largest resident memory in bytes."""
     said = f"the run was killed by {signal.Signals(number).name} with {peak / 1e9:.1f} GB of memory in use"
     if number == signal.SIGKILL:
-        return f"{said}: out of memory. Give it more, or lower max_seq_len or batch_rows"
+        return f"{said}: out of memory. Give it more, or lower max_seq_len or batch_rows (of a server cache_gb or max_running)"
     return f"{said}: see the last lines of its log"
 
 
@@ -73,20 +75,30 @@ def _reap_until(pid: int) -> tuple[int, int]:
             return status, usage.ru_maxrss * 1024
 
 
-def _user_for(job: JobDir, say: Callable[[str], None] = lambda line: print(f"entrypoint: {line}", flush=True)) -> int | None:
+def _user_for(
+    job: JobDir, *, serving: bool, say: Callable[[str], None] = lambda line: print(f"entrypoint: {line}", flush=True)
+) -> int | None:
     """The user to become, the folders that it writes to made and given to it; None to stay who we are."""
     if os.geteuid() != 0:
         return None
     if not all(_capabilities() >> bit & 1 for bit in (_CHOWN, _SETGID, _SETUID)):
         say("root without CAP_CHOWN, CAP_SETGID and CAP_SETUID cannot become another user, and stays root")
         return None
+    output = job.root / "output"
     try:
-        job.make()
+        if serving:
+            job.endpoint.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            job.make()
     except OSError as problem:
         say(f"{problem}: is {job.root} writable?")
-    whole = [job.model, job.checkpoints, job.root / "output", job.hyperparameters.parent, *staged(job)]
-    single = [job.root, *(path for path in job.root.glob("*") if path.is_file()), *_closed(job.root / "input")]
-    refused = _give(single, deep=False) + _give(whole, deep=True)
+    closed = _closed(job.root / "input")
+    if serving:  # what it reads may be somebody's own, or a mount that nobody writes to
+        refused = _give([*closed, *_closed(job.model)], deep=False) + _give([output] if output.exists() else [], deep=True)
+    else:
+        whole = [job.model, job.checkpoints, output, job.hyperparameters.parent, *staged(job)]
+        single = [job.root, *(path for path in job.root.glob("*") if path.is_file()), *closed]
+        refused = _give(single, deep=False) + _give(whole, deep=True)
     if refused:
         say(f"could not be given to user {USER}: {', '.join(refused)}")
     return USER
