@@ -7,14 +7,15 @@ import platform
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
-
-from peft import PeftModel
+from typing import TYPE_CHECKING, Any
 
 from trimtab.layout import JobDir
 from trimtab.ledger import Ledger
 from trimtab.spec import TrainSpec
 from trimtab_runtime import manifest
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 NAME = "trimtab.json"
 TOKENIZER_FILES = (

@@ -26,7 +26,6 @@ from trimtab.errors import SpecError, StagingError, WeightsError
 from trimtab.layout import JobDir
 from trimtab_runtime import artifact, manifest
 from trimtab_runtime.choices import cpu_flags, pick_dtype
-from trimtab_runtime.methods.lora import linear_layers
 from trimtab_runtime.shards import read_header, rewrite
 
 Onto = Literal["original", "dequantised"]
@@ -183,6 +182,8 @@ def shards_of(base: Path) -> list[Path]:
 def quantised_layers(base: Path) -> set[str]:
     """The layers that qlora quantises: every linear one but the head. Nothing is loaded for it."""
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from trimtab_runtime.methods.lora import linear_layers
 
     config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):

@@ -1,0 +1,107 @@
+"""A run's adapter becomes a plain model folder, made once, whole or not at all; and what merging costs is measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from support.job_tree import make_job, run
+from support.tiny_model import make_tiny_model
+from trimtab import weights
+from trimtab.artifact import Artifact
+from trimtab.errors import SpecError, WeightsError
+from trimtab.merge import merge_digest, merged, pick_of
+from trimtab.weights import BaseModel
+
+MERGE = """
+import resource, sys
+from trimtab.artifact import Artifact
+from trimtab.errors import TrimtabError
+from trimtab.merge import merged
+from trimtab.weights import resolve
+if limit := int(sys.argv[3]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    print(merged(Artifact(sys.argv[1]), resolve(sys.argv[2], say=lambda line: None), say=lambda line: print(line, file=sys.stderr)))
+except TrimtabError as exc:
+    sys.exit(f"{type(exc).__name__}: {exc}")
+"""
+
+
+def elsewhere(artifact: Artifact, base: BaseModel, limit: int = 0) -> subprocess.CompletedProcess[str]:
+    """The same in another process, which may write files of at most `limit` bytes."""
+    command = [sys.executable, "-c", MERGE, str(artifact.path), str(base.folder), str(limit)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model: Path) -> BaseModel:
+    return weights.resolve(str(tiny_model), say=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory, base: BaseModel) -> Artifact:
+    """Thirty steps of qlora on four short pages."""
+    options = {"model": str(base.folder), "model_digest": base.digest, "method": "qlora", "max_steps": 30, "epochs": 30}
+    job = make_job(tmp_path_factory.mktemp("merge") / "job", base.folder, **options)
+    run(job, "prepare")
+    run(job, "train")
+    return Artifact(job.model)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "merged"
+
+
+def test_two_processes_make_one_folder_which_loads_like_any_model(artifact: Artifact, base: BaseModel, own_cache: Path) -> None:
+    with ThreadPoolExecutor(2) as both:
+        done = list(both.map(lambda _: elsewhere(artifact, base), range(2)))
+    assert [one.returncode for one in done] == [0, 0], done
+    (folder,) = {Path(one.stdout.strip()) for one in done}
+    assert sum("waiting" in one.stderr for one in done) == 1
+    assert [path.name for path in own_cache.iterdir() if not path.name.startswith(".")] == [folder.name]
+    again = weights.resolve(str(folder), say=lambda line: None)  # a model like any other, also to be tuned again
+    assert "model.safetensors" in again.files
+    assert json.loads((folder / "trimtab.json").read_text())["merged"]["onto"] == "dequantised"
+
+    stamp = (folder / "model.safetensors").stat()
+    assert merged(artifact, base) == folder
+    assert (folder / "model.safetensors").stat().st_ino == stamp.st_ino, "not made again"
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    said: list[str] = []
+    assert merged(artifact, base, say=said.append) == folder
+    assert any("made again" in line for line in said)
+    assert (folder / "model.safetensors").read_bytes() != bytes(data)
+
+
+def test_a_disk_that_is_full_leaves_nothing(artifact: Artifact, base: BaseModel, own_cache: Path) -> None:
+    done = elsewhere(artifact, base, limit=1 << 20)
+    assert done.returncode == 1
+    assert "StagingError: the model could not be merged: the merged model cannot be written" in done.stderr
+    assert "make room" in done.stderr
+    assert [path for path in own_cache.iterdir() if path.is_dir()] == []
+
+
+def test_other_bases_and_other_methods_are_refused(artifact: Artifact, base: BaseModel, own_cache: Path, tmp_path: Path) -> None:
+    other = weights.resolve(str(make_tiny_model(tmp_path / "other", seed=1)), say=lambda line: None)
+    with pytest.raises(WeightsError, match="is not the model that was tuned"):
+        merged(artifact, other)
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    for file in artifact.path.iterdir():
+        (lora / file.name).write_bytes(file.read_bytes().replace(b'"qlora"', b'"lora"'))
+    with pytest.raises(SpecError, match="was trained on the original weights"):
+        merged(Artifact(lora), base, onto="dequantised")
+    assert pick_of(Artifact(lora), base)[0] == "original"
+    assert pick_of(artifact, base)[0] == "dequantised"
+    assert len({merge_digest(found, base, onto) for found in (artifact, Artifact(lora)) for onto in ("original", "dequantised")}) == 4
+    assert not own_cache.exists()

@@ -1,0 +1,197 @@
+"""An adapter folded into its base: what PEFT makes of the same two, but for one rounding, file by file as the base has them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from support.tiny_adapter import make_adapter, make_lively_model
+from trimtab.errors import SpecError, StagingError, WeightsError
+from trimtab.layout import JobDir
+from trimtab_runtime.engine import Engine
+from trimtab_runtime.merge import merge, read_adapter
+from trimtab_runtime.methods.qlora import dequantised_nf4
+from trimtab_runtime.shards import read_header, rewrite
+
+# PEFT 0.21 asks transformers 5.23 for a name that is about to go
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In bf16 and in several files, as large models are stored."""
+    folder = make_lively_model(tmp_path_factory.mktemp("base"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="1MB")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("artifact") / "qlora", base, method="qlora")
+
+
+def merged_into(root: Path, base: Path, artifact: Path, onto: str) -> Path:
+    job = JobDir(root)
+    for folder in (job.channel("merge"), job.adapters, job.model):
+        folder.mkdir(parents=True)
+    job.channel("model").symlink_to(base)
+    (job.adapters / "tuned").symlink_to(artifact)
+    (job.channel("merge") / "request.json").write_text(json.dumps({"onto": onto}))
+    seen: list[tuple[int, int]] = []
+    merge(job, lambda line: None, lambda done, of: seen.append((done, of)))
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1]
+    return job.model
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def by_peft(base: Path, artifact: Path, *, nf4: bool) -> dict[str, torch.Tensor]:
+    """PEFT's own merge in fp32, of the base or of what NF4 makes of it."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if nf4:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "_proj" in name:
+                    weight.copy_(dequantised_nf4(weight))
+    merged = PeftModel.from_pretrained(model, str(artifact)).merge_and_unload()
+    return {name: tensor for name, tensor in merged.state_dict().items() if name != "lm_head.weight"}
+
+
+@pytest.mark.parametrize("onto", ["original", "dequantised"])
+def test_equals_pefts_merge_but_for_one_rounding_to_the_bases_type(base: Path, artifact: Path, tmp_path: Path, onto: str) -> None:
+    found = tensors(merged_into(tmp_path, base, artifact, onto))
+    expected = by_peft(base, artifact, nf4=onto == "dequantised")
+    original = tensors(base)
+    assert set(found) == set(expected) == set(original)
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.bfloat16
+        torch.testing.assert_close(tensor, expected[name].to(torch.bfloat16), rtol=2**-8, atol=1e-6)  # the last bit of bf16
+        exact = (tensor == expected[name].to(torch.bfloat16)).float().mean()
+        assert exact > 0.999, "fp32 sums in another order differ in the last bit of one weight in thousands"
+        assert torch.equal(tensor, original[name]) == ("_proj" not in name), name
+
+
+def test_the_folder_is_laid_out_as_the_base_is(base: Path, artifact: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tuned = tmp_path / "tuned"
+    shutil.copytree(artifact, tuned)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tuned)
+    folder = merged_into(tmp_path / "job", base, tuned, "original")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    assert {path.name for path in folder.iterdir()} == {path.name for path in base.iterdir()} | {"trimtab.json"}
+    for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
+        assert (folder / name).read_bytes() == (base / name).read_bytes()
+    for shard in base.glob("*.safetensors"):
+        assert read_header(folder / shard.name) == read_header(shard)
+        with safe_open(folder / shard.name, "pt") as ours, safe_open(shard, "pt") as theirs:
+            assert ours.metadata() == theirs.metadata()
+    assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template, "the artifact's"
+    told = json.loads((folder / "trimtab.json").read_text())
+    assert told["merged"]["onto"] == "original"
+    assert told["spec"]["method"] == "qlora"
+    names = {path.name for path in folder.iterdir()} - {"trimtab.json"}
+    assert told["files"] == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+def test_it_answers_as_base_and_adapter_do(base: Path, artifact: Path, tmp_path: Path) -> None:
+    """Onto dequantised weights: the model that was trained, to the last bits of bf16."""
+    both, alone = Engine.load(base, artifact), Engine.load(merged_into(tmp_path, base, artifact, "dequantised"), dtype="float32")
+    ids = torch.tensor([both.encode("The keeper of the tower counts ships at dawn and")])
+    with torch.inference_mode():
+        trained, merged, original = (model(ids).logits for model in (both.model(), alone.model(), both.model("base")))
+    assert (merged - trained).abs().max() < 0.05 * (original - trained).abs().max()
+
+
+def test_biases_and_a_head_of_its_own_stay(base: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Qwen2Config(vocab_size=300, tie_word_embeddings=False, max_position_embeddings=128, **sizes)
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_()
+    model.save_pretrained(tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(base / name, tmp_path / "base" / name)
+    artifact = make_adapter(tmp_path / "artifact", tmp_path / "base")
+    folder = merged_into(tmp_path / "job", tmp_path / "base", artifact, "original")
+    found, before = tensors(folder), tensors(tmp_path / "base")
+    assert sum(name.endswith("bias") for name in found) == 6
+    for name in found:
+        assert torch.equal(found[name], before[name]) == ("_proj.weight" not in name), name
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(artifact))
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_that_is_not_a_plain_product_is_refused_by_the_setting(artifact: Path, tmp_path: Path) -> None:
+    config = json.loads((artifact / "adapter_config.json").read_text())
+    shutil.copytree(artifact, tmp_path / "tuned")
+    for name, value in {
+        "use_rslora": True,
+        "use_dora": True,
+        "bias": "all",
+        "rank_pattern": {"q_proj": 8},
+        "modules_to_save": ["lm_head"],
+        "init_lora_weights": "pissa",
+        "a_setting_of_tomorrow": 3,
+    }.items():
+        (tmp_path / "tuned" / "adapter_config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(SpecError, match=rf"{name} = .*merge=False"):
+            read_adapter(tmp_path / "tuned")
+    (tmp_path / "tuned" / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "PREFIX_TUNING"}))
+    with pytest.raises(SpecError, match="PREFIX_TUNING"):
+        read_adapter(tmp_path / "tuned")
+
+
+def test_another_models_adapter_and_one_that_diverged_are_refused(base: Path, artifact: Path, tmp_path: Path) -> None:
+    weights = load_file(artifact / "adapter_model.safetensors")
+    shutil.copytree(artifact, tmp_path / "tuned")
+
+    def refused(change: dict[str, torch.Tensor], message: str) -> None:
+        save_file(change, tmp_path / "tuned" / "adapter_model.safetensors")
+        with pytest.raises(WeightsError, match=message):
+            merged_into(tmp_path / f"job-{message[:4]}", base, tmp_path / "tuned", "original")
+
+    refused({name.replace("layers.3", "layers.9"): tensor for name, tensor in weights.items()}, r"stores no model\.layers\.9")
+    refused({name: tensor[:, :7].clone() if "_A" in name else tensor for name, tensor in weights.items()}, "192 x 7")
+    refused({name: tensor * float("nan") for name, tensor in weights.items()}, "not finite")
+    refused({name: tensor for name, tensor in weights.items() if "layers.0.self_attn.q_proj.lora_A" not in name}, "only one of two")
+
+
+def test_a_request_that_is_none_is_refused(base: Path, artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(StagingError, match="onto is 'both'"):
+        merged_into(tmp_path, base, artifact, "both")
+
+
+def test_a_file_that_is_cut_short_or_no_safetensors_is_refused(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.safetensors"
+    save_file({"a": torch.arange(600, dtype=torch.int32), "b": torch.ones(3, 4)}, whole)
+    target = tmp_path / "target.safetensors"
+    digest = rewrite(whole, target, frozenset(), lambda name, tensor: tensor)
+    assert target.read_bytes() == whole.read_bytes()
+    assert len(digest) == 64
+    data = whole.read_bytes()
+    for broken in (data[:-1], data + b"x", data[:40], b"", b"\xff" * 100, data.replace(b'"a"', b'"a,', 1)):
+        (tmp_path / "broken.safetensors").write_bytes(broken)
+        with pytest.raises(WeightsError, match=r"broken\.safetensors is not a whole safetensors file"):
+            rewrite(tmp_path / "broken.safetensors", target, frozenset(), lambda name, tensor: tensor)
+    with pytest.raises(WeightsError, match="stored as I32"):
+        rewrite(whole, target, frozenset({"a"}), lambda name, tensor: tensor)
