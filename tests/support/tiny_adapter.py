@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from support.tiny_model import make_tiny_model
+from trimtab.model_folder import chosen, digest_of, fact_of
 
 
 def make_lively_model(folder: Path) -> Path:
@@ -34,5 +35,11 @@ def make_adapter(folder: Path, model: Path, *, method: str = "lora") -> Path:
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(base, config).save_pretrained(folder)
-    (folder / "trimtab.json").write_text(json.dumps({"spec": {"model": "tiny-lighthouse", "method": method, "dtype": "float32"}}))
+    spec = {"model": "tiny-lighthouse", "model_digest": digest(model), "method": method, "dtype": "float32"}
+    (folder / "trimtab.json").write_text(json.dumps({"spec": spec}))
     return folder
+
+
+def digest(model: Path) -> str:
+    """The digest that weights.resolve gives a model's folder."""
+    return digest_of({name: fact_of(model / name) for name in chosen(path.name for path in model.iterdir())})
