@@ -1,331 +1,233 @@
-"""The HTTP application around one engine: SageMaker's contract (GET /ping, POST /invocations) and OpenAI's.
+"""What a server answers: SageMaker's contract (GET /ping, POST /invocations), OpenAI's interface, and what it counts.
 
-One thread does all that touches the model or its tokenizer, request by request; the rest only waits, so /ping answers while
-the model works. No prompt and no answer is ever written to the log.
+It sees text and talks to one engine process in token ids. No prompt and no answer is ever written to the log.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import hmac
+import itertools
 import json
-import threading
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, TypeVar
-
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from collections.abc import Awaitable, Callable, Sequence
 
 from trimtab.errors import EndpointError
-from trimtab_runtime.bodies import DEFAULT_NEW_TOKENS, Chat, Completions, Inputs, decode, parse
-from trimtab_runtime.engine import Engine
+from trimtab.spec import ServeSpec
+from trimtab_runtime.answers import Answer, Stream
+from trimtab_runtime.bodies import DEFAULT_NEW_TOKENS, Chat, Completions, Inputs, Sampling, decode, parse
+from trimtab_runtime.engines import Facts, Request, check
+from trimtab_runtime.engines.process import EngineGone, EngineProcess
+from trimtab_runtime.forms import Form, OpenAI, Tgi
+from trimtab_runtime.http import JSON, Connection, Incoming, Refusal
+from trimtab_runtime.metrics import CONTENT_TYPE, Metrics
+from trimtab_runtime.prompts import Prompts
 
-MAX_BODY = 6 << 20  # bytes; what SageMaker's runtime passes on at most
-MAX_WAITING = 64  # requests; more are told to come back
-
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class _Question:
-    """What the model is asked: prompts as ids, and how to answer. `limit` None: as much as is usual and fits."""
-
-    model: str | None
-    prompts: list[list[int]]
-    limit: int | None
-    temperature: float
-    top_p: float
-    seed: int | None
-    stops: list[str]
+COME_BACK, STARTING = 1, 5  # seconds told to who may try again: while it is full, while there is no engine
 
 
-@dataclass(frozen=True)
-class _Answer:
-    text: str
-    tokens: int
-    reason: str  # stop: it ended by itself or at a stop text; length: it was cut off
+class App:
+    """All routes around one engine. `aliases` are more names: what a model is also called, by its own name."""
 
+    def __init__(
+        self,
+        engine: EngineProcess,
+        prompts: Prompts,
+        spec: ServeSpec,
+        say: Callable[[str], None],
+        *,
+        key: str | None = None,
+        aliases: dict[str, str] | None = None,
+    ) -> None:
+        self.engine, self.prompts, self.metrics = engine, prompts, Metrics()
+        self.ending = ""  # why no more questions are taken
+        self._say, self._spec, self._aliases = say, spec, aliases or {}
+        self._key = None if key is None else f"Bearer {key}".encode()
+        self._began = int(time.time())
+        self._ids = itertools.count(1)
+        self._encoding = 0  # prompts that are being read
+        self._routes: dict[str, tuple[str, Callable[[Incoming, Connection], Awaitable[int]]]] = {
+            "/ping": ("GET", self._ping),
+            "/invocations": ("POST", self._invocations),
+            "/v1/chat/completions": ("POST", self._chat),
+            "/v1/completions": ("POST", self._completions),
+            "/v1/models": ("GET", self._models),
+            "/metrics": ("GET", self._metrics),
+        }
 
-class _Gone(Exception):
-    """Nobody waits for this answer any more."""
+    @property
+    def names(self) -> dict[str, str]:
+        """All names that can be asked, the default first, and the engine's name for each."""
+        facts = self.engine.facts
+        own = {name: name for name in facts.names} if facts else {}
+        return own | {alias: name for alias, name in self._aliases.items() if alias not in own and name in own}
 
+    def admit(self, head: Incoming) -> None:
+        """Before a body is read: the key. Whoever has none learns nothing of what there is, but for GET /ping."""
+        if self._key is None or (head.path == "/ping" and head.method == "GET"):
+            return
+        scheme, _, given = head.headers.get("authorization", "").partition(" ")
+        if not hmac.compare_digest(f"{scheme.capitalize()} {given.strip()}".encode(), self._key):
+            self.metrics.requests[self._route(head), 401] += 1
+            raise Refusal(401, "this needs the endpoint's API key: send it as  Authorization: Bearer KEY")
 
-class _Enough(Exception):
-    """A stop text came."""
-
-
-class _Service:
-    def __init__(self, engine: Engine, alias: str | None) -> None:
-        self.engine = engine
-        self.aliases: dict[str, str] = {name: name for name in engine.names}
-        if alias:
-            self.aliases.setdefault(alias, "base")
-        self.began = int(time.time())
-        self.worker = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self.waiting = 0
-        self.closing = threading.Event()
-
-    def close(self) -> None:
-        self.closing.set()
-        self.worker.shutdown(wait=True, cancel_futures=True)
-
-    def name_of(self, asked: str | None) -> str:
-        name = self.aliases.get(asked or self.engine.names[0])
-        if name is None:
-            raise HTTPException(404, f"there is no model {asked!r} here; ask for one of: {', '.join(self.aliases)}")
-        return name
-
-    async def ask(self, request: Request, question: _Question, say: Callable[[str], None] | None = None) -> list[_Answer]:
-        """What the model answers. `say` gets the first prompt's text piece by piece, called from the engine's thread."""
-        return await self.do(request, lambda gone: self._answer(question, gone, say))
-
-    async def do(self, request: Request, work: Callable[[threading.Event], _T]) -> _T:
-        """Do it on the engine's thread. The event is set when nobody waits any more."""
-        if self.waiting >= MAX_WAITING:
-            raise HTTPException(503, f"{self.waiting} requests are waiting already: try again in a moment")
-        gone = threading.Event()
-        self.waiting += 1
-        answer = asyncio.get_running_loop().run_in_executor(self.worker, work, gone)
-        try:
-            while not (await asyncio.wait([answer], timeout=0.5))[0]:
-                if await request.is_disconnected():
-                    gone.set()
-            return answer.result()
-        finally:
-            gone.set()
-            answer.cancel()
-            self.waiting -= 1
-
-    def limit(self, question: _Question) -> int:
-        room = self.engine.context - max(map(len, question.prompts))
-        return question.limit or max(1, min(DEFAULT_NEW_TOKENS, room))
-
-    def _answer(self, question: _Question, gone: threading.Event, say: Callable[[str], None] | None) -> list[_Answer]:
-        """On the engine's thread."""
-        ids: list[int] = []
-        text = _Text(self.engine.decode, question.stops)
-
-        def token(row: int, new: int) -> None:
-            if gone.is_set() or self.closing.is_set():
-                raise _Gone
-            if say is None and (len(question.prompts) > 1 or not question.stops):
-                return
-            ids.append(new)
-            piece = text.add(ids)
-            if say is not None and piece:
-                say(piece)
-            if text.stopped:
-                raise _Enough
-
-        if gone.is_set() or self.closing.is_set():
-            raise _Gone
-        try:
-            completions = self.engine.complete(
-                question.prompts,
-                model=question.model,
-                max_new_tokens=self.limit(question),
-                temperature=question.temperature,
-                top_p=question.top_p,
-                seed=question.seed,
-                on_token=token,
-            )
-        except _Enough:
-            return [_Answer(text.shown, len(ids), "stop")]
-        if say is not None and (rest := text.add(ids, last=True)):
-            say(rest)
-        answers = []
-        for one in completions:
-            whole = self.engine.decode(one.ids)
-            cut = _first(whole, question.stops)
-            answers.append(_Answer(whole[:cut], len(one.ids), "stop" if one.ended or cut is not None else "length"))
-        return answers
-
-
-class _Text:
-    """Text as it grows: only whole characters, and nothing that may turn out to begin a stop text."""
-
-    def __init__(self, decode: Callable[[list[int]], str], stops: list[str]) -> None:
-        self._decode, self._stops, self.shown, self.stopped = decode, stops, "", False
-
-    def add(self, ids: list[int], *, last: bool = False) -> str:
-        """The piece that can be shown now, given all ids so far."""
-        whole = self._decode(ids)
-        cut = _first(whole, self._stops)
-        self.stopped = cut is not None
-        if cut is not None:
-            whole = whole[:cut]
-        elif not last:
-            whole = whole.rstrip("\ufffd")
-            held = (n for stop in self._stops for n in range(len(stop) - 1, 0, -1) if whole.endswith(stop[:n]))
-            whole = whole[: len(whole) - max(held, default=0)]
-        piece = whole[len(self.shown) :]
-        self.shown += piece
-        return piece
-
-
-def _first(text: str, stops: list[str]) -> int | None:
-    """Where the first stop text begins."""
-    return min((at for at in map(text.find, stops) if at >= 0), default=None)
-
-
-def build(engine: Engine, alias: str | None = None) -> Starlette:
-    """The application around an engine; `alias` is one more name for its base model."""
-    service = _Service(engine, alias)
-
-    async def ping(_: Request) -> Response:
-        return JSONResponse({"status": "ready"})
-
-    async def models(_: Request) -> Response:
-        data = [{"id": name, "object": "model", "created": service.began, "owned_by": "trimtab"} for name in service.aliases]
-        return JSONResponse({"object": "list", "data": data})
-
-    async def invocations(request: Request) -> Response:
-        body = await _body(request)
-        values = decode(body)
-        if "messages" in values:
-            return await answer_chat(request, body)
-        asked = parse(Inputs, body)
-        own, name = asked.parameters, service.name_of(asked.model)
-        ids = await service.do(request, lambda _: engine.encode(asked.inputs))
-        question = _Question(name, [ids], own.max_new_tokens, own.drawn_at, own.top_p or 1.0, own.seed, own.stops)
-        answers = await service.ask(request, question)
-        return JSONResponse([{"generated_text": (asked.inputs if own.return_full_text else "") + answer.text} for answer in answers])
-
-    async def chat(request: Request) -> Response:
-        return await answer_chat(request, await _body(request))
-
-    async def answer_chat(request: Request, body: bytes) -> Response:
-        asked = parse(Chat, body)
-        name = service.name_of(asked.model)
-        prompts = [await service.do(request, lambda _: engine.chat_ids([message.plain() for message in asked.messages]))]
-        question = _Question(name, prompts, asked.limit, asked.temperature or 0.0, asked.top_p or 1.0, asked.seed, asked.stops)
-        return await _openai(service, request, question, "chat.completion", stream=bool(asked.stream))
-
-    async def completions(request: Request) -> Response:
-        asked = parse(Completions, await _body(request))
-        name = service.name_of(asked.model)
-        prompts = await service.do(request, lambda _: [engine.encode(text) for text in asked.prompts])
-        question = _Question(name, prompts, asked.limit, asked.temperature or 0.0, asked.top_p or 1.0, asked.seed, asked.stops)
-        if asked.stream and len(prompts) > 1:
-            raise EndpointError("a stream answers one prompt: send one prompt, or leave out stream")
-        return await _openai(service, request, question, "text_completion", stream=bool(asked.stream))
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        yield
-        service.close()
-
-    return Starlette(
-        lifespan=lifespan,
-        routes=[
-            Route("/ping", ping, methods=["GET"]),
-            Route("/invocations", _logged(invocations), methods=["POST"]),
-            Route("/v1/models", models, methods=["GET"]),
-            Route("/v1/chat/completions", _logged(chat), methods=["POST"]),
-            Route("/v1/completions", _logged(completions), methods=["POST"]),
-        ],
-        exception_handlers={EndpointError: _refused, HTTPException: _refused, _Gone: _refused, ClientDisconnect: _refused},
-    )
-
-
-async def _openai(service: _Service, request: Request, question: _Question, kind: str, *, stream: bool) -> Response:
-    chat = kind == "chat.completion"
-    head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()), "model": question.model}
-    if stream:
-        service.engine.check(question.prompts[0], service.limit(question))  # refused while the status can still say so
-        return StreamingResponse(_events(service, request, question, head, chat), media_type="text/event-stream")
-    answers = await service.ask(request, question)
-    choices = [
-        {"index": index, "finish_reason": answer.reason, "logprobs": None}
-        | ({"message": {"role": "assistant", "content": answer.text}} if chat else {"text": answer.text})
-        for index, answer in enumerate(answers)
-    ]
-    given, made = sum(map(len, question.prompts)), sum(answer.tokens for answer in answers)
-    usage = {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
-    return JSONResponse({**head, "object": kind, "choices": choices, "usage": usage})
-
-
-async def _events(service: _Service, request: Request, question: _Question, head: dict[str, Any], chat: bool) -> AsyncIterator[str]:
-    """Server-sent events as OpenAI's streams: pieces of text, the reason it ended, then [DONE]. An error is an event too."""
-    pieces: asyncio.Queue[str | None] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-
-    def event(piece: str | None, reason: str | None = None) -> str:
-        delta = {"content": piece} if piece is not None else {}
-        choice = {"index": 0, "finish_reason": reason} | ({"delta": delta} if chat else {"text": piece or ""})
-        return _line({**head, "object": "chat.completion.chunk" if chat else "text_completion", "choices": [choice]})
-
-    def say(piece: str) -> None:
-        loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
-    asking = asyncio.ensure_future(service.ask(request, question, say))
-    asking.add_done_callback(lambda _: pieces.put_nowait(None))
-    try:
-        while (piece := await pieces.get()) is not None:
-            yield event(piece)
-        answers = await asking
-        yield event(None, answers[0].reason)
-    except (EndpointError, HTTPException, _Gone) as exc:
-        yield _line(_error(exc)[1])
-    finally:
-        asking.cancel()
-    yield "data: [DONE]\n\n"
-
-
-def _line(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-async def _body(request: Request) -> bytes:
-    """The whole body. Raises HTTPException 413 for one that is too big.
-
-    What is too much is read and thrown away: a client that is still sending would never see the answer. There is an end to that, too.
-    """
-    body, size = bytearray(), 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size <= MAX_BODY:
-            body += piece
-        elif size > 10 * MAX_BODY:
-            break
-    if size > MAX_BODY:
-        raise HTTPException(413, f"the body is over {MAX_BODY >> 20} MB: send less text")
-    return bytes(body)
-
-
-def _error(exc: Exception) -> tuple[int, dict[str, Any]]:
-    if isinstance(exc, HTTPException):
-        status, message = exc.status_code, exc.detail
-    elif isinstance(exc, EndpointError):
-        status, message = 400, str(exc)
-    else:  # whoever asked is gone, or the process is ending
-        status, message = 503, "the answer was given up: ask again"
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return status, {"error": {"message": message, "type": kind, "code": status}}
-
-
-async def _refused(_: Request, exc: Exception) -> Response:
-    status, content = _error(exc)
-    return JSONResponse(content, status_code=status, headers=getattr(exc, "headers", None))
-
-
-def _logged(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """One line a request: path, status, seconds. Never what was asked or answered."""
-
-    async def logged(request: Request) -> Response:
+    async def answer(self, asked: Incoming, client: Connection) -> None:
+        """Answer one request, count it, and leave one line in the log: path, status, seconds. Never what was asked or answered."""
         began = time.monotonic()
+        route, status = self._route(asked), 500
         try:
-            response = await answer(request)
-        except (EndpointError, HTTPException, _Gone, ClientDisconnect) as exc:
-            response = await _refused(request, exc)
-        print(f"{request.url.path} {response.status_code} {time.monotonic() - began:.2f} s", flush=True)
-        return response
+            status = await self._answer(asked, client)
+        except asyncio.CancelledError:
+            status = 499
+            raise
+        finally:
+            self.metrics.requests[route, status] += 1
+            if route not in ("/ping", "/metrics"):
+                self._say(f"{route} {status} {time.monotonic() - began:.2f} s")
 
-    return logged
+    async def _answer(self, asked: Incoming, client: Connection) -> int:
+        try:
+            method, answer = self._routes.get(asked.path, ("", self._nothing))
+            if method and asked.method != method:
+                raise Refusal(405, f"{asked.path} takes {method}, not {asked.method[:20]}")
+            return await answer(asked, client)
+        except EndpointError as exc:
+            refusal = Refusal(400, str(exc))
+        except EngineGone as exc:
+            refusal = Refusal(503, f"{exc}: ask again in a moment", STARTING)
+        except Refusal as exc:
+            refusal = exc
+        client.refuse(refusal)
+        return refusal.status
+
+    def _route(self, asked: Incoming) -> str:
+        return asked.path if asked.path in self._routes else "other"
+
+    async def _nothing(self, _: Incoming, __: Connection) -> int:
+        raise Refusal(404, f"there is nothing here; there are: {', '.join(self._routes)}")
+
+    async def _ping(self, _: Incoming, client: Connection) -> int:
+        self._open()
+        client.send(200, b'{"status": "ready"}')
+        return 200
+
+    async def _models(self, _: Incoming, client: Connection) -> int:
+        data = [{"id": name, "object": "model", "created": self._began, "owned_by": "trimtab"} for name in self.names]
+        client.send(200, json.dumps({"object": "list", "data": data}).encode())
+        return 200
+
+    async def _metrics(self, _: Incoming, client: Connection) -> int:
+        engine = self.engine
+        ready, waiting = engine.state == "ready" and not self.ending, engine.waiting + self._encoding
+        text = self.metrics.text(ready=ready, running=engine.running, waiting=waiting, cache=engine.cache, restarts=engine.restarts)
+        client.send(200, text.encode(), CONTENT_TYPE)
+        return 200
+
+    async def _invocations(self, asked: Incoming, client: Connection) -> int:
+        values = decode(asked.body)
+        if "messages" in values:
+            return await self._chat(asked, client)
+        if "prompt" in values and "inputs" not in values:
+            return await self._completions(asked, client)
+        body = parse(Inputs, values)
+        own = body.own
+        name = self._name(body.model)
+        form = Tgi(body.inputs if own.return_full_text else "", own.seed)
+        return await self._generate(client, name, [body.inputs], own, own.max_new_tokens, form, stream=bool(body.stream))
+
+    async def _chat(self, asked: Incoming, client: Connection) -> int:
+        body = parse(Chat, decode(asked.body))
+        name = self._name(body.model)
+        form = OpenAI(name, chat=True, usage=body.tells_usage)
+        talk = [[message.plain() for message in body.messages]]
+        return await self._generate(client, name, talk, body, body.limit, form, stream=bool(body.stream))
+
+    async def _completions(self, asked: Incoming, client: Connection) -> int:
+        body = parse(Completions, decode(asked.body))
+        name = self._name(body.model)
+        if body.stream and len(body.prompts) > 1:
+            raise EndpointError("a stream answers one prompt: send one prompt, or leave out stream")
+        form = OpenAI(name, chat=False, usage=body.tells_usage)
+        return await self._generate(client, name, body.prompts, body, body.limit, form, stream=bool(body.stream))
+
+    async def _generate(
+        self,
+        client: Connection,
+        name: str,
+        prompts: Sequence[str | list[dict[str, str]]],
+        how: Sampling,
+        limit: int | None,
+        form: Form,
+        *,
+        stream: bool,
+    ) -> int:
+        began = time.monotonic()
+        requests = await self._requests(name, prompts, how, limit)
+        given = sum(len(request.ids) for request in requests)
+        self.metrics.tokens_in += given
+        tokenizer, sink = self.prompts.tokenizer(name), Stream(client, form, given) if stream else None
+        answers = [Answer(tokenizer, how.stops, self.metrics, began, sink) for _ in requests]
+        try:
+            for request, answer in zip(requests, answers, strict=True):
+                answer.ask(self.engine, request)
+            whole = [await answer.done for answer in answers]
+        except (EndpointError, EngineGone) as exc:
+            if not client.begun:
+                raise
+            client.finish(form.broken(Refusal(503, f"{exc}: ask again").content))
+            return 503
+        finally:
+            for answer in answers:
+                answer.drop()
+        if sink is None:
+            client.send(200, json.dumps(form.whole(whole, given)).encode(), JSON)
+        return 200
+
+    async def _requests(self, name: str, prompts: Sequence[str | list[dict[str, str]]], how: Sampling, limit: int | None) -> list[Request]:
+        """What the engine is asked, a request for each prompt, if there is room. Raises EndpointError for what does not fit the model."""
+        facts = self._open()
+        taken = self.engine.running + self.engine.waiting + self._encoding
+        if taken >= self._spec.max_running + self._spec.max_waiting:
+            raise Refusal(429, f"{taken} prompts are being answered or wait already: try again in a moment", COME_BACK)
+        self._encoding += len(prompts)
+        try:
+            read = self.prompts
+            ids = [await (read.text(name, prompt) if isinstance(prompt, str) else read.chat(name, prompt)) for prompt in prompts]
+        finally:
+            self._encoding -= len(prompts)
+        room = facts.context - max(map(len, ids))
+        new = limit if limit is not None else max(1, min(DEFAULT_NEW_TOKENS, room))
+        requests = [
+            Request(
+                id=next(self._ids),
+                ids=one,
+                model=name,
+                max_new_tokens=new,
+                temperature=how.drawn_at,
+                top_p=1.0 if how.top_p is None else how.top_p,
+                top_k=max(0, how.top_k or 0),
+                seed=None if how.seed is None else (how.seed + row) % 2**63,  # equal prompts in one body are drawn apart
+            )
+            for row, one in enumerate(ids)
+        ]
+        for request in requests:
+            check(request, facts)
+        return requests
+
+    def _open(self) -> Facts:
+        """What the engine says of itself. Raises Refusal while nothing is answered."""
+        facts = self.engine.facts
+        if self.ending:
+            raise Refusal(503, self.ending, STARTING)
+        if self.engine.state != "ready" or facts is None:
+            raise EngineGone(self.engine.cause or "the model is loading")
+        return facts
+
+    def _name(self, asked: str | None) -> str:
+        names = self.names
+        if not names:
+            self._open()
+        name = names.get(asked or next(iter(names)))
+        if name is None:
+            raise Refusal(404, f"there is no model {str(asked)[:200]!r} here; ask for one of: {', '.join(names)}")
+        return name

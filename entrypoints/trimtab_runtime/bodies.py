@@ -19,7 +19,6 @@ DEFAULT_NEW_TOKENS = 200
 # what OpenAI's clients send although nobody asked for it, with the value that changes nothing
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
-    "best_of": (1,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
@@ -30,13 +29,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "functions": ([],),
     "response_format": ({"type": "text"},),
-    "top_k": (-1, 0),
+    "num_return_sequences": (1,),
+    "typical_p": (1,),
+    "watermark": (False,),
+    "best_of": (1,),
+    "decoder_input_details": (False,),
     "details": (False,),
+    "truncate": (),
+    "top_n_tokens": (0,),
+    "min_p": (0,),
+    "grammar": (),
 }
 
 _Text = Annotated[str, Field(min_length=1)]
 _Limit = Annotated[int, Field(ge=1, lt=2**31)]
-_Stop = str | Annotated[list[_Text], Field(max_length=16)] | None
+_StopText = Annotated[str, Field(min_length=1, max_length=256)]
+_Stop = Annotated[str, Field(max_length=256)] | Annotated[list[_StopText], Field(max_length=16)] | None
 
 
 class _Body(BaseModel):
@@ -52,9 +60,12 @@ class _Body(BaseModel):
         return values
 
 
-class _Sampling(_Body):
+class Sampling(_Body):
+    """How the next token is drawn: the likeliest, unless a temperature is given."""
+
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None  # 0 and -1: all; OpenAI has none, other servers add it as here
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: _Stop = None
 
@@ -62,8 +73,12 @@ class _Sampling(_Body):
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) and self.stop else list(self.stop or [])
 
+    @property
+    def drawn_at(self) -> float:
+        return self.temperature or 0.0
 
-class Parameters(_Sampling):
+
+class Parameters(Sampling):
     """TGI's. Temperature 0, the likeliest token, unless it is given or `do_sample` is true."""
 
     max_new_tokens: _Limit | None = None
@@ -82,8 +97,12 @@ class Inputs(_Body):
 
     inputs: _Text
     model: str | None = None
-    parameters: Parameters = Parameters()
-    stream: Literal[False] | None = None
+    parameters: Parameters | None = None
+    stream: bool | None = None
+
+    @property
+    def own(self) -> Parameters:
+        return self.parameters or Parameters()
 
 
 class Part(_Body):
@@ -100,15 +119,24 @@ class Message(_Body):
         return {"role": self.role, "content": content}
 
 
-class _OpenAI(_Sampling):
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+
+
+class _OpenAI(Sampling):
     model: str | None = None
     max_tokens: _Limit | None = None
     max_completion_tokens: _Limit | None = None
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
 
     @property
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def tells_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class Chat(_OpenAI):
@@ -126,9 +154,8 @@ class Completions(_OpenAI):
 _B = TypeVar("_B", bound=_Body)
 
 
-def parse(kind: type[_B], body: bytes) -> _B:
+def parse(kind: type[_B], values: dict[str, Any]) -> _B:
     """The body as a request of that kind. Raises EndpointError naming each thing that is wrong, all at once."""
-    values = decode(body)
     try:
         return kind.model_validate(values)
     except ValidationError as exc:
@@ -143,9 +170,9 @@ def parse(kind: type[_B], body: bytes) -> _B:
 def decode(body: bytes) -> dict[str, Any]:
     """A JSON object. Raises EndpointError for anything else."""
     try:
-        values = json.loads(body)
-        body_text = json.dumps(values, ensure_ascii=False)
-        body_text.encode()  # half of a surrogate pair is JSON, but no text
+        values = json.loads(body.decode())
+        if b"\\u" in body:
+            json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but no text
     except (ValueError, RecursionError) as exc:
         reason = f"{exc.msg} at character {exc.pos}" if isinstance(exc, json.JSONDecodeError) else type(exc).__name__
         raise EndpointError(f"the body is not JSON ({reason}): send one JSON object in UTF-8") from exc

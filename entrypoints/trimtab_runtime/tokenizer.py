@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Template
 from jinja2.exceptions import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from trimtab.errors import SpecError
 
 Message = Mapping[str, str]
+
+LONG = 20_000  # characters from which encoding lets other threads run meanwhile, which costs a little
 
 
 class Tokenizer:
@@ -50,11 +55,13 @@ class Tokenizer:
         template = template_file.read_text(encoding="utf-8") if template_file.is_file() else config.get("chat_template")
         self.chat_template: str | None = template if isinstance(template, str) else None
         self.vocabulary = self._fast.get_vocab_size(with_added_tokens=True)
+        single = (self._fast.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        self.byte_ids: frozenset[int] = frozenset(id for id in single if id is not None)  # SentencePiece's tokens of single bytes
 
     def text(self, text: str) -> list[int]:
         """Ids of text in which nothing is a control token."""
         self._fast.encode_special_tokens = True
-        ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._encode(text).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -85,7 +92,7 @@ class Tokenizer:
             return self._piecewise(parts)
         # as the template's own tokenizer does it: the whole conversation at once
         self._fast.encode_special_tokens = False
-        encoding = self._fast.encode("".join(text for text, _, _ in parts), add_special_tokens=False)
+        encoding = self._encode("".join(text for text, _, _ in parts))
         written, place = [], 0
         for text, _, mine in parts:
             if mine and text:
@@ -105,18 +112,26 @@ class Tokenizer:
         mine: list[bool] = []
         for text, content, wrote in parts:
             self._fast.encode_special_tokens = content
-            part = self._fast.encode(text, add_special_tokens=False).ids
+            part = self._encode(text).ids
             ids += part
             mine += [wrote] * len(part)
         return ids, mine
 
-    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+    def _encode(self, text: str) -> Encoding:
+        if len(text) < LONG:
+            return self._fast.encode(text, add_special_tokens=False)
+        return self._fast.encode_batch([text], add_special_tokens=False)[0]
+
+    @cached_property
+    def _template(self) -> Template:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.globals["raise_exception"] = _refuse
+        return environment.from_string(self.chat_template or "")
+
+    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         try:
-            template = environment.from_string(self.chat_template or "")
             tokens = {name: value for name, value in self._special.items() if value}
-            return template.render(messages=messages, add_generation_prompt=generation_prompt, **tokens)
+            return self._template.render(messages=messages, add_generation_prompt=generation_prompt, **tokens)
         except TemplateError as exc:
             raise SpecError(f"the model's chat template refuses this conversation: {exc}") from exc
 

@@ -1,0 +1,213 @@
+"""The server's side of an engine: a child process that is started, asked, watched, and started again once.
+
+At most `max_running` requests are with the engine; the others wait here in the order they came, so that one whose client goes away
+while it waits costs nothing, and it is known how many run and how many wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Literal, Protocol
+
+from trimtab.errors import EndpointError
+from trimtab_runtime.engines import Facts, Reason, Request
+
+COMMAND = (sys.executable, "-P", "-m", "trimtab_runtime.engines.worker")
+LAST_LINES = 20  # of the engine's log, told when it ends
+_LINE = 64 << 20  # bytes of a message or a line of the log at most
+_LEAVE = 3.0  # seconds from closing its standard input to SIGKILL
+
+State = Literal["loading", "ready", "ended"]
+
+
+class Listener(Protocol):
+    """Who waits for an answer. Called in the event loop, for one request in order."""
+
+    def new(self, ids: list[int], reason: Reason | None) -> None:
+        """More tokens, and why it ended, None while it goes on."""
+        ...
+
+    def failed(self, problem: EndpointError | EngineGone) -> None:
+        """No more comes: the engine refused the request (EndpointError) or ended while it worked on it."""
+        ...
+
+
+class EngineGone(Exception):
+    """The engine ended before the answer did, or is not there yet."""
+
+
+class EngineProcess:
+    """One engine as the server sees it. `run` keeps it alive; all else is called in the same event loop."""
+
+    def __init__(self, max_running: int, say: Callable[[str], None], command: Sequence[str] = COMMAND) -> None:
+        self.max_running, self._say, self._command = max_running, say, command
+        self.state: State = "loading"
+        self.facts: Facts | None = None
+        self.cache = 0.0  # share of the memory for keys and values that is taken
+        self.restarts = 0
+        self.cause = ""  # why it ended last
+        self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._running: dict[int, Listener] = {}
+        self._waiting: dict[int, tuple[Request, Listener]] = {}
+        self._process: asyncio.subprocess.Process | None = None
+        self._closing = False
+        self._told = ""  # what it said of its own failure
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def ask(self, request: Request, listener: Listener) -> None:
+        """Have it answered, now or in its turn. Raises EngineGone while there is no engine."""
+        if self.state != "ready":
+            raise EngineGone(self.cause or "the model is loading")
+        if len(self._running) < self.max_running:
+            self._send(request, listener)
+        else:
+            self._waiting[request.id] = (request, listener)
+
+    def cancel(self, id: int) -> None:
+        """Nobody waits for it any more; its listener is not called again. Quiet for a request that has ended."""
+        if self._waiting.pop(id, None) is None and self._running.pop(id, None) is not None:
+            self._write({"cancel": id})
+            self._fill()
+
+    async def run(self, ready: Callable[[Facts], None]) -> None:
+        """Keep an engine alive: started again once when it dies after having answered. `ready` is called each time it can answer.
+
+        Returns after `close`. Raises EndpointError with the cause when it has ended for good.
+        """
+        while True:
+            await self._live(ready)
+            answered, self.state = self.state == "ready", "ended"
+            if self._closing:
+                return
+            self._fail(EngineGone(self.cause))
+            if not answered or self.restarts:
+                raise EndpointError(self.cause if not self.restarts else f"{self.cause}. It had been started again once already")
+            self.restarts, self.state = 1, "loading"
+            self._say(f"{self.cause}. It is started again")
+
+    async def close(self) -> None:
+        """End the engine; what it works on is lost."""
+        self._closing = True
+        process = self._process
+        if process is not None and process.returncode is None:
+            if process.stdin is not None:
+                process.stdin.close()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(process.wait(), _LEAVE)
+            _kill(process)
+
+    async def _live(self, ready: Callable[[Facts], None]) -> None:
+        """One life of it, from start to end; `cause` says why it ended."""
+        self._told, self.cache = "", 0.0
+        pipe = asyncio.subprocess.PIPE
+        try:
+            # in a session of its own, so that whatever it starts in turn can be ended with it
+            self._process = process = await asyncio.create_subprocess_exec(
+                *self._command, stdin=pipe, stdout=pipe, stderr=pipe, limit=_LINE, start_new_session=True
+            )
+        except OSError as exc:
+            self.cause = f"the engine cannot be started ({exc.strerror or exc}): look at the memory and the number of processes"
+            return
+        assert process.stdout is not None
+        assert process.stderr is not None
+        log = asyncio.ensure_future(self._copy_log(process.stderr))
+        try:
+            if self._closing:
+                return
+            while line := await process.stdout.readline():
+                self._heard(json.loads(line), ready)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(process.wait(), _LEAVE)
+        finally:
+            _kill(process)
+            code = await process.wait()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(log, _LEAVE)
+            self.cause = self._told or ended(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+
+    def _heard(self, message: dict[str, Any], ready: Callable[[Facts], None]) -> None:
+        if "new" in message:
+            running, ends = self._running, False
+            for id, ids, reason in message["new"]:
+                listener = running.get(id)
+                if listener is None:
+                    continue
+                if reason is not None:
+                    del running[id]
+                    ends = True
+                listener.new(ids, reason)
+            self.cache = message.get("cache", self.cache)
+            if ends:
+                self._fill()
+        elif "refused" in message:
+            id, why = message["refused"]
+            listener = self._running.pop(id, None)
+            if listener is not None:
+                listener.failed(EndpointError(why))
+                self._fill()
+        elif "facts" in message:
+            values = message["facts"]
+            self.facts = Facts(**values | {"names": tuple(values["names"]), "choices": tuple(values["choices"])})
+            self.state = "ready"
+            ready(self.facts)
+        else:
+            self._told = str(message["failed"])
+
+    def _send(self, request: Request, listener: Listener) -> None:
+        self._running[request.id] = listener
+        self._write({"ask": asdict(request)})
+
+    def _fill(self) -> None:
+        while self._waiting and len(self._running) < self.max_running:
+            request, listener = self._waiting.pop(next(iter(self._waiting)))
+            self._send(request, listener)
+
+    def _write(self, message: dict[str, Any]) -> None:
+        process = self._process
+        if process is not None and process.returncode is None and process.stdin is not None and not process.stdin.is_closing():
+            process.stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+
+    def _fail(self, problem: EngineGone) -> None:
+        lost = [*self._running.values(), *(listener for _, listener in self._waiting.values())]
+        self._running.clear()
+        self._waiting.clear()
+        for listener in lost:
+            listener.failed(problem)
+
+    async def _copy_log(self, lines: asyncio.StreamReader) -> None:
+        while line := await lines.readline():
+            text = line.decode(errors="replace").rstrip()
+            self.last_lines.append(text[:500])
+            self._say(text)
+
+
+def ended(code: int, peak: int) -> str:
+    """Why an engine's process is no more, from its exit code (minus the signal's number). `peak` is its largest memory in bytes."""
+    if code >= 0:
+        return f"the engine ended with exit code {code}: look at its last lines"
+    said = f"the engine was killed by {signal.Signals(-code).name} with {peak / 1e9:.1f} GB of memory in use"
+    if -code == signal.SIGKILL:
+        return f"{said}: out of memory, unless someone did it. Give it more, or lower cache_gb, max_running or max_context"
+    return f"{said}: look at its last lines"
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    """It and whatever it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
