@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from trimtab.errors import EndpointError
+
 Reason = Literal["stop", "length"]  # the model ended by itself; the limit cut it off
 
 
@@ -40,6 +42,27 @@ class Facts:
     context: int
     engine: str
     choices: tuple[str, ...] = ()
+
+
+def check(request: Request, facts: Facts) -> None:
+    """Raise EndpointError for a request that no engine with these facts can take."""
+    if request.model not in facts.names:
+        raise EndpointError(f"there is no model {request.model!r} here; ask for one of: {', '.join(facts.names)}")
+    if not request.ids:
+        raise EndpointError("the prompt is empty: give at least one word")
+    if request.max_new_tokens < 1:
+        raise EndpointError(f"max_new_tokens is {request.max_new_tokens}: give a whole number from 1 up")
+    if len(request.ids) + request.max_new_tokens > facts.context:
+        raise EndpointError(
+            f"the prompt's {len(request.ids):,} tokens and {request.max_new_tokens:,} new ones are more than the context of "
+            f"{facts.context:,}: shorten the prompt, or ask for at most {max(0, facts.context - len(request.ids)):,} new tokens"
+        )
+    if not 0 <= request.temperature <= 100:
+        raise EndpointError(f"temperature is {request.temperature}: give a number from 0 (the likeliest token) to 100")
+    if not 0 < request.top_p <= 1:
+        raise EndpointError(f"top_p is {request.top_p}: give a number above 0 and at most 1")
+    if request.top_k < 0:
+        raise EndpointError(f"top_k is {request.top_k}: give a whole number from 0 (all tokens) up")
 
 
 Emit = Callable[[int, list[int], Reason | None], None]
