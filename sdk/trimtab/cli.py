@@ -11,17 +11,16 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import click
-from pydantic.fields import FieldInfo
 
 from trimtab import cli_options
 from trimtab.backends import load_backend
 from trimtab.backends.base import Listable, RunState, RunStatus
+from trimtab.chat_cli import chat
 from trimtab.doctor.command import doctor
-from trimtab.endpoint_cli import chat, deploy
+from trimtab.endpoint_cli import close, deploy, endpoints
 from trimtab.errors import BackendError, TrimtabError
 from trimtab.image_cli import image
 from trimtab.job import OPTIONS, Job
@@ -63,7 +62,7 @@ def trimtab() -> None:
     """
 
 
-for command in (chat, deploy, doctor, image):
+for command in (chat, close, deploy, doctor, endpoints, image):
     trimtab.add_command(command)
 
 
@@ -71,29 +70,9 @@ def _options(command: cli_options.Command) -> cli_options.Command:
     """An option for each field of the specs but the data, which are arguments. What is not given keeps the field's own default."""
     for name, field in reversed(OPTIONS.items()):
         if name != "data":
-            command = click.option(f"--{name.replace('_', '-')}", name, **_kind(field))(command)
+            command = cli_options.field(name, field)(command)
     command = cli_options.backend("where to run")(cli_options.settings(command))
     return click.argument("data", nargs=-1, required=True)(command)
-
-
-def _kind(field: FieldInfo) -> dict[str, Any]:
-    """click's settings for a field, from its type, default and description."""
-    settings: dict[str, Any] = {"help": field.description}
-    kind: Any = field.annotation
-    if get_origin(kind) is UnionType:  # such as int | None
-        kind = next(part for part in get_args(kind) if part is not NoneType)
-    if get_origin(kind) is tuple:
-        kind = get_args(kind)[0]
-        settings |= {"multiple": True, "help": f"{field.description}; may be repeated"}
-    if kind is bool:
-        settings |= {"is_flag": True, "flag_value": True}
-    else:
-        settings["type"] = click.Choice(list(get_args(kind))) if get_origin(kind) is Literal else kind
-    settings |= {"required": True} if field.is_required() else {"default": None}
-    if kind is not bool and not field.is_required() and field.default is not None:
-        default = field.default
-        settings["help"] += f"  [default: {' '.join(default) if isinstance(default, tuple) else default}]"
-    return settings
 
 
 def _job(data: tuple[str, ...], backend: str, options: dict[str, Any]) -> Job:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -124,7 +124,7 @@ class Endpoint:
         top_k: int = 0,
         seed: int | None = None,
         stop: Sequence[str] = (),
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """The answer of `chat` in pieces as they come; with `chat=False` the text that goes on from `messages`, as of `generate`.
 
         Asked with the first piece; closing the iterator, or letting go of it, ends the answer there. Raises as they do, also midway.
@@ -149,6 +149,12 @@ class Endpoint:
     def ready(self, *, timeout: float = 5.0) -> bool:
         """Whether it answers within so many seconds."""
         return self._transport.ready(timeout=timeout)
+
+    def status(self) -> EndpointRecord:
+        """How it stands. Raises EndpointError for a bare address, which is known only by its answers."""
+        if self._place is None:
+            raise EndpointError(f"{self.url} is known by its address alone: see whether it answers with  ready()")
+        return self._place.deployer.look(self._place.handle)
 
     def logs(self) -> list[str]:
         """The lines that it printed so far. Raises EndpointError for a bare address, whose log is elsewhere."""

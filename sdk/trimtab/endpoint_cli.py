@@ -1,86 +1,216 @@
-"""`trimtab deploy` and `trimtab chat`: a run's model, served and asked."""
+"""`trimtab deploy`, `endpoints` and `close`: where a model answers, what answers now, and its end."""
 
 from __future__ import annotations
 
-import contextlib
+import json
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from trimtab import cli_options
-from trimtab.errors import EndpointError
+from trimtab.backends import BACKENDS
+from trimtab.backends import settings_of as backend_settings
+from trimtab.errors import BackendError, EndpointError, TrimtabError
+from trimtab.progress import clock, display
 from trimtab.run import Run
+from trimtab.spec import ServeSpec, refuse_unknown
 
 if TYPE_CHECKING:
+    from trimtab.deployers.base import EndpointRecord
     from trimtab.endpoint import Endpoint
+
+_FIELDS = ("engine", "dtype", "max_context", "max_running", "max_waiting", "cache_gb", "grace_seconds")
+_LOOK = 5.0  # seconds between two looks at an endpoint that is held open
+
+
+def _serving(command: cli_options.Command) -> cli_options.Command:
+    """An option for each field of ServeSpec that people set."""
+    for name in reversed(_FIELDS):
+        command = cli_options.field(name, ServeSpec.model_fields[name])(command)
+    return command
 
 
 @click.command()
-@click.argument("handle")
+@click.argument("what")
+@cli_options.backend("where it answers  [default: where the run was; process for a model]", default=None)
 @cli_options.settings
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="port on 127.0.0.1; 0: any that is free", show_default=True)
-def deploy(handle: str, settings: tuple[str, ...], port: int) -> None:
-    """Serve a run's model on this machine until Ctrl-C, and print the address.
+@click.option("--device", type=click.Choice(["xeon", "gpu"]), default="xeon", show_default=True, help="what computes the answers")
+@click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on; one that others can reach takes an API key")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, show_default=True, help="port; 0: any that is free")
+@click.option("--api-key", envvar="TRIMTAB_API_KEY", show_envvar=True, help="what who asks must send  [default: made where one is needed]")
+@click.option("--ttl", type=click.FloatRange(0, min_open=True), metavar="MINUTES", help="end by itself after so long")
+@click.option("--detach", is_flag=True, help="leave it running, print its handle and return; end it with  trimtab close")
+@click.option("--merge/--no-merge", default=True, show_default=True, help="merge the adapter into the model, or serve it beside its base")
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME=HANDLE", help="another run's adapter beside the base; may be repeated")
+@click.option("--trust-remote-code", default="", metavar="OWNER/NAME@COMMIT", help="run the code of a model's author, of this revision")
+@_serving
+@click.option("--dry-run", is_flag=True, help="print the exact request and start nothing")
+@cli_options.as_json
+def deploy(
+    what: str,
+    backend: str | None,
+    settings: tuple[str, ...],
+    adapters: tuple[str, ...],
+    detach: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Serve WHAT, a run's handle or a model, and print where it answers.
+
+    It answers until Ctrl-C, or with --detach until `trimtab close`. A model is a catalog alias, a Hub id or a folder.
 
     \b
     Example:
       trimtab deploy process://trim-7f3a9c21 --port 8080
+      trimtab deploy docker://trim-7f3a9c21 --detach --ttl 120
+      trimtab deploy smollm2-135m-instruct --engine transformers
     """
-    run = Run.attach(handle, **cli_options.pairs(settings))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with run.deploy(port=port) as endpoint:
-        print(endpoint.url, flush=True)
-        print("It speaks OpenAI's interface under /v1. Ctrl-C ends it.", file=sys.stderr)
-        with contextlib.suppress(KeyboardInterrupt):
-            while endpoint.ready(timeout=60):
-                time.sleep(5)
-            raise EndpointError(f"{endpoint.url} answers no more: deploy it again with  trimtab deploy {handle}")
+    from trimtab import endpoint as serving
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a half-started endpoint is taken back then, too
+    given = {name: value for name, value in options.items() if value is not None}
+    pairs = cli_options.pairs(adapters, "--adapter", "law=process://trim-7f3a9c21")
+    given["adapters"] = {name: Run.attach(handle).artifact() for name, handle in pairs.items()}
+    asked = served(what, backend, cli_options.pairs(settings)) | given | {"detach": detach}
+    if dry_run:
+        print(json.dumps(serving.deploy_request(**asked), indent=2, ensure_ascii=False))
+        return
+    with display() as screen:
+        endpoint = serving.deploy(**asked, show=screen.show)
+    with endpoint:
+        facts = {"handle": str(endpoint.handle), "url": endpoint.url, "needs_key": endpoint.api_key is not None}
+        print(json.dumps(facts) if as_json else endpoint.handle if detach else endpoint.url, flush=True)
+        for line in _remarks(endpoint, detach):
+            print(line, file=sys.stderr, flush=True)
+        if not detach:
+            _hold(endpoint)
+
+
+def served(what: str, backend: str | None, settings: Mapping[str, str]) -> dict[str, Any]:
+    """The arguments of `endpoint.deploy` for a run's handle or a model; a setting goes to the run's backend, the endpoint's, or both."""
+    from trimtab.deployers import settings_of
+
+    place = what.partition("://")[0]
+    is_run = "://" in what and place in BACKENDS
+    backend = backend or (place if is_run else "process")
+    own = set(settings_of(backend)) | set(ServeSpec.model_fields)
+    runs = set(backend_settings(place)) if is_run else set()
+    refuse_unknown(settings, dict.fromkeys([*own, *runs]))
+    found: dict[str, Any] = {name: value for name, value in settings.items() if name in own} | {"backend": backend}
+    if not is_run:
+        return found | {"base_model": what}
+    run = Run.attach(what, **{name: value for name, value in settings.items() if name in runs})
+    return found | {"artifact": run.artifact(), "title": what}
+
+
+def _remarks(endpoint: Endpoint, detach: bool) -> Iterator[str]:
+    """What a person should know of an endpoint that answers now."""
+    handle = endpoint.handle
+    yield (
+        f"It answers at {endpoint.url}, with OpenAI's interface under /v1." if detach else f"{handle} speaks OpenAI's interface under /v1."
+    )
+    if handle is not None and endpoint.api_key:
+        yield f"It asks for a key; see it with  trimtab endpoints --backend {handle.backend} --keys"
+    yield f"End it with  trimtab close {handle}" if detach else f"Ctrl-C ends it; meanwhile, elsewhere:  trimtab chat {handle}"
+
+
+def _hold(endpoint: Endpoint) -> None:
+    """Wait until Ctrl-C, or the endpoint's own end. Raises EndpointError for one that failed."""
+    from trimtab.deployers.base import EndpointState
+
+    try:
+        while (found := endpoint.status()).state in (EndpointState.STARTING, EndpointState.SERVING):
+            time.sleep(_LOOK)
+    except KeyboardInterrupt:
+        return
+    if found.state is EndpointState.FAILED:
+        raise EndpointError(f"{endpoint.handle} has failed: {found.reason}")
+    print(f"{endpoint.handle} has ended: {found.reason}", file=sys.stderr)
 
 
 @click.command()
-@click.argument("handle")
+@click.option(
+    "--backend", "backends", type=click.Choice(list(BACKENDS)), multiple=True, help="where; may be repeated  [default: this machine]"
+)
 @cli_options.settings
-@click.option("--question", help="ask this one question and end")
-@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="longest answer, in tokens")
-def chat(handle: str, settings: tuple[str, ...], question: str | None, max_tokens: int) -> None:
-    """Talk to a run's model. `stop` or Ctrl-D ends it.
+@click.option("--keys", is_flag=True, help="show the API keys, too")
+@click.option("--close-orphans", is_flag=True, help="end what was left behind, and what is past its time")
+@cli_options.as_json
+def endpoints(backends: tuple[str, ...], settings: tuple[str, ...], keys: bool, close_orphans: bool, as_json: bool) -> None:
+    """List what answers: since when, at what cost per hour, until when, and what was left behind.
 
     \b
     Example:
-      trimtab chat process://trim-7f3a9c21
-      trimtab chat process://trim-7f3a9c21 --question "When does the library open?"
+      trimtab endpoints
+      trimtab endpoints --backend sagemaker --backend-option region=us-east-1 --close-orphans
     """
-    run = Run.attach(handle, **cli_options.pairs(settings))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with run.deploy() as endpoint:
-        if question is not None:
-            _ask(endpoint, [], question, max_tokens)
-            return
-        conversation: list[dict[str, str]] = []
-        while (asked := _read_line()) is not None:
-            if asked:
-                _ask(endpoint, conversation, asked, max_tokens)
+    from trimtab import endpoint as serving
+
+    given = cli_options.pairs(settings)
+    found: list[EndpointRecord] = []
+    for backend in backends or ("process", "docker"):
+        try:
+            found += serving.endpoints(backend, **given)
+        except BackendError as exc:
+            if backends:
+                raise
+            print(f"{backend}: {str(exc).partition(';')[0]}", file=sys.stderr)
+    secret = {str(each.handle): _key(each, given) for each in found} if keys else {}
+    if as_json:
+        print(json.dumps([_facts(each) | ({"api_key": secret[str(each.handle)]} if keys else {}) for each in found]))
+    else:
+        for each in found:
+            print(_line(each) + (f"  key {secret[str(each.handle)]}" if secret.get(str(each.handle)) else ""))
+    for each in found if close_orphans else ():
+        if each.orphan:
+            serving.close(each.handle, **given)
+            print(f"closed {each.handle}: {each.orphan}", file=sys.stderr)
 
 
-def _read_line() -> str | None:
-    """What a person types, without blanks around it; None for `stop` and at the end of the input."""
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  line editing for input()
+def _key(record: EndpointRecord, settings: Mapping[str, Any]) -> str | None:
+    from trimtab.endpoint import Endpoint
+
     try:
-        text = input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
+        with Endpoint.attach(record.handle, **settings) as endpoint:
+            return endpoint.api_key
+    except TrimtabError:  # it has ended: nobody needs its key
         return None
-    return None if text == "stop" else text
 
 
-def _ask(endpoint: Endpoint, conversation: list[dict[str, str]], question: str, max_tokens: int) -> None:
-    """Print the answer and its seconds, and add both sides to the conversation."""
-    conversation.append({"role": "user", "content": question})
-    began = time.monotonic()
-    answer = endpoint.chat(conversation, max_new_tokens=max_tokens)
-    conversation.append({"role": "assistant", "content": answer})
-    print(answer, flush=True)
-    print(f"({time.monotonic() - began:.1f} s)", file=sys.stderr, flush=True)
+def _line(each: EndpointRecord) -> str:
+    now = datetime.now(UTC)
+    parts = [str(each.handle), f"{each.state:<8}", f"since {each.created.astimezone():%Y-%m-%d %H:%M}"]
+    parts += [f"${each.usd_per_hour:.2f}/h"] if each.usd_per_hour is not None else []
+    parts += [f"ends in {clock(max(0.0, (each.expires - now).total_seconds()))}"] if each.expires else []
+    parts += [each.url, each.title, each.reason]
+    return "  ".join(filter(None, parts)) + (
+        f"\n    left behind: {each.orphan}; remove it with  trimtab close {each.handle}" if each.orphan else ""
+    )
+
+
+def _facts(each: EndpointRecord) -> dict[str, Any]:
+    times = {"created": each.created.isoformat(), "expires": each.expires.isoformat() if each.expires else None}
+    return asdict(each) | {"handle": str(each.handle)} | times
+
+
+@click.command()
+@click.argument("handles", nargs=-1, required=True, metavar="HANDLE...")
+@cli_options.settings
+def close(handles: tuple[str, ...], settings: tuple[str, ...]) -> None:
+    """End endpoints and remove all that belongs to them. Quiet for one that is gone.
+
+    \b
+    Example:
+      trimtab close docker://trim-ep-7f3a9c21
+    """
+    from trimtab import endpoint as serving
+
+    for handle in handles:
+        serving.close(handle, **cli_options.pairs(settings))

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from trimtab import weights
 from trimtab.artifact import Artifact
 from trimtab.backends import check_name, load_backend
 from trimtab.backends.base import Backend, Removable, Reporting, Resumable, RunHandle, RunState, RunStatus
@@ -120,15 +119,14 @@ class Run:
         found.verify()
         return found
 
-    def deploy(self, **options: Any) -> Endpoint:
-        """Serve base model and adapter; the options are those of `trimtab.endpoint.deploy`.
+    def deploy(self, *, backend: str | None = None, **options: Any) -> Endpoint:
+        """Serve what the run left, by default where it ran; the options are those of `trimtab.endpoint.deploy`.
 
         Raises WeightsError when the base model is not the one that was trained, EndpointError when nothing answers.
         """
         from trimtab.endpoint import deploy
 
-        artifact = self.artifact()
-        return deploy(artifact, base_model=weights.resolve_trained(artifact).folder, **options)
+        return deploy(self.artifact(), backend=backend or self.handle.backend, **{"title": str(self.handle)} | options)
 
     def _reporting(self) -> Reporting:
         if isinstance(self.backend, Reporting):

@@ -28,19 +28,30 @@ def check_name(name: str) -> str:
     raise SpecError(f"there is no backend {name!r}; {hint}")
 
 
+def backend_class(name: str) -> type[Any]:
+    """Raises SpecError for a name that is no backend's, BackendUnavailable with the remedy for what is not installed."""
+    target, remedy = BACKENDS[check_name(name)]
+    module, _, attribute = target.partition(":")
+    try:
+        kind: type[Any] = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as exc:
+        if (exc.name or "").startswith("trimtab"):
+            raise  # our own mistake, not a missing dependency
+        raise BackendUnavailable(f"the {name} backend needs {exc.name}:  {remedy}") from exc
+    return kind
+
+
+def settings_of(name: str) -> list[str]:
+    """The names of a backend's settings."""
+    return list(inspect.signature(backend_class(name)).parameters)
+
+
 def load_backend(name: str, options: Mapping[str, Any] | None = None) -> Backend:
     """A backend; `options` are its constructor's settings by name, such as memory="8g".
 
     Raises SpecError for an unknown name of either kind or a wrong value, BackendUnavailable with the remedy.
     """
-    target, remedy = BACKENDS[check_name(name)]
-    module, _, attribute = target.partition(":")
-    try:
-        kind = getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as exc:
-        if (exc.name or "").startswith("trimtab"):
-            raise  # our own mistake, not a missing dependency
-        raise BackendUnavailable(f"the {name} backend needs {exc.name}:  {remedy}") from exc
+    kind = backend_class(name)
     given = dict(options or {})
     refuse_unknown(given, inspect.signature(kind).parameters)
     backend: Backend = kind(**given)
