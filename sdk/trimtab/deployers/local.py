@@ -187,12 +187,14 @@ class LocalEndpoints(ABC):
 
     def _explain(self, handle: EndpointHandle) -> str:
         """Why an endpoint does not answer any more; "" while its server lives."""
-        with contextlib.suppress(TrimtabError):
-            folder, record = self._found(handle)
-            if until(lambda: not self._lives(folder, record), _DYING):
-                return f"{handle} has ended: {self._ended(folder, record)[1]}{self._tail(folder)}\nDeploy it again."
-            return ""
-        return f"{handle} was closed: deploy it again"
+        try:
+            if (found := self._look_up(handle)) is None:
+                return f"{handle} was closed: deploy it again"
+            if until(lambda: not self._lives(*found), _DYING):
+                return f"{handle} has ended: {self._ended(*found)[1]}{self._tail(found[0])}\nDeploy it again."
+        except TrimtabError as exc:  # the place where it runs is away, too
+            return str(exc)
+        return ""
 
     @staticmethod
     def _tail(folder: Path) -> str:
