@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -132,11 +133,11 @@ class Endpoint:
         body = _body(model, max_new_tokens, temperature, top_p, top_k, seed, stop) | {"stream": True}
         if chat:
             events = self._transport.stream("/v1/chat/completions", {**body, "messages": _talk(messages)}, timeout=self.timeout)
-            return (piece for event in events if (piece := _first(event).get("delta", {}).get("content")))
+            return _pieces(events, lambda choice: choice.get("delta", {}).get("content"))
         if not isinstance(messages, str):
             raise EndpointError("only a text can be gone on from: give one text, or leave out chat=False")
         events = self._transport.stream("/v1/completions", {**body, "prompt": messages}, timeout=self.timeout)
-        return (piece for event in events if (piece := _first(event).get("text")))
+        return _pieces(events, lambda choice: choice.get("text"))
 
     def models(self) -> list[str]:
         """The names that can be asked; the first is the default."""
@@ -327,6 +328,13 @@ def _body(
     # top_k is not OpenAI's: a server of that interface alone is not bothered with it unless it is used
     optional = {"model": model, "top_k": top_k or None, "seed": seed, "stop": [stop] if isinstance(stop, str) else list(stop) or None}
     return values | {name: value for name, value in optional.items() if value is not None}
+
+
+def _pieces(events: Generator[dict[str, Any]], text: Callable[[dict[str, Any]], Any]) -> Generator[str]:
+    with contextlib.closing(events):  # whoever stops listening ends the answer at once
+        for event in events:
+            if piece := text(_first(event)):
+                yield str(piece)
 
 
 def _first(answer: Any) -> dict[str, Any]:

@@ -85,15 +85,16 @@ def serving(
     beside = {_adapter_name(name): _artifact(found) for name, found in (adapters or {}).items()}
     every = ([] if tuned is None else [tuned]) + list(beside.values())
     base = _base(base_model, every)
-    spec = spec.model_copy(
-        update={"name": spec.name or _name(base, base_model, every), "trust_remote_code": _trusted(trust_remote_code, base)}
-    )
-    title = title or spec.name or base.folder.name
+    merging = tuned is not None and merge and not beside
+    name = _name(base_model, every)
+    alone = name if merging or not every else ""  # beside its adapters the base has that name, which the server knows itself
+    spec = spec.model_copy(update={"name": spec.name or alone, "trust_remote_code": _trusted(trust_remote_code, base)})
+    title = title or name or base.folder.name
     if not every:
         return _of(spec, title, device, base.digest, {"model": _files(base)}, model=base.folder, uri=base.uri or "")
     if base.uri is not None:
         raise WeightsError(f"the weights of {base.uri} are not on this machine, and an adapter needs them: fetch them with  aws s3 sync")
-    if tuned is not None and merge and not beside:
+    if tuned is not None and merging:
         from trimtab.merge import merge_digest, pick_of
 
         digest = merge_digest(tuned, base, pick_of(tuned, base)[0])
@@ -152,7 +153,7 @@ def _base(given: str | Path | None, artifacts: Iterable[Artifact]) -> BaseModel:
     return found
 
 
-def _name(base: BaseModel, given: str | Path | None, artifacts: Iterable[Artifact]) -> str:
+def _name(given: str | Path | None, artifacts: Iterable[Artifact]) -> str:
     """What people call the model: an alias or a Hub id; the folder's name of a local one that was trained; "" for a folder alone."""
     trained = next((artifact.spec.model for artifact in artifacts), None)
     name = trained or str(given)

@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from http.client import HTTPException, HTTPResponse
 from typing import Any, Protocol
 
@@ -42,7 +42,7 @@ class Transport(Protocol):
         """The answer as JSON; without a body it is only looked at (GET)."""
         ...
 
-    def stream(self, path: str, body: Mapping[str, Any], *, timeout: float) -> Iterator[dict[str, Any]]:
+    def stream(self, path: str, body: Mapping[str, Any], *, timeout: float) -> Generator[dict[str, Any]]:
         """The answer's events as they come. The question is asked with the first; who stops listening ends the answer."""
         ...
 
@@ -88,7 +88,7 @@ class HttpTransport:
         with self._errors(timeout), self._open(path, body, timeout) as answer:
             return json.load(answer)
 
-    def stream(self, path: str, body: Mapping[str, Any], *, timeout: float) -> Iterator[dict[str, Any]]:
+    def stream(self, path: str, body: Mapping[str, Any], *, timeout: float) -> Generator[dict[str, Any]]:
         with self._errors(timeout), self._open(path, body, timeout) as answer:
             yield from sent_events(answer)
 

@@ -130,7 +130,7 @@ class DockerDeployer(LocalEndpoints):
                 found.append(self._listed(handle, folder, record))  # under another home
                 continue
             state = EndpointState.SERVING if facts["State"] == "running" else EndpointState.ENDED
-            orphan = f"a container without its folder {folder}: remove it with  trimtab close {handle}"
+            orphan = f"a container without its folder {folder}, so without its key"
             found.append(EndpointRecord(handle, "", state, datetime.fromtimestamp(facts["Created"], UTC), orphan=orphan))
         return sorted(found, key=lambda one: one.created, reverse=True)
 

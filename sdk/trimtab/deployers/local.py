@@ -162,7 +162,7 @@ class LocalEndpoints(ABC):
         else:
             state, reason = self._ended(folder, record)
             if not endpoint_folder.has_client(folder):
-                orphan = f"it has {state}, and its folder is left: remove it with  trimtab close {handle}"
+                orphan = f"it has {state}, and its folder {folder} is left"
         url = record.url or self._url(folder, record)
         return EndpointRecord(handle, record.title, state, record.created, reason, url, None, record.expires, orphan)
 
