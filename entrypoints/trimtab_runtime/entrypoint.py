@@ -94,7 +94,10 @@ def _user_for(
         say(f"{problem}: is {job.root} writable?")
     closed = _closed(job.root / "input")
     if serving:  # what it reads may be somebody's own, or a mount that nobody writes to
-        refused = _give([*closed, *_closed(job.model)], deep=False) + _give([output] if output.exists() else [], deep=True)
+        if unreadable := _give([*closed, *_closed(job.model)], deep=False):
+            say(f"stays root: user {USER} could not read {', '.join(unreadable)}")
+            return None
+        refused = _give([output] if output.exists() else [], deep=True)
     else:
         whole = [job.model, job.checkpoints, output, job.hyperparameters.parent, *staged(job)]
         single = [job.root, *(path for path in job.root.glob("*") if path.is_file()), *closed]

@@ -17,45 +17,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from support.containers import SOMEONE, container, ended, own, small_image
 from support.job_tree import make_job
 from support.job_tree import run as run_here
 from trimtab import images
 from trimtab.cli import main
 from trimtab.errors import BackendError, BackendUnavailable
-from trimtab.images import Plan, context
+from trimtab.images import Plan
 from trimtab.layout import JobDir
 from trimtab_runtime.entrypoint import USER
 
 if TYPE_CHECKING:
     from docker import DockerClient
-    from docker.models.containers import Container
-
-SOMEONE = os.getuid() or 4321  # without a name in the image, and not root
-
-
-@contextlib.contextmanager
-def container(client: DockerClient, image: str, job: JobDir | None = None, **how: object) -> Iterator[Container]:
-    """A container with a read-only root, no network and no powers that it was not given, gone at the end."""
-    volumes = {} if job is None else {str(job.root): {"bind": "/opt/ml", "mode": "rw"}}
-    settings = {"read_only": True, "tmpfs": {"/tmp": "mode=1777"}, "network_mode": "none", "environment": {"OMP_NUM_THREADS": "1"}}
-    started = client.containers.run(image, detach=True, volumes=volumes, labels={"trimtab-test": "images"}, **{**settings, **how})
-    try:
-        yield started
-    finally:
-        started.remove(force=True, v=True)
-
-
-def ended(started: Container, code: int) -> str:
-    """What it printed; its exit code is checked."""
-    found = started.wait(timeout=300)["StatusCode"]
-    said = started.logs().decode()
-    assert found == code, said
-    return said
-
-
-def own(root: Path, user: int) -> None:
-    for path in (root, *root.rglob("*")):
-        os.chown(path, user, user, follow_symlinks=False)
 
 
 def owners(job: JobDir) -> set[int]:
@@ -153,18 +126,6 @@ def test_a_tag_that_moved_is_refused(client: DockerClient, xeon_image: str) -> N
             images.check(images.inspect(moved, client), client)
     finally:
         client.images.remove(moved, noprune=True)
-
-
-@contextlib.contextmanager
-def small_image(client: DockerClient, base: str, *lines: str, labels: dict[str, str] | None = None) -> Iterator[str]:
-    """An image on the base, with some more lines of a Dockerfile."""
-    tag = f"trimtab-test-small:{os.getpid()}"
-    files = {"Dockerfile": "\n".join([f"FROM {base}", *lines]).encode()}
-    client.images.build(fileobj=context.archive(files), custom_context=True, tag=tag, labels=labels, rm=True, forcerm=True)
-    try:
-        yield tag
-    finally:
-        client.images.remove(tag, force=True)
 
 
 def test_a_base_without_the_right_python_is_named(client: DockerClient, base_image: str) -> None:
