@@ -28,6 +28,7 @@ pytest_plugins = [
     "support.training_jobs",
     "support.sagemaker_runs",
     "support.log_groups",
+    "support.hosting",
 ]
 
 PAGES = Path(__file__).parent / "support" / "pages"

@@ -1,6 +1,6 @@
 """What the containers want in `/invocations`, and what they answer: one meaning in three forms. Pure.
 
-trimtab: OpenAI's bodies and TGI's. openai (vLLM): OpenAI's, told apart by their members. tgi (LMI, TGI): `inputs` with `parameters`, and chat.
+trimtab: OpenAI's bodies and TGI's. openai (vLLM): OpenAI's, told apart by their members. tgi (LMI, TGI): `inputs` with `parameters`, chat.
 Source: TGI's HTTP API reference; "LMI handlers Inference API Schema" (DJL Serving); OpenAI API reference.
 """
 
