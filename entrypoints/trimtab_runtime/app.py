@@ -23,7 +23,7 @@ from trimtab_runtime.http import JSON, Connection, Incoming, Refusal
 from trimtab_runtime.metrics import CONTENT_TYPE, Metrics
 from trimtab_runtime.prompts import Prompts
 
-COME_BACK, STARTING = 1, 5  # seconds told to who may try again: while it is full, while there is no engine
+COME_BACK, STARTING = 1, 2  # seconds told to who may try again: while it is full, while there is no engine
 
 
 class App:

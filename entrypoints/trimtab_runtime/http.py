@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
+from http import HTTPStatus
 
 import h11
 
@@ -208,6 +209,8 @@ class Connection(asyncio.Protocol):
         self._head = Incoming(event.method.decode("latin-1"), path, headers, b"")
         self._body, self._size, self._refusal = bytearray(), 0, None
         try:
+            if event.http_version not in (b"1.0", b"1.1"):
+                raise Refusal(505, "this server speaks HTTP/1.1")
             self._server.admit(self._head)
             if int(headers.get("content-length", 0)) > self._limits.body_bytes:
                 raise self._too_big()
@@ -331,6 +334,6 @@ class Connection(asyncio.Protocol):
             headers.append(("Retry-After", str(retry_after)))
         if status == 401:
             headers.append(("WWW-Authenticate", "Bearer"))
-        if self._server.closing:
+        if self._server.closing or status in (408, 505):
             headers.append(("Connection", "close"))
-        return self._h11.send(h11.Response(status_code=status, headers=headers)) or b""
+        return self._h11.send(h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase.encode())) or b""
