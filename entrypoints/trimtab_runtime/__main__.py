@@ -1,4 +1,4 @@
-"""`python -m trimtab_runtime generate|prepare|measure|train|evaluate|merge|serve`.
+"""`python -m trimtab_runtime generate|prepare|measure|train|evaluate|merge|losses|serve`.
 
 Read the spec, call, write the result or the failure, exit.
 
@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> int:
         "train": _train,
         "evaluate": _evaluate,
         "merge": _merge,
+        "losses": _losses,
     }
     job = JobDir.from_environment()
     if arguments == ["serve"]:
@@ -127,6 +128,15 @@ def _merge(job: JobDir, events: EventLog) -> int:
 
     events.write(Phase(name="merge", at=time.time()))
     merge(job, _say, lambda done, of: events.write(Progress(name="merge", done=done, of=of)))
+    return 0
+
+
+def _losses(job: JobDir, events: EventLog) -> int:
+    _before_torch()
+    from trimtab_runtime.losses import losses
+
+    events.write(Phase(name="losses", at=time.time()))
+    losses(job, _say, lambda done, of: events.write(Progress(name="losses", done=done, of=of)))
     return 0
 
 

@@ -21,7 +21,8 @@ from trimtab.command import refuse_missing_runtime
 from trimtab.errors import SpecError, StagingError, WeightsError
 from trimtab.events import Event
 from trimtab.layout import JobDir
-from trimtab.model_folder import FileFact, Manifest, fact_of, local_facts, make_once
+from trimtab.model_folder import MANIFEST as WEIGHTS_MANIFEST
+from trimtab.model_folder import FileFact, Manifest, fact_of, link_or_copy, local_facts, make_once
 from trimtab.staging import link_model, run_verb
 from trimtab.weights import BaseModel
 
@@ -64,6 +65,38 @@ def merged(
     return folder
 
 
+def export(folder: Path, output: Path) -> Path:
+    """A merged folder from the cache once more, as a user's own, whole or not at all. Weights share bytes with the cache where they can.
+
+    Raises StagingError for a folder that holds something, and where there is no room.
+    """
+    refuse_used(output)
+    output = output.expanduser().absolute()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+        try:
+            for path in sorted(folder.iterdir()):
+                if path.suffix == ".safetensors":
+                    link_or_copy(path, partial / path.name)
+                elif path.name != WEIGHTS_MANIFEST:
+                    shutil.copyfile(path, partial / path.name)
+            partial.chmod(0o755)  # mkdtemp's folder is private
+            partial.rename(output)  # takes the place of an empty one
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as exc:
+        raise StagingError(f"the merged model cannot be put into {output} ({exc}): make room there, or choose another folder") from exc
+    return output
+
+
+def refuse_used(output: Path) -> None:
+    """Raise StagingError for a place where something is."""
+    output = output.expanduser()
+    if output.is_symlink() or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
+        raise StagingError(f"{output} is there already: choose a folder that is new or empty")
+
+
 def refuse_other_base(artifact: Artifact, base: BaseModel) -> None:
     """Raise WeightsError where `base` is not what the artifact was trained on, or lies elsewhere."""
     if base.uri is not None:
@@ -103,7 +136,7 @@ def merge_digest(artifact: Artifact, base: BaseModel, onto: str) -> str:
     return hashlib.sha256(json.dumps([FORMAT, artifact.digest, small, spec, base.digest, onto]).encode()).hexdigest()
 
 
-def tree(root: Path, artifact: Artifact, base: BaseModel) -> JobDir:
+def lay_out(root: Path, artifact: Artifact, base: BaseModel) -> JobDir:
     """The channels of the runtime's `merge` and `losses`: links to the base's files and to the artifact."""
     job = JobDir(root)
     job.channel("").mkdir(parents=True)
@@ -122,7 +155,7 @@ def _make(place: Path, artifact: Artifact, base: BaseModel, onto: str, show: Cal
             "TRIMTAB_CACHE to another folder"
         )
     with tempfile.TemporaryDirectory(prefix="trimtab-merge-") as root:
-        job = tree(Path(root), artifact, base)
+        job = lay_out(Path(root), artifact, base)
         job.model.symlink_to(place, target_is_directory=True)
         job.channel("merge").mkdir()
         (job.channel("merge") / "request.json").write_text(json.dumps({"onto": onto}), encoding="utf-8")

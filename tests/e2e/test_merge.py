@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from support.job_tree import make_job, run
+from support.job_tree import PAGES, make_job, run, train_here
 from support.tiny_model import make_tiny_model
 from trimtab import weights
 from trimtab.artifact import Artifact
-from trimtab.errors import SpecError, WeightsError
-from trimtab.merge import merge_digest, merged, pick_of
+from trimtab.data import load
+from trimtab.errors import DataError, SpecError, StagingError, WeightsError
+from trimtab.events import Progress
+from trimtab.merge import merge_digest, merged, pick_file, pick_of
+from trimtab.merge_cli import merge as command
+from trimtab.merge_report import measure
 from trimtab.weights import BaseModel
 
 MERGE = """
@@ -50,23 +55,26 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, base: BaseModel) -> Artif
     options = {"model": str(base.folder), "model_digest": base.digest, "method": "qlora", "max_steps": 30, "epochs": 30}
     job = make_job(tmp_path_factory.mktemp("merge") / "job", base.folder, **options)
     run(job, "prepare")
-    run(job, "train")
+    train_here(job)
     return Artifact(job.model)
 
 
-@pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "merged"
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where this file's models are merged; one test finds what another has made."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIMTAB_CACHE", str(folder))
+        yield folder / "merged"
 
 
-def test_two_processes_make_one_folder_which_loads_like_any_model(artifact: Artifact, base: BaseModel, own_cache: Path) -> None:
+def test_two_processes_make_one_folder_which_loads_like_any_model(artifact: Artifact, base: BaseModel, cache: Path) -> None:
     with ThreadPoolExecutor(2) as both:
         done = list(both.map(lambda _: elsewhere(artifact, base), range(2)))
     assert [one.returncode for one in done] == [0, 0], done
     (folder,) = {Path(one.stdout.strip()) for one in done}
     assert sum("waiting" in one.stderr for one in done) == 1
-    assert [path.name for path in own_cache.iterdir() if not path.name.startswith(".")] == [folder.name]
+    assert [path.name for path in cache.iterdir() if not path.name.startswith(".")] == [folder.name]
     again = weights.resolve(str(folder), say=lambda line: None)  # a model like any other, also to be tuned again
     assert "model.safetensors" in again.files
     assert json.loads((folder / "trimtab.json").read_text())["merged"]["onto"] == "dequantised"
@@ -83,15 +91,16 @@ def test_two_processes_make_one_folder_which_loads_like_any_model(artifact: Arti
     assert (folder / "model.safetensors").read_bytes() != bytes(data)
 
 
-def test_a_disk_that_is_full_leaves_nothing(artifact: Artifact, base: BaseModel, own_cache: Path) -> None:
+def test_a_disk_that_is_full_leaves_nothing(artifact: Artifact, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
     done = elsewhere(artifact, base, limit=1 << 20)
     assert done.returncode == 1
     assert "StagingError: the model could not be merged: the merged model cannot be written" in done.stderr
     assert "make room" in done.stderr
-    assert [path for path in own_cache.iterdir() if path.is_dir()] == []
+    assert [path for path in (tmp_path / "merged").iterdir() if path.is_dir()] == []
 
 
-def test_other_bases_and_other_methods_are_refused(artifact: Artifact, base: BaseModel, own_cache: Path, tmp_path: Path) -> None:
+def test_other_bases_and_other_methods_are_refused(artifact: Artifact, base: BaseModel, tmp_path: Path) -> None:
     other = weights.resolve(str(make_tiny_model(tmp_path / "other", seed=1)), say=lambda line: None)
     with pytest.raises(WeightsError, match="is not the model that was tuned"):
         merged(artifact, other)
@@ -104,4 +113,52 @@ def test_other_bases_and_other_methods_are_refused(artifact: Artifact, base: Bas
     assert pick_of(Artifact(lora), base)[0] == "original"
     assert pick_of(artifact, base)[0] == "dequantised"
     assert len({merge_digest(found, base, onto) for found in (artifact, Artifact(lora)) for onto in ("original", "dequantised")}) == 4
-    assert not own_cache.exists()
+
+
+def test_what_merging_costs_is_measured_and_the_pick_is_used(artifact: Artifact, base: BaseModel, cache: Path) -> None:
+    seen: list[Progress] = []
+    report = measure(artifact, base, show=lambda event: seen.append(event) if isinstance(event, Progress) else None)
+    assert (seen[-1].done, len(seen)) == (seen[-1].of, seen[-1].of)
+    assert list(report.models) == ["unmerged", "dequantised", "original", "base"]
+    unmerged, dequantised, original, untuned = report.models.values()
+    assert abs(dequantised.loss - unmerged.loss) < 1e-4 < abs(original.loss - unmerged.loss)
+    assert unmerged.agreement == 1
+    assert unmerged.divergence == 0
+    assert dequantised.divergence < 1e-6 < original.divergence < untuned.divergence
+    assert dequantised.agreement > original.agreement > untuned.agreement
+    assert report.documents == 24
+    assert unmerged.trained is not None, "the run's rows are here"
+    assert untuned.trained is not None
+    assert unmerged.trained < untuned.trained - 0.1
+    assert pick_of(artifact, base) == (report.pick, report.reason)
+
+    pick_file(artifact, base).write_text(json.dumps({"pick": "original", "reason": "said here"}))
+    assert json.loads((merged(artifact, base) / "trimtab.json").read_text())["merged"]["onto"] == "original"
+
+
+def test_pages_that_were_trained_on_are_not_held_out(artifact: Artifact, base: BaseModel, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "own.txt").write_text("New here.\n" + "\n".join(PAGES.values()))
+    with pytest.raises(DataError, match=r"own\.txt is among the pages that the run was trained on"):
+        measure(artifact, base, load(tmp_path / "pages", say=lambda line: None).documents)
+
+
+def test_the_command_measures_merges_and_hands_the_model_over(
+    artifact: Artifact, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "new.txt").write_text("A page that nobody trained on. " * 30)
+    output = tmp_path / "models" / "mill"
+    command.main([str(artifact.path), str(tmp_path / "pages"), "--output", str(output)], standalone_mode=False)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == str(output)
+    assert "the pages given" in printed[0]
+    assert "too few to tell" in printed[-2]
+    assert "trimtab-weights.json" not in {path.name for path in output.iterdir()}
+    with pytest.raises(StagingError, match="is there already"):
+        command.main([str(artifact.path), "--output", str(output)], standalone_mode=False)
+
+    command.main([str(artifact.path), "--onto", "dequantised", "--json"], standalone_mode=False)
+    told = json.loads(capsys.readouterr().out)
+    assert (told["onto"], told["report"]) == ("dequantised", None)
+    assert (Path(told["folder"]) / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()

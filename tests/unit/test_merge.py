@@ -117,6 +117,47 @@ def test_it_answers_as_base_and_adapter_do(base: Path, artifact: Path, tmp_path:
     assert (merged - trained).abs().max() < 0.05 * (original - trained).abs().max()
 
 
+def test_the_losses_are_those_of_the_models_that_serve(base: Path, artifact: Path, tmp_path: Path) -> None:
+    from trimtab_runtime.losses import Passage, score, variant
+
+    adapter = read_adapter(artifact)
+    served = Engine.load(base, artifact)
+    ids = served.encode("The keeper of the tower counts ships at dawn and then he writes each name")
+    passage = Passage(0, ids, [True] * (len(ids) - 1))
+    wholes = {"unmerged": served.model(), "base": served.model("base")} | {
+        onto: Engine.load(merged_into(tmp_path / onto, base, artifact, onto), dtype="float32").model()
+        for onto in ("original", "dequantised")
+    }
+    with torch.inference_mode():
+        trained = score(variant(base, adapter, "unmerged", torch.float32, torch.float32), passage, None).hidden
+        for name, whole in wholes.items():
+            found = score(variant(base, adapter, name, torch.float32, torch.float32), passage, trained)
+            said, wanted = (model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for model in (whole, wholes["unmerged"]))
+            nats = -said.gather(1, torch.tensor(ids[1:])[:, None]).sum().item()
+            assert found.nats == pytest.approx(nats, rel=1e-4), name
+            assert found.divergence == pytest.approx((wanted.exp() * (wanted - said)).sum().item(), abs=2e-3), name
+            assert found.agree == int((said.argmax(-1) == wanted.argmax(-1)).sum()), name
+            assert found.tokens == len(ids) - 1
+    counted = score(whole, Passage(0, ids, [place < 3 for place in range(len(ids) - 1)]), None)
+    assert counted.tokens == 3
+    assert counted.nats < found.nats
+
+
+def test_long_text_is_cut_into_passages_and_beyond_the_most_left_out(base: Path) -> None:
+    from trimtab_runtime.losses import MOST, WINDOW, held_out
+    from trimtab_runtime.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(base)
+    long, short = "The keeper counts ships. " * 9000, "Tides turn."
+    passages, left_out = held_out([long, short, ""], tokenizer)
+    assert {one.document for one in passages} == {0, 1}
+    assert all(len(one.ids) <= WINDOW and one.ids[0] == tokenizer.document_start for one in passages)
+    assert left_out > 0
+    kept = sum(len(one.counts) for one in passages)
+    assert kept <= MOST
+    assert kept + left_out == len(tokenizer.text(long)) + len(tokenizer.text(short))
+
+
 def test_biases_and_a_head_of_its_own_stay(base: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from trimtab.spec import TrainSpec
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -20,6 +23,8 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 def add_adapters(model: PreTrainedModel, spec: TrainSpec) -> PeftModel:
     """Freeze the base and put fp32 adapters on its linear layers; only they are trained."""
+    from peft import LoraConfig, get_peft_model  # here: who only merges or serves need not wait for it
+
     targets = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})
     config = LoraConfig(
         r=spec.lora_rank, lora_alpha=spec.lora_alpha, lora_dropout=spec.lora_dropout, target_modules=targets, task_type="CAUSAL_LM"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trimtab_runtime.methods.lora import linear_layers
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 BLOCK = 64
 Factors = tuple[Tensor, Tensor]

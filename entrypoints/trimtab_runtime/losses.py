@@ -1,0 +1,206 @@
+"""What merging costs: how well held-out text is predicted by the tuned model as it was trained, as it can be merged, and by the base.
+
+Channels `model`, `adapters/tuned` (the artifact), `documents` (documents.jsonl: held out), and where there is one `train` (the run's
+own rows) -> output/data/losses.json.
+
+    {"computed": str, "left_out": tokens,
+     "passages": [{"document": int, "tokens": int}, ...],
+     "models": {name: {"nats": [float of each passage], "agreement": float, "divergence": float, "trained": float | null}}}
+
+`unmerged` is the adapter beside the weights it was trained on, `original` and (qlora) `dequantised` are the merged models as merge.py
+writes them, `base` is the untuned one. `nats` are summed over a passage's tokens; `trained` is the mean over learned tokens of the run's
+documents; `agreement` is the share of places where the likeliest token is the one of `unmerged`, `divergence` the mean Kullback-Leibler
+divergence from its predictions, in nats a token.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from trimtab.errors import StagingError, WeightsError
+from trimtab.layout import JobDir
+from trimtab_runtime import manifest
+from trimtab_runtime.merge import TUNED, Adapter, read_adapter, read_facts, shards_of, trained_dtype
+from trimtab_runtime.methods.lora import linear_layers
+from trimtab_runtime.methods.qlora import dequantised_nf4
+from trimtab_runtime.prepare import read_records
+from trimtab_runtime.rows import PackedRows
+from trimtab_runtime.shards import read_header
+from trimtab_runtime.tokenizer import Tokenizer
+
+WINDOW = 512  # tokens of a passage
+MOST = 32_768  # held-out tokens that are looked at; of longer text the first passages of each document
+TRAINED = 4_096  # tokens of the run's own rows
+_PIECE = 128  # places whose predictions over the vocabulary are in memory at once
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens [n] of document number `document`, and for each but the first whether it counts."""
+
+    document: int
+    ids: list[int]
+    counts: list[bool]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one passage: nats over the tokens that count, their number, places where both agree, summed divergence, and the last
+    hidden states [n - 1, width], from which predictions are made."""
+
+    nats: float
+    tokens: int
+    agree: int
+    divergence: float
+    hidden: Tensor
+
+
+def losses(job: JobDir, say: Callable[[str], None], progress: Callable[[int, int], None]) -> None:
+    """Raises StagingError where the documents hold no text, and what merge.py raises for the adapter."""
+    base, tuned = job.channel("model"), job.adapters / TUNED
+    facts, adapter = read_facts(tuned), read_adapter(tuned)
+    tokenizer = Tokenizer(tuned if (tuned / "tokenizer.json").is_file() else base)
+    texts = [record["text"] for record in read_records(job.channel("documents") / "documents.jsonl", ("title", "text"))]
+    held, left_out = held_out(texts, tokenizer)
+    if not held:
+        raise StagingError("the held-out documents are empty: give pages with text")
+    own = trained(PackedRows(job.channel("train"))) if (job.channel("train") / manifest.NAME).is_file() else []
+    disable_progress_bar()
+    parameters = sum(math.prod(entry["shape"]) for shard in shards_of(base) for entry in read_header(shard).values())
+    dtype, why = compute_dtype(parameters, available_bytes())
+    say(f"losses: {sum(len(one.counts) for one in held):,} held-out tokens in {len(held)} passages; computed {why}")
+    nf4 = trained_dtype(facts) if facts.get("spec", {}).get("method") == "qlora" else None
+    names = ("unmerged", *(("dequantised",) if nf4 else ()), "original", "base")
+    count = itertools.count(1)
+    total = len(names) * (len(held) + len(own))
+    models: dict[str, dict[str, Any]] = {}
+    trained_states: list[Tensor] = []
+    with torch.inference_mode():
+        for name in names:
+            model = variant(base, adapter, name, nf4, dtype)  # one at a time: a large one fits only once
+            scored = []
+            for place, passage in enumerate(held):
+                scored.append(score(model, passage, trained_states[place] if trained_states else None))
+                progress(next(count), total)
+            trained_states = trained_states or [one.hidden for one in scored]
+            seen = [0.0, 0]
+            for passage in own:
+                one = score(model, passage, None)
+                seen = [seen[0] + one.nats, seen[1] + one.tokens]
+                progress(next(count), total)
+            places = sum(one.tokens for one in scored)
+            models[name] = {
+                "nats": [one.nats for one in scored],
+                "agreement": sum(one.agree for one in scored) / places,
+                "divergence": sum(one.divergence for one in scored) / places,
+                "trained": seen[0] / seen[1] if seen[1] else None,
+            }
+            del model
+    passages = [{"document": one.document, "tokens": len(one.counts)} for one in held]
+    told = {"computed": why, "left_out": left_out, "passages": passages, "models": models}
+    manifest.write_json(job.events.parent / "losses.json", told)
+
+
+def held_out(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[list[Passage], int]:
+    """The texts in passages of at most `WINDOW` tokens, each for itself; and how many tokens beyond `MOST` are left out."""
+    found = []
+    for number, text in enumerate(texts):
+        ids = tokenizer.text(text)
+        for turn, start in enumerate(range(0, len(ids), WINDOW - 1)):
+            piece = [tokenizer.document_start, *ids[start : start + WINDOW - 1]]
+            found.append((turn, Passage(number, piece, [True] * (len(piece) - 1))))
+    found.sort(key=lambda item: item[0])  # stable: the first passage of every document, then the second ones
+    sizes = list(itertools.accumulate(len(passage.counts) for _, passage in found))
+    kept = [passage for (_, passage), upto in zip(found, sizes, strict=True) if upto <= MOST]
+    return kept, (sizes[-1] if sizes else 0) - sum(len(passage.counts) for passage in kept)
+
+
+def trained(rows: PackedRows) -> list[Passage]:
+    """Samples of the run's own documents, spread over its rows, about `TRAINED` learned tokens in all; nothing that was rehearsed."""
+    found: list[Passage] = []
+    seen, step = 0, max(1, len(rows) // 16)
+    for index in (place for first in range(step) for place in range(first, len(rows), step)):
+        row = rows[index]
+        begin = 0
+        for length in row.lengths:
+            ids = row.tokens[begin : begin + length][:WINDOW].tolist()
+            counts = (row.learned & (row.teacher < 0))[begin : begin + length][1:WINDOW].tolist()
+            begin += length
+            if any(counts):
+                found.append(Passage(-1, ids, counts))
+                seen += sum(counts)
+        if seen >= TRAINED:
+            break
+    return found
+
+
+def compute_dtype(parameters: int, room: int) -> tuple[torch.dtype | None, str]:
+    """fp32 where the model fits so into `room` bytes, else (None) the type in which it is stored; and why, as in "computed ..."."""
+    if parameters * 4 * 1.6 <= room:  # the stored weights lie beside them while they are loaded
+        return torch.float32, "in fp32, so that only the weights differ"
+    return (
+        None,
+        f"as it is stored: in fp32 {parameters * 4 / 1e9:.0f} GB do not fit well into the {room / 1e9:.0f} GB that are free here",
+    )
+
+
+def variant(base: Path, adapter: Adapter, name: str, nf4: torch.dtype | None, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model of that name, with its weights as they are or would be stored; it computes in `dtype`."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True)
+    layers = dict(model.named_modules())
+    if absent := sorted(adapter.factors.keys() - layers.keys()):
+        raise WeightsError(f"the base model has no layer {absent[0]}, which the adapter needs: it belongs to another model")
+    if name == "unmerged":
+        for layer in linear_layers(model) if nf4 else ():
+            weight = layers[layer].weight
+            weight.data = dequantised_nf4(weight.data.to(nf4)).to(dtype or weight.dtype)
+    elif name != "base":
+        through_nf4 = set(linear_layers(model)) if name == "dequantised" else set[str]()
+        for layer in {*adapter.factors, *through_nf4}:
+            weight = layers[layer].weight
+            weight.data = adapter.merged(layer, weight.data, nf4 if layer in through_nf4 else None)
+    model = model.to(dtype) if dtype else model
+    if name == "unmerged":
+        for layer, (b, a) in adapter.factors.items():
+            layers[layer].register_forward_hook(beside(b.to(model.dtype), a.to(model.dtype), adapter.scale))
+    return model.eval()
+
+
+def beside(b: Tensor, a: Tensor, scale: float) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A hook that adds an adapter's part to a layer's output."""
+    return lambda _, inputs, output: output + functional.linear(functional.linear(inputs[0], a), b) * scale
+
+
+def score(model: PreTrainedModel, passage: Passage, trained: Tensor | None) -> Scores:
+    """The passage under a model, and how far its predictions are from those made of the `trained` one's hidden states."""
+    ids = torch.tensor([passage.ids])
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+    head = model.get_output_embeddings()
+    counts = torch.tensor(passage.counts)
+    nats, agree, divergence = 0.0, 0, 0.0
+    for places in counts.nonzero().squeeze(1).split(_PIECE):
+        said = head(hidden[places]).float().log_softmax(-1)
+        nats -= said.gather(1, ids[0, places + 1][:, None]).double().sum().item()
+        if trained is not None:
+            wanted = head(trained[places]).float().log_softmax(-1)
+            agree += int((said.argmax(-1) == wanted.argmax(-1)).sum())
+            divergence += float((wanted.exp() * (wanted - said)).double().sum())
+    tokens = int(counts.sum())
+    return Scores(nats, tokens, agree if trained is not None else tokens, divergence, hidden)
+
+
+def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Memory that can be had without swapping, as Linux estimates it (proc(5), MemAvailable)."""
+    lines = meminfo.read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))

@@ -1,0 +1,75 @@
+"""`trimtab merge`: base and adapter as one model folder, and what that costs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trimtab import cli_options, data, weights
+from trimtab.artifact import Artifact
+from trimtab.merge import Onto, export, merged, pick_of, refuse_used
+from trimtab.merge_report import measure
+from trimtab.progress import display
+from trimtab.run import Run
+
+
+@click.command()
+@click.argument("handle", metavar="HANDLE|FOLDER")
+@click.argument("held_out", metavar="[DATA]...", nargs=-1)
+@cli_options.settings
+@click.option(
+    "--onto",
+    type=click.Choice(["auto", "dequantised", "original"]),
+    default="auto",
+    show_default=True,
+    help="weights to merge onto: the base's original ones, those that a qlora run trained on, or (auto) what predicts DATA best",
+)
+@click.option("--output", type=click.Path(path_type=Path), help="put the model into this folder, too; it must not hold anything")
+@click.option("--allow-private-hosts", is_flag=True, help="allow DATA on private and loopback addresses")
+@cli_options.as_json
+def merge(
+    handle: str,
+    held_out: tuple[str, ...],
+    settings: tuple[str, ...],
+    onto: Onto,
+    output: Path | None,
+    allow_private_hosts: bool,
+    as_json: bool,
+) -> None:
+    """Merge a run's adapter into its base model, measure what that costs, and print the folder.
+
+    Measured is the loss on text that was not trained on: unmerged, merged in each way, and the base's. DATA are pages, files and folders
+    of your own for that; without them it is general prose. What is picked is remembered for `trimtab deploy`. With --onto dequantised or
+    original, and no DATA, nothing is measured.
+
+    \b
+    Example:
+      trimtab merge process://trim-7f3a9c21
+      trimtab merge process://trim-7f3a9c21 unseen-pages/ --output models/handbook
+    """
+    artifact = Run.attach(handle, **cli_options.pairs(settings)).artifact() if "://" in handle else Artifact(handle)
+    artifact.verify()
+    if output is not None:
+        refuse_used(output)
+    base = weights.resolve_trained(artifact)
+    with display() as screen:
+        report = None
+        if held_out or onto == "auto":
+            loaded = data.load(held_out, allow_private_hosts=allow_private_hosts, say=screen.say) if held_out else None
+            documents = loaded.documents if loaded else ()
+            report = measure(artifact, base, documents, show=screen.show)
+        folder = merged(artifact, base, onto=onto, say=screen.say, show=screen.show)
+    chosen, reason = pick_of(artifact, base) if onto == "auto" else (onto, "asked for")
+    if output is not None:
+        folder = export(folder, output)
+    if as_json:
+        told: dict[str, Any] = {"folder": str(folder), "onto": chosen, "reason": reason}
+        print(json.dumps(told | {"report": asdict(report) if report else None}))
+        return
+    if report is not None:
+        print("\n".join(report.lines()))
+    print(folder)
