@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,14 +20,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from trimtab.errors import EndpointError, SpecError, WeightsError
 from trimtab_runtime.choices import cpu_flags, pick_dtype
+from trimtab_runtime.sampling import Draw, Sampling
 from trimtab_runtime.tokenizer import Tokenizer
 
 MAX_ROWS = 64  # more rows cost as much more time as they bring
 CACHE_BYTES = 1 << 30  # keys and values of one batch
-NUCLEUS = 1024  # tokens looked at before a full sort
 SHARED_PREFIX = 8  # tokens from which computing a common beginning once is worth its extra pass
-
-Name = Literal["base", "tuned"]
 
 
 @dataclass(frozen=True)
@@ -39,31 +37,25 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. Temperature 0 takes the likeliest; `seed` None draws anew each time."""
+class Step:
+    """What one forward pass brought one prompt: a token, or none where it was a stop token; `over` when it was the last."""
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 100:
-            raise EndpointError(f"temperature is {self.temperature}: give a number from 0 (the likeliest token) to 100")
-        if not 0 < self.top_p <= 1:
-            raise EndpointError(f"top_p is {self.top_p}: give a number above 0 and at most 1")
+    row: int
+    token: int | None
+    over: bool
 
 
 class Engine:
-    """One base model, and the adapter trained on it where there is one, answering on this machine's device.
+    """One base model, and the adapters trained on it where there are any, answering on this machine's processors.
 
-    `names` are the models that can be asked: "tuned" (first, the default) with an artifact, and "base".
+    `names` are the models that can be asked: the adapters' (first, the default) and "base".
     """
 
-    def __init__(self, folder: Path, artifact: Path | None, dtype: torch.dtype) -> None:
-        self.folder, self.artifact, self.dtype = folder, artifact, dtype
-        self.names: tuple[Name, ...] = ("tuned", "base") if artifact else ("base",)
-        own = artifact is not None and (artifact / "tokenizer.json").is_file()
-        self.tokenizer = Tokenizer(artifact if own and artifact else folder)
+    def __init__(self, folder: Path, adapters: Mapping[str, Path], dtype: torch.dtype, *, trust_remote_code: bool = False) -> None:
+        self.folder, self.adapters, self.dtype, self.trust_remote_code = folder, dict(adapters), dtype, trust_remote_code
+        self.names = (*self.adapters, "base")
+        own = (artifact for artifact in self.adapters.values() if (artifact / "tokenizer.json").is_file())
+        self.tokenizer = Tokenizer(next(own, folder))
         self._models: dict[str, PreTrainedModel] = {}
         model = self.model(self.names[0])
         self.context: int = getattr(model.config, "max_position_embeddings", None) or 1 << 30
@@ -80,7 +72,7 @@ class Engine:
         disable_progress_bar()
         spec: dict[str, Any] = _manifest(artifact).get("spec", {}) if artifact else {}
         choice = pick_dtype(dtype if dtype != "auto" else spec.get("dtype", "auto"), cpu_flags())
-        return cls(model, artifact, {"bfloat16": torch.bfloat16, "float32": torch.float32}[choice.value])
+        return cls(model, {"tuned": artifact} if artifact else {}, {"bfloat16": torch.bfloat16, "float32": torch.float32}[choice.value])
 
     def model(self, name: str | None = None) -> PreTrainedModel:
         """The model of that name, loaded when first asked for. Raises EndpointError for an unknown name."""
@@ -94,20 +86,21 @@ class Engine:
     def _load(self, name: str) -> PreTrainedModel:
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=self.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+                self.folder, dtype=self.dtype, local_files_only=True, trust_remote_code=self.trust_remote_code, use_safetensors=True
             )
         except (OSError, ValueError) as exc:
             raise WeightsError(
                 f"{self.folder} holds no model that can be loaded: {exc}. Give a Hugging Face folder with safetensors weights"
             ) from exc
-        if name == "tuned" and self.artifact is not None:
-            if _manifest(self.artifact).get("spec", {}).get("method") == "qlora":
+        if name in self.adapters:
+            artifact = self.adapters[name]
+            if _manifest(artifact).get("spec", {}).get("method") == "qlora":
                 _quantise_once(model)
             from peft import PeftModel
 
             with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 for a name that is about to go
                 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-                model = PeftModel.from_pretrained(model, str(self.artifact), is_trainable=False)
+                model = PeftModel.from_pretrained(model, str(artifact), is_trainable=False)
         return model.eval()
 
     def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -136,6 +129,7 @@ class Engine:
         max_new_tokens: int | Sequence[int] = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
         seed: int | None = None,
         stop_ids: Collection[int] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
@@ -152,16 +146,24 @@ class Engine:
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         for prompt, limit in zip(prompts, limits, strict=True):
             self.check(prompt, limit)
-        stop = frozenset(self.stop_ids if stop_ids is None else stop_ids)
-        sampling = Sampling(temperature, top_p, seed)
+        sampling = Sampling(temperature, top_p, seed, top_k)
+        new: list[list[int]] = [[] for _ in prompts]
         results: list[Completion | None] = [None] * len(prompts)
         done = 0
-        for batch in plan_batches([len(p) for p in prompts], limits, CACHE_BYTES // _cache_bytes(weights)):
-            for row, completion in self._complete(weights, batch, prompts, limits, sampling, stop, on_token):
-                results[row] = completion
-                done += 1
-                if on_progress is not None:
-                    on_progress(done, len(prompts))
+        for batch in plan_batches([len(p) for p in prompts], limits, CACHE_BYTES // cache_bytes(weights)):
+            samplings = [sampling.for_row(row) for row in batch]
+            for steps in self.stream([prompts[row] for row in batch], [limits[row] for row in batch], samplings, model, stop_ids):
+                for step in steps:
+                    row = batch[step.row]
+                    if step.token is not None:
+                        new[row].append(step.token)
+                        if on_token is not None:
+                            on_token(row, step.token)
+                    if step.over:
+                        results[row] = Completion(new[row], step.token is None)
+                        done += 1
+                        if on_progress is not None:
+                            on_progress(done, len(prompts))
         return [result for result in results if result is not None]
 
     def check(self, prompt: Sequence[int], limit: int) -> None:
@@ -177,36 +179,37 @@ class Engine:
             )
 
     @torch.inference_mode()
-    def _complete(
+    def stream(
         self,
-        model: PreTrainedModel,
-        batch: list[int],
         prompts: Sequence[Sequence[int]],
         limits: Sequence[int],
-        sampling: Sampling,
-        stop: frozenset[int],
-        on_token: Callable[[int, int], None] | None,
-    ) -> Iterator[tuple[int, Completion]]:
-        """Yield each prompt of the batch as it ends. A slot is a row of the tensors; `rows` says whose prompt it works on."""
-        rows, chosen = list(batch), [prompts[row] for row in batch]
-        capacity = max(map(len, chosen)) + max(limits[row] for row in batch)
-        logits, cache, mask, positions = self._prefill(model, chosen, capacity)
-        draw = _Draw(sampling, rows)
-        new: dict[int, list[int]] = {row: [] for row in rows}
+        samplings: Sequence[Sampling],
+        model: str | None = None,
+        stop_ids: Collection[int] | None = None,
+        left: Collection[int] = (),
+    ) -> Iterator[list[Step]]:
+        """Work on all prompts as one batch, a forward pass at a time, and yield what each pass brought to the prompts that run.
+
+        Rows that the caller puts into `left` are dropped before the next pass. A slot is a row of the tensors; `rows` says whose
+        prompt it works on.
+        """
+        weights, stop = self.model(model), frozenset(self.stop_ids if stop_ids is None else stop_ids)
+        rows = list(range(len(prompts)))
+        logits, cache, mask, positions = self._prefill(weights, prompts, max(map(len, prompts)) + max(limits))
+        draw = Draw(samplings)
+        count = [0] * len(prompts)
         running = set(rows)
         while True:
             tokens = draw(logits, rows)
+            steps = []
             for row, token in zip(rows, tokens.tolist(), strict=True):
-                if row not in running:
-                    continue
-                ended = token in stop
-                if not ended:
-                    new[row].append(token)
-                    if on_token is not None:
-                        on_token(row, token)
-                if ended or len(new[row]) == limits[row]:
-                    running.remove(row)
-                    yield row, Completion(new[row], ended)
+                if row in running and row not in left:
+                    ended = token in stop
+                    count[row] += not ended
+                    steps.append(Step(row, None if ended else token, ended or count[row] == limits[row]))
+            running -= {step.row for step in steps if step.over}
+            yield steps
+            running.difference_update(left)
             if not running:
                 return
             if len(running) <= 0.75 * len(rows):  # not at each end: leaving copies the other rows' keys and values
@@ -216,7 +219,7 @@ class Engine:
                 mask, positions, tokens = mask[keep], positions[keep], tokens[keep]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             positions = positions + 1
-            output = model(tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            output = weights(tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
             logits = output.logits[:, -1]
 
     def _prefill(
@@ -283,34 +286,6 @@ class _Reserved(DynamicLayer):
         return keys, values
 
 
-class _Draw:
-    """Draws the next token of each row: the likeliest, or by temperature and nucleus (Holtzman et al. 2020) from a seed per row."""
-
-    def __init__(self, sampling: Sampling, rows: Sequence[int]) -> None:
-        self.sampling = sampling
-        self.sources: dict[int, torch.Generator] = {}
-        if sampling.temperature > 0:
-            seed = torch.seed() if sampling.seed is None else sampling.seed
-            self.sources = {row: torch.Generator().manual_seed((seed + 1_000_003 * row) % 2**63) for row in rows}
-
-    def __call__(self, logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        """Token ids [rows] for logits [rows, vocabulary]."""
-        if not self.sources:
-            return logits.argmax(-1)
-        likely = torch.softmax(logits.float() / self.sampling.temperature, -1)
-        # sorting a whole vocabulary costs more than the model's step; the nucleus nearly always lies in the first few hundred
-        ordered, tokens = likely.topk(min(NUCLEUS, likely.shape[-1]))
-        if bool((ordered.sum(-1) < self.sampling.top_p).any()):
-            ordered, tokens = likely.sort(-1, descending=True)
-        mass = ordered.cumsum(-1)
-        inside = mass - ordered < self.sampling.top_p  # the likeliest is always inside
-        mass = (ordered * inside).cumsum(-1)
-        chance = torch.stack([torch.rand(1, generator=self.sources[row]) for row in rows])
-        place = torch.searchsorted(mass, chance * mass[:, -1:], right=True)
-        last = inside.sum(-1, keepdim=True) - 1  # rounding may put the draw beyond the end
-        return tokens.gather(-1, torch.minimum(place, last)).squeeze(-1)
-
-
 def plan_batches(lengths: Sequence[int], limits: Sequence[int], budget: int, max_rows: int = MAX_ROWS) -> list[list[int]]:
     """Group prompts of like length: at most `max_rows`, and rows x (longest prompt + largest limit) at most `budget` tokens.
 
@@ -329,7 +304,7 @@ def plan_batches(lengths: Sequence[int], limits: Sequence[int], budget: int, max
     return batches
 
 
-def _cache_bytes(model: PreTrainedModel) -> int:
+def cache_bytes(model: PreTrainedModel) -> int:
     """Bytes of keys and values for one token, in all layers."""
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
