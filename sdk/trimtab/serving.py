@@ -101,7 +101,7 @@ def serving(
         folder, found = _merged(tuned, base, show) if make else _unmade(digest, base)
         return _of(spec, title, device, digest, {"model": found}, model=folder)
     named = ({} if tuned is None else {TUNED: tuned}) | beside
-    places = {"input/data/model": _files(base)} | {f"input/data/adapters/{name}": _adapter_files(found) for name, found in named.items()}
+    places = {"input/data/model": _files(base)} | {_place(name): _adapter_files(found) for name, found in named.items()}
     digest = _digest("beside", base.digest, *(f"{name} {found.digest}" for name, found in named.items()))
     return _of(spec, title, device, digest, places, base=base.folder, adapters={name: found.path for name, found in named.items()})
 
@@ -191,6 +191,11 @@ def _unmade(digest: str, base: BaseModel) -> tuple[Path, dict[str, Path]]:
 
 def _files(base: BaseModel) -> dict[str, Path]:
     return {name: (base.folder / name).resolve() for name in base.files}
+
+
+def _place(name: str) -> str:
+    """Where an adapter lies in the endpoint's tree: the artifact's own where the server looks for its default, the others by their names."""
+    return "model" if name == TUNED else f"input/data/adapters/{name}"
 
 
 def _adapter_files(artifact: Artifact) -> dict[str, Path]:

@@ -24,13 +24,13 @@ def make_lively_model(folder: Path) -> Path:
     return folder
 
 
-def make_adapter(folder: Path, model: Path, *, method: str = "lora") -> Path:
+def make_adapter(folder: Path, model: Path, *, method: str = "lora", seed: int = 1) -> Path:
     """PEFT's files with random adapters on every linear layer but the head, and the part of trimtab.json that serving reads."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
