@@ -19,12 +19,12 @@ from trimtab.errors import SpecError, WeightsError
 from trimtab.events import Event
 from trimtab.model_folder import MANIFEST as WEIGHTS_MANIFEST
 from trimtab.model_folder import chosen
+from trimtab.remote_code import allowed, code_of
 from trimtab.spec import ServeSpec
 from trimtab.weights import BaseModel
 
 TUNED = "tuned"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_PINNED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,12 @@ def serving(
     merging = tuned is not None and merge and not beside
     name = _name(base_model, every)
     alone = name if merging or not every else ""  # beside its adapters the base has that name, which the server knows itself
-    spec = spec.model_copy(update={"name": spec.name or alone, "trust_remote_code": _trusted(trust_remote_code, base)})
+    trusted = allowed(trust_remote_code, base)
+    spec = spec.model_copy(update={"name": spec.name or alone, "trust_remote_code": trusted})
     title = title or name or base.folder.name
+    code = code_of(base) if trusted and make else {}
     if not every:
-        return _of(spec, title, device, base.digest, {"model": _files(base)}, model=base.folder, uri=base.uri or "")
+        return _of(spec, title, device, base.digest, {"model": _files(base) | code}, model=base.folder, uri=base.uri or "")
     if base.uri is not None:
         raise WeightsError(f"the weights of {base.uri} are not on this machine, and an adapter needs them: fetch them with  aws s3 sync")
     if tuned is not None and merging:
@@ -99,9 +101,9 @@ def serving(
 
         digest = merge_digest(tuned, base, pick_of(tuned, base)[0])
         folder, found = _merged(tuned, base, show) if make else _unmade(digest, base)
-        return _of(spec, title, device, digest, {"model": found}, model=folder)
+        return _of(spec, title, device, digest, {"model": found | code}, model=folder)
     named = ({} if tuned is None else {TUNED: tuned}) | beside
-    places = {"input/data/model": _files(base)} | {_place(name): _adapter_files(found) for name, found in named.items()}
+    places = {"input/data/model": _files(base) | code} | {_place(name): _adapter_files(found) for name, found in named.items()}
     digest = _digest("beside", base.digest, *(f"{name} {found.digest}" for name, found in named.items()))
     return _of(spec, title, device, digest, places, base=base.folder, adapters={name: found.path for name, found in named.items()})
 
@@ -162,18 +164,6 @@ def _name(given: str | Path | None, artifacts: Iterable[Artifact]) -> str:
     return name.partition("@")[0]
 
 
-def _trusted(named: str, base: BaseModel) -> bool:
-    """Whether the model's own code may run. Raises SpecError unless exactly the revision that is served was named."""
-    if not named:
-        return False
-    if not _PINNED.fullmatch(named):
-        raise SpecError(f"trust_remote_code={named!r} names no revision: write owner/name@COMMIT, the commit with all its 40 digits")
-    served = f"{base.hub_id}@{base.revision}" if base.hub_id and base.revision else f"{base.folder} ({base.source})"
-    if named != served:
-        raise SpecError(f"trust_remote_code names {named}, and what is served is {served}: read that revision's code and name it")
-    return True
-
-
 def _merged(artifact: Artifact, base: BaseModel, show: Callable[[Event], None]) -> tuple[Path, dict[str, Path]]:
     """The merged model's folder and its files."""
     from trimtab.merge import merged
@@ -194,7 +184,7 @@ def _files(base: BaseModel) -> dict[str, Path]:
 
 
 def _place(name: str) -> str:
-    """Where an adapter lies in the endpoint's tree: the artifact's own where the server looks for its default, the others by their names."""
+    """Where an adapter lies in the endpoint's tree: the default in `model`, the others under their names."""
     return "model" if name == TUNED else f"input/data/adapters/{name}"
 
 
