@@ -141,6 +141,6 @@ def serving_component(name: str, endpoint_name: str, store: Store) -> Component:
         component = store.components.get(name)
     if component is None or component.endpoint.name != endpoint_name:
         raise Refused("ValidationError", f"Inference Component {name} not found on endpoint {endpoint_name}.")
-    if component.status not in ("InService", "Updating") or not component.copies:
+    if component.status != "InService" or not component.copies:  # another number of copies than none changes nothing here
         raise Refused("ValidationError", NO_COPIES)
     return component

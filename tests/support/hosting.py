@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ import pytest
 
 from control_plane import ControlPlane, Settings
 from support.tiny_adapter import make_lively_model
+from trimtab.aws import endpoint_life
+from trimtab.aws.session import Aws
 from trimtab.deployers.base import EndpointHandle
 from trimtab.deployers.sagemaker import SageMakerDeployer
 from trimtab.serving import Serving, serving
@@ -29,9 +32,9 @@ PROGRAM = r"""
 import http.server, json, os, pathlib, signal, sys, time
 env, root = os.environ, pathlib.Path(os.environ["TRIMTAB_ROOT"])
 kind = "vllm" if "SM_VLLM_MODEL" in env else "lmi" if "OPTION_ROLLING_BATCH" in env else "tgi" if "SM_NUM_GPUS" in env else "ours"
-if (root / "model" / "breaks").exists():
+if (root / "model" / "breaks.json").exists():
     sys.exit("RuntimeError: the weights do not fit")
-slow = (root / "model" / "slow").exists()
+slow = (root / "model" / "slow.json").exists()
 began = time.monotonic()
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -156,14 +159,23 @@ class Account:
             found += [row["ResourceId"] for row in targets if id in row["ResourceId"]]
         with contextlib.closing(self.client("cloudwatch")) as cloudwatch:
             found += [row["AlarmName"] for row in cloudwatch.describe_alarms()["MetricAlarms"] if id in row["AlarmName"]]
-        return found + [f"guardian {pid}" for pid in guardians(id)]
+        return found + [f"guardian {pid}" for pid in self.guardians(id)]
 
+    def guardians(self, id: str = "trim-ep-") -> list[int]:
+        """Processes that guard an endpoint of this account; those of other test sessions reach another one."""
+        reach = f"AWS_ENDPOINT_URL_SAGEMAKER={self.plane.url}".encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it ended just now
+                words = (path / "cmdline").read_bytes().split(b"\0")
+                if b"trimtab.aws.guardian" in words and id.encode() in words[-2] and reach in (path / "environ").read_bytes().split(b"\0"):
+                    found.append(int(path.name))
+        return found
 
-def guardians(id: str) -> list[int]:
-    """Processes that guard an endpoint."""
-    found = subprocess.run(["ps", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in found.splitlines()]
-    return [int(row[0]) for row in rows if "trimtab.aws.guardian" in row[2] and id in row[2] and not row[1].startswith("Z")]
+    def end_guardians(self, id: str = "trim-ep-") -> None:
+        for pid in self.guardians(id):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -173,7 +185,13 @@ def account(hosting_amazon: dict[str, str], hosting_plane: ControlPlane) -> Iter
     assert made.left() == []
     yield made
     hosting_plane.faults.clear()
-    until(lambda: made.left() == [], lambda: f"left behind: {made.left()}")
+    try:
+        until(lambda: made.left() == [], lambda: f"left behind: {made.left()}", 15)
+    finally:  # a test that failed does not make those after it fail
+        made.end_guardians()
+        for id in {found[0] for name in made.left() if (found := re.search(r"trim-ep-[0-9a-f]{8}", name))}:
+            with Aws("us-east-1") as aws:
+                endpoint_life.remove(aws, id, 30.0, 0.1)
 
 
 @pytest.fixture

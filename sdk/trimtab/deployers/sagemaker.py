@@ -34,7 +34,7 @@ from trimtab.aws.place import S3Place, default_bucket, parse_uri
 from trimtab.aws.request import number
 from trimtab.aws.session import Aws
 from trimtab.aws.upload import upload
-from trimtab.deployers.base import EndpointHandle, EndpointRecord
+from trimtab.deployers.base import EndpointHandle, EndpointRecord, EndpointState
 from trimtab.errors import BackendUnavailable, EndpointError, SpecError, TrimtabError
 from trimtab.estimate import ModelFacts
 from trimtab.events import Choice, Event, Phase, Progress
@@ -45,7 +45,10 @@ from trimtab.spec import ServeSpec
 PROVISION = 1800.0  # seconds that SageMaker may take to find the machines, beside download and start
 SOON = 20.0  # seconds that an interrupted client waits for the end; then its guardian does
 LONG = 3 * 3600.0  # seconds that an end may take: what is being created cannot be deleted before
+YOUNG = timedelta(minutes=15)  # models and configurations may have no endpoint yet
 _TRIMTAB = "trimtab.json"  # of a merged model
+
+_guardians: dict[str, Guardian] = {}  # of endpoints that end with this process, by their ids
 
 
 class SageMakerDeployer:
@@ -105,7 +108,6 @@ class SageMakerDeployer:
         self.home = Path(home or os.environ.get("TRIMTAB_HOME") or Path.home() / ".trimtab").expanduser().absolute()
         self.profile = profile
         self.aws = Aws(region, profile)
-        self._guardians: dict[str, Guardian] = {}
 
     # before anything is there
 
@@ -313,7 +315,7 @@ class SageMakerDeployer:
         patience = PROVISION + sum(variant[name] for name in variant if name.endswith("TimeoutInSeconds"))
         until = time.monotonic() + (patience if ready_timeout is None else ready_timeout)
         ttl = serving.spec.ttl_minutes
-        guardian = self._guardians[id] = Guardian(
+        guardian = _guardians[id] = Guardian(
             Charge(id, self.aws.region, self.profile, None if ttl is None else time.time() + ttl * 60, str(self._log(id)))
         )
         creation = Creation(self.aws, id, bodies)
@@ -329,7 +331,7 @@ class SageMakerDeployer:
             self._take_back(id, creation)
             raise
         if detach:
-            del self._guardians[id]
+            del _guardians[id]
             guardian.keep()
         return EndpointHandle(self.name, id)
 
@@ -357,7 +359,7 @@ class SageMakerDeployer:
 
     def _take_back(self, id: str, creation: Creation) -> None:
         """Leave nothing: at once where SageMaker allows it, else by the guardian, which goes on when this process ends."""
-        guardian = self._guardians.pop(id)
+        guardian = _guardians.pop(id)
         if not creation.made:
             guardian.done()
             return
@@ -396,7 +398,7 @@ class SageMakerDeployer:
             endpoint_life.remove(self.aws, handle.id, LONG, min(self.poll_seconds, 2.0))
         except TimeoutError as exc:
             raise EndpointError(f"{handle} is still {exc} after {LONG / 3600:g} hours: repeat  trimtab close {handle}") from exc
-        if guardian := self._guardians.pop(handle.id, None):
+        if guardian := _guardians.pop(handle.id, None):
             guardian.done()
 
     def endpoints(self) -> list[EndpointRecord]:
@@ -405,8 +407,11 @@ class SageMakerDeployer:
 
     def close_expired(self) -> list[EndpointRecord]:
         """End every endpoint whose time is over, and remove what is left of others; what that was."""
-        over = [record for record in self.endpoints() if record.orphan and record.created < datetime.now(UTC) - timedelta(minutes=15)]
-        over += [record for record in self.endpoints() if record not in over and record.expires and record.expires < datetime.now(UTC)]
+        now, over = datetime.now(UTC), []
+        for record in self.endpoints():
+            left = record.state is EndpointState.ENDED and record.orphan and record.created < now - YOUNG
+            if left or (record.expires is not None and record.expires < now):
+                over.append(record)
         for record in over:
             self.end(record.handle)
         return over
