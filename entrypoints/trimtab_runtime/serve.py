@@ -103,6 +103,8 @@ async def _serve(job: JobDir, spec: ServeSpec, key: str | None, listener: socket
         until = time.monotonic() + grace
         while server.answering and time.monotonic() < until and not running.done():
             await asyncio.sleep(_POLL)
+        engine.break_off(why)
+        await asyncio.sleep(_POLL)  # for those who hear it
         return 0
     finally:
         await server.close()
@@ -193,6 +195,6 @@ def _fail(job: JobDir, cause: str, lines: list[str]) -> None:
 
 
 def say(line: str, file: TextIO | None = None) -> None:
-    """A line of the log. A log that cannot be written, as on a full disk, ends nothing."""
+    """A line of the log. A log that cannot be written, as on a full disk, ends nothing: not now, and not when what is left is flushed."""
     with contextlib.suppress(OSError):
-        print(line, file=file or sys.stdout, flush=True)
+        os.write((file or sys.stdout).fileno(), f"{line}\n".encode(errors="replace"))

@@ -272,7 +272,7 @@ class EndpointContract:
         assert "6 MB" in message
 
     def test_it_goes_on_after_an_answer_that_nobody_waits_for(self, endpoint: Endpoint) -> None:
-        pieces = endpoint.stream("The keeper", chat=False, max_new_tokens=4000, temperature=5.0)
+        pieces = endpoint.stream("The keeper", chat=False, max_new_tokens=4000)
         assert next(pieces)
         assert endpoint.ready(timeout=2)
         pieces.close()  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ import pytest
 from contract.http_contract import counted, wait_until_free
 from trimtab.endpoint import Endpoint
 
-ENDLESS = {"prompt": "The keeper", "max_tokens": 4000, "temperature": 5.0}
+ENDLESS = {"prompt": "The keeper", "max_tokens": 4000}
 
 
 @contextlib.contextmanager

@@ -85,6 +85,14 @@ class EngineProcess:
             self._write({"cancel": id})
             self._fill()
 
+    def break_off(self, why: str) -> None:
+        """Tell all who wait that nothing more comes."""
+        lost = [*self._running.values(), *(listener for _, listener in self._waiting.values())]
+        self._running.clear()
+        self._waiting.clear()
+        for listener in lost:
+            listener.failed(EngineGone(why))
+
     async def run(self, ready: Callable[[Facts], None]) -> None:
         """Keep an engine alive: started again once when it dies after having answered. `ready` is called each time it can answer.
 
@@ -95,7 +103,7 @@ class EngineProcess:
             answered, self.state = self.state == "ready", "ended"
             if self._closing:
                 return
-            self._fail(EngineGone(self.cause))
+            self.break_off(self.cause)
             if not answered or self.restarts:
                 raise EndpointError(self.cause if not self.restarts else f"{self.cause}. It had been started again once already")
             self.restarts, self.state = 1, "loading"
@@ -139,7 +147,8 @@ class EngineProcess:
             code = await process.wait()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(log, _LEAVE)
-            self.cause = self._told or ended(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+            self.cause = self._told or ended(code, peak, next(reversed(self.last_lines), ""))
 
     def _heard(self, message: dict[str, Any], ready: Callable[[Facts], None]) -> None:
         if "new" in message:
@@ -183,13 +192,6 @@ class EngineProcess:
         if process is not None and process.returncode is None and process.stdin is not None and not process.stdin.is_closing():
             process.stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
-    def _fail(self, problem: EngineGone) -> None:
-        lost = [*self._running.values(), *(listener for _, listener in self._waiting.values())]
-        self._running.clear()
-        self._waiting.clear()
-        for listener in lost:
-            listener.failed(problem)
-
     async def _copy_log(self, lines: asyncio.StreamReader) -> None:
         while line := await lines.readline():
             text = line.decode(errors="replace").rstrip()
@@ -197,14 +199,14 @@ class EngineProcess:
             self._say(text)
 
 
-def ended(code: int, peak: int) -> str:
+def ended(code: int, peak: int, last_line: str) -> str:
     """Why an engine's process is no more, from its exit code (minus the signal's number). `peak` is its largest memory in bytes."""
-    if code >= 0:
-        return f"the engine ended with exit code {code}: look at its last lines"
-    said = f"the engine was killed by {signal.Signals(-code).name} with {peak / 1e9:.1f} GB of memory in use"
-    if -code == signal.SIGKILL:
-        return f"{said}: out of memory, unless someone did it. Give it more, or lower cache_gb, max_running or max_context"
-    return f"{said}: look at its last lines"
+    if code < 0:
+        said = f"the engine was killed by {signal.Signals(-code).name} with {peak / 1e9:.1f} GB of memory in use"
+        if -code == signal.SIGKILL:
+            return f"{said}: out of memory, unless someone did it. Give it more, or lower cache_gb, max_running or max_context"
+        return f"{said}: look at its last lines"
+    return f"the engine ended with exit code {code}{f', its last words: {last_line}' if last_line else ''}: look at its log"
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:

@@ -1,0 +1,160 @@
+"""Answers as they grow: the pieces together are what decoding everything at once gives."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from trimtab_runtime.answers import Answer, Text
+from trimtab_runtime.metrics import Metrics
+from trimtab_runtime.tokenizer import Tokenizer as OurTokenizer
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def byte_level() -> Tokenizer:
+    """Tokens are bytes, and pieces of UTF-8 that end in the middle of characters."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    split = [bytes_ for text in ("né", "東京 ", "👩‍🚀", " ship") for bytes_ in (text.encode()[:2], text.encode()[1:])]
+    words = [_as_letters(word) for word in split]
+    vocabulary = {word: id for id, word in enumerate(dict.fromkeys([*letters, *words, "a ship", "Ġthe"]))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>", "<|pad|>"])
+    tokenizer.add_tokens([AddedToken("añadido", normalized=False)])
+    return tokenizer
+
+
+def _as_letters(data: bytes) -> str:
+    """Bytes as GPT-2's vocabulary spells them."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {byte: chr(byte) for byte in kept} | {
+        byte: chr(256 + place) for place, byte in enumerate(b for b in range(256) if b not in kept)
+    }
+    return "".join(table[byte] for byte in data)
+
+
+def byte_fallback() -> Tokenizer:
+    """As SentencePiece's models do it: a blank is ▁, the first one is left out, unknown characters are single bytes."""
+    words = ["▁", "▁the", "▁▁", "ship", "▁ship", "é", "東", ".", "▁.", "s", "\ufffd"]
+    vocabulary = {word: id for id, word in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1, right=0)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer
+
+
+def metaspace() -> Tokenizer:
+    words = ["▁", "▁the", "▁▁", "ship", "▁ship", "é", "."]
+    tokenizer = Tokenizer(models.BPE(vocab={word: id for id, word in enumerate(words)}, merges=[]))
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["<s>"])
+    return tokenizer
+
+
+TOKENIZERS = {make.__name__: make() for make in (byte_level, byte_fallback, metaspace)}
+
+
+def singles(tokenizer: Tokenizer) -> frozenset[int]:
+    found = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+    return frozenset(id for id in found if id is not None)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(data=st.data())
+@settings(max_examples=300)
+def test_the_pieces_are_the_whole(name: str, data: st.DataObject) -> None:
+    tokenizer = TOKENIZERS[name]
+    size = tokenizer.get_vocab_size()
+    ids = data.draw(st.lists(st.integers(0, size - 1) | st.sampled_from(range(max(0, size - 16), size)), max_size=60))
+    steps = data.draw(st.lists(st.integers(1, 4), min_size=len(ids), max_size=len(ids)))
+    text, shown, at = Text(tokenizer.decode, (), singles(tokenizer)), "", 0
+    for step in steps:
+        shown += text.add(ids[at : at + step])
+        at += step
+        assert tokenizer.decode(ids).startswith(shown), "what is shown stays"
+    shown += text.add(ids[at:], last=True)
+    assert shown == tokenizer.decode(ids)
+
+
+@given(st.text(alphabet="abé東👩 .", max_size=80), st.lists(st.text(alphabet="abé東. ", min_size=1, max_size=4), min_size=1, max_size=3))
+@settings(max_examples=300)
+def test_the_first_stop_text_to_be_whole_ends_it(written: str, stops: list[str]) -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    ids = [tokenizer.token_to_id(_as_letters(bytes([byte]))) for byte in written.encode()]
+    text, shown = Text(tokenizer.decode, stops), ""
+    for id in ids:
+        shown += text.add([id])
+        assert not any(stop in shown for stop in stops)
+        if text.stopped:
+            break
+    else:
+        shown += text.add([], last=True)
+    ends = [written.index(stop) + len(stop) for stop in stops if stop in written]
+    assert text.stopped == bool(ends)
+    if not ends:
+        assert shown == written
+        return
+    first = min(ends)  # a byte a time: the text is cut before the longest stop text that is whole there
+    assert shown == written[: min(first - len(stop) for stop in stops if written[:first].endswith(stop))]
+
+
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+def test_what_is_never_a_character_costs_no_more_each_time(name: str) -> None:
+    """A thousand halves of characters: decoding all of them for each new one would be half a million."""
+    tokenizer = TOKENIZERS[name]
+    half = tokenizer.token_to_id(_as_letters(b"\xf0") if name == "byte_level" else "<0xF0>")
+    decoded = 0
+
+    def counting(ids: Sequence[int]) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return str(tokenizer.decode(ids))
+
+    text = Text(counting, (), singles(tokenizer))
+    pieces = [text.add([half]) for _ in range(1000)]
+    assert "".join(pieces) + text.add([], last=True) == tokenizer.decode([half] * 1000)
+    assert decoded < 20_000
+
+
+def test_an_ordinary_text_costs_a_few_tokens_each(tiny_model: Path) -> None:
+    tokenizer = OurTokenizer(tiny_model)
+    ids = tokenizer.text("The lighthouse keeper counts ships at dawn. " * 50)
+    decoded = 0
+
+    def counting(some: Sequence[int]) -> str:
+        nonlocal decoded
+        decoded += len(some)
+        return tokenizer.decode(some)
+
+    text = Text(counting, (), tokenizer.byte_ids)
+    assert "".join(text.add([id]) for id in ids) + text.add([], last=True) == tokenizer.decode(ids)
+    assert decoded < 4 * len(ids)
+
+
+def test_an_answer_without_a_reader_is_the_decoded_whole(tiny_model: Path) -> None:
+    tokenizer = OurTokenizer(tiny_model)
+    ids = random.Random(1).choices(range(tokenizer.vocabulary), k=200)
+
+    async def collect(stops: list[str]) -> tuple[str, int, str]:
+        answer = Answer(tokenizer, stops, Metrics(), 0.0)
+        for start in range(0, 200, 3):
+            answer.new(ids[start : start + 3], None if start + 3 < 200 else "length")
+        done = await answer.done
+        return done.text, done.tokens, done.finish
+
+    whole = tokenizer.decode(ids)
+    assert asyncio.run(collect([])) == asyncio.run(collect(["never in it"])) == (whole, 200, "length")
+    stop = whole[40:44]
+    text, tokens, finish = asyncio.run(collect([stop]))
+    assert (text, finish) == (whole[: whole.index(stop)], "stop_text")
+    assert tokens < 200
