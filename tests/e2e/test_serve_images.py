@@ -231,7 +231,7 @@ def test_root_becomes_a_user_without_powers_to_whom_the_model_is_not_given(
 
 @pytest.mark.skipif(os.getuid() != 0, reason="a model that another user owns is closed to the container's")
 def test_a_model_alone_is_enough_where_a_platform_checks_who_asks(client: DockerClient, xeon_serve_image: str, tree: JobDir) -> None:
-    """As SageMaker starts it: root, `serve`, only /opt/ml/model; here closed to all but root, on a root that cannot be written to at all."""
+    """As SageMaker starts it: root, `serve`, only /opt/ml/model; here closed to all but root, on a read-only root."""
     (tree.model / "model.safetensors").chmod(0o600)
     mounts = [f"{tree.model}:/opt/ml/model:ro"]
     environment = {SERVE_VARIABLE: ServeSpec(open=True).to_text()}
