@@ -37,10 +37,10 @@ def engine_on(place: Path, base: Path, *, engine: str = "openvino", adapters: Ma
     if not (base / "tokenizer.json").is_file():
         Tokenizer(models.BPE(vocab={"a": 0, "<end>": END}, merges=[], unk_token="a")).save(str(base / "tokenizer.json"))
         (base / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
-    return load(tree_of(place, base, adapters), ServeSpec(**{"engine": engine, "dtype": "float32", "cache_gb": 0.05, **spec}))
+    return load(tree_of(place, base, adapters), ServeSpec(**{"engine": engine, "dtype": "float32", "cache_gb": 0.2, **spec}))
 
 
-def asked(engine: Engine, requests: Sequence[tuple[list[int], int, str]], **how: Any) -> list[Answer]:
+def asked(engine: Engine, requests: Sequence[tuple[list[int], int, str]], seeds: Sequence[int] = (), **how: Any) -> list[Answer]:
     """Answers to (prompt, limit, model), all added at once, in order."""
     tokens: dict[int, list[int]] = {id: [] for id in range(len(requests))}
     reasons: dict[int, Reason | None] = {}
@@ -51,7 +51,7 @@ def asked(engine: Engine, requests: Sequence[tuple[list[int], int, str]], **how:
         reasons[id] = reason
 
     for id, (ids, limit, model) in enumerate(requests):
-        engine.add(Request(id, ids, model, limit, **how))
+        engine.add(Request(id, ids, model, limit, **how | ({"seed": seeds[id]} if seeds else {})))
     while engine.step(emit):
         pass
     return [(tokens[id], reasons[id]) for id in range(len(requests))]

@@ -173,7 +173,11 @@ def test_a_window_limits_the_context() -> None:
 def test_missing_and_wrong_tensors_are_named(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", llama(tie_word_embeddings=False))
     config = json.loads((folder / "config.json").read_text())
-    for change, named in ({"num_hidden_layers": 4}, r"model\.layers\.3\."), ({"vocab_size": 330}, "embed_tokens"), ({"head_dim": 8}, "q_proj"):
+    for change, named in (
+        ({"num_hidden_layers": 4}, r"model\.layers\.3\."),
+        ({"vocab_size": 330}, "embed_tokens"),
+        ({"head_dim": 8}, "q_proj"),
+    ):
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(WeightsError, match=named):
             engine_on(tmp_path, folder)
