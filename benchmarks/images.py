@@ -1,8 +1,8 @@
 """Sizes, build times and start times of the images, against their ceilings:  python benchmarks/images.py --check
 
-The Xeon image is built where it is not there; the GPU image is measured where it is. What was not measured is named. Starts are those of a
-container as the docker backend makes one: no network, a read-only root, the caller's user. The first step is one of a random model of two
-million parameters, so that it is the start that is measured.
+The Xeon images are built where they are not there; the GPU train image is measured where it is. What was not measured is named. Starts are
+those of a container as the docker backend makes one: no network, a read-only root, the caller's user. The first step, and the first
+answer, is one of a random model of two million parameters, so that it is the start that is measured.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING
 
 from trimtab import images
 from trimtab.errors import BackendUnavailable, TrimtabError
+from trimtab.layout import SERVE_VARIABLE
+from trimtab.spec import ServeSpec
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -32,12 +34,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # for the tiny mod
 
 # What must not be passed. Sizes in MB (10^6 bytes); seconds are for two cores with nothing else to do, with room to spare.
 CEILINGS = {
-    "size of the Xeon image": (1500.0, "MB"),
-    "size of the GPU image": (6000.0, "MB"),
+    "size of the Xeon train image": (1500.0, "MB"),
+    "size of the Xeon serve image": (500.0, "MB"),
+    "size of the GPU train image": (6000.0, "MB"),
     "build from nothing": (600.0, "s"),
+    "serve build from nothing": (120.0, "s"),
     "build when nothing changed": (5.0, "s"),
     "start to the usage line": (5.0, "s"),
     "start to the first step": (20.0, "s"),
+    "start to the first answer": (10.0, "s"),
 }
 
 
@@ -53,7 +58,7 @@ class Figure:
         return self.value <= self.ceiling
 
     def line(self) -> str:
-        return f"{self.name:<28} {self.value:>8.1f} {self.unit:<2}  ceiling {self.ceiling:>6.0f}  {'kept' if self.kept else 'MISSED'}"
+        return f"{self.name:<29} {self.value:>8.1f} {self.unit:<2}  ceiling {self.ceiling:>6.0f}  {'kept' if self.kept else 'MISSED'}"
 
 
 def figure(name: str, value: float) -> Figure:
@@ -64,10 +69,11 @@ def not_measured(found: list[Figure]) -> list[str]:
     """A line for each ceiling without a figure: why, and what to type to have it."""
     why = {
         "build from nothing": "it takes minutes: add --cold",
-        "size of the GPU image": "there is none of these sources here:  trimtab image build gpu",
+        "serve build from nothing": "it takes a minute: add --cold",
+        "size of the GPU train image": "there is none of these sources here:  trimtab image build gpu",
     }
     absent = [name for name in CEILINGS if name not in {one.name for one in found}]
-    return [f"{name:<28} NOT MEASURED  {why[name]}" for name in absent]
+    return [f"{name:<29} NOT MEASURED  {why[name]}" for name in absent]
 
 
 def measure(*, base: str | None, cold: bool, repeats: int) -> list[Figure]:
@@ -76,29 +82,39 @@ def measure(*, base: str | None, cold: bool, repeats: int) -> list[Figure]:
         quietly: Callable[[str], None] = lambda line: None  # noqa: E731
         found = []
         if cold:
-            began = time.monotonic()
-            images.build("xeon", base=base, client=client, say=quietly, force=True)
-            found.append(figure("build from nothing", time.monotonic() - began))
-        tag = images.build("xeon", base=base, client=client, say=lambda line: print(line, file=sys.stderr))
+            for name, target in {"build from nothing": "train", "serve build from nothing": "serve"}.items():
+                began = time.monotonic()
+                images.build("xeon", target, base=base, client=client, say=quietly, force=True)
+                found.append(figure(name, time.monotonic() - began))
+        aloud: Callable[[str], None] = lambda line: print(line, file=sys.stderr)  # noqa: E731
+        tag = images.build("xeon", base=base, client=client, say=aloud)
+        server = images.build("xeon", "serve", base=base, client=client, say=aloud)
         began = time.monotonic()
         images.build("xeon", base=base, client=client, say=quietly)
         found.append(figure("build when nothing changed", time.monotonic() - began))
-        found.append(figure("size of the Xeon image", images.inspect(tag, client).size / 1e6))
+        found.append(figure("size of the Xeon train image", images.inspect(tag, client).size / 1e6))
+        found.append(figure("size of the Xeon serve image", images.inspect(server, client).size / 1e6))
         with contextlib.suppress(BackendUnavailable):
-            found.append(figure("size of the GPU image", images.find("gpu", client=client).size / 1e6))
+            found.append(figure("size of the GPU train image", images.find("gpu", client=client).size / 1e6))
         usage = [until(client, tag, None, ["no-such-verb"], "usage:") for _ in range(repeats)]
         found.append(figure("start to the usage line", statistics.median(usage)))
         steps = []
         with tempfile.TemporaryDirectory() as folder:
             for number in range(repeats):
                 steps.append(until(client, tag, tiny_job(Path(folder) / str(number)), ["train"], "step=1/"))
-        found.append(figure("start to the first step", statistics.median(steps)))
+            found.append(figure("start to the first step", statistics.median(steps)))
+            # the line in which it says that it answers comes when the model has answered once
+            answers = [
+                until(client, server, tiny_tree(Path(folder) / f"served-{number}"), ["serve"], "answering at") for number in range(repeats)
+            ]
+            found.append(figure("start to the first answer", statistics.median(answers)))
     return found
 
 
 def until(client: DockerClient, tag: str, root: Path | None, command: list[str], sign: str) -> float:
     """Seconds from asking for a container to the line in which `sign` stands."""
     volumes = [] if root is None else [f"{root}:/opt/ml"]
+    environment = {SERVE_VARIABLE: ServeSpec(open=True).to_text()}
     began = time.monotonic()
     started = client.containers.run(
         tag,
@@ -110,6 +126,7 @@ def until(client: DockerClient, tag: str, root: Path | None, command: list[str],
         user=f"{os.getuid()}:{os.getgid()}",
         cap_drop=["ALL"],
         volumes=volumes,
+        environment=environment,
     )
     try:
         said = ""
@@ -133,6 +150,13 @@ def tiny_job(root: Path) -> Path:
     prepare = [sys.executable, "-P", "-m", "trimtab_runtime", "prepare"]
     subprocess.run(prepare, env={**os.environ, "TRIMTAB_ROOT": str(job.root)}, stdout=subprocess.DEVNULL, check=True)
     return job.root
+
+
+def tiny_tree(root: Path) -> Path:
+    from support.tiny_model import make_tiny_model
+
+    make_tiny_model(root / "model")
+    return root
 
 
 def main() -> int:
