@@ -1,0 +1,248 @@
+"""How endpoints of SageMaker end: with their client, at their time, when something goes wrong; and that nothing of them stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from support.hosting import ROLE, handle, until
+from trimtab.aws import endpoint_life, guardian
+from trimtab.aws.session import Aws
+from trimtab.deployers.base import EndpointState
+from trimtab.endpoint import Endpoint, new_id
+from trimtab.errors import EndpointError
+from trimtab.serving import serving
+from trimtab.spec import ServeSpec
+
+LIMIT = "The account-level service limit 'ml.c7i.large for endpoint usage' is 0 Instances"
+CLIENT = """
+import sys, time
+from trimtab.deployers.sagemaker import SageMakerDeployer
+from trimtab.serving import serving
+from trimtab.spec import ServeSpec
+deployer = SageMakerDeployer(role="SageMakerExecutionRole", home=sys.argv[3], poll_seconds=0.1)
+spec = ServeSpec(ttl_minutes=float(sys.argv[5])) if len(sys.argv) > 5 else None
+print("begin", flush=True)
+deployer.start(serving(base_model=sys.argv[2], spec=spec), sys.argv[1], detach=sys.argv[4] == "detach")
+print("ready", flush=True)
+if sys.argv[4] != "detach":
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch):
+    """What guardians and rollbacks wait for takes minutes at AWS."""
+    monkeypatch.setattr(endpoint_life, "APPEARING", 1.0)
+
+
+@pytest.fixture
+def slow_model(lively_model, tmp_path):
+    """It comes up after four seconds."""
+    return _with(lively_model, tmp_path / "slow-model", "slow.json")
+
+
+def _with(model, folder, name):
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).symlink_to(path.resolve())
+    (folder / name).write_text("{}")
+    return folder
+
+
+def test_a_containers_refusal_is_told_in_its_own_words_and_its_death_as_one(account, deployer_of, base_alone):
+    deployer, id = deployer_of(), new_id()
+    deployer.start(base_alone, id)
+    with Endpoint.attach(f"sagemaker://{id}", role=ROLE, timeout=1.5) as endpoint:
+        with pytest.raises(EndpointError, match=rf"{id} answered 400: temperature is out of range; give 0 to 2"):
+            endpoint.generate("refuse")
+        with pytest.raises(EndpointError, match="6 MB: shorten it"):
+            endpoint.generate("a" * 6_291_456)
+        with pytest.raises(EndpointError, match="CloudWatch"):
+            deployer.transport(handle(id)).ask("/metrics", timeout=1)
+        with pytest.raises(EndpointError, match=rf"{id} did not answer"):
+            endpoint.generate("die")
+        deployer.end(handle(id))
+        with pytest.raises(EndpointError, match="nothing answers as sagemaker://"):
+            endpoint.generate("a")
+        assert not endpoint.ready()
+
+
+def test_what_does_not_come_up_is_told_with_its_last_lines_and_leaves_nothing(account, deployer_of, lively_model, tmp_path):
+    deployer = deployer_of()
+    broken = serving(base_model=_with(lively_model, tmp_path / "broken", "breaks.json"))
+    with pytest.raises(
+        EndpointError, match=r"did not pass the ping health check(.|\n)*start_seconds=3600\nIts last lines:\n.*the weights do not fit"
+    ):
+        deployer.start(broken, new_id())
+    assert account.left() == []
+
+
+@pytest.mark.parametrize("operation", ["CreateModel", "CreateEndpointConfig", "CreateEndpoint"])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"code": "AccessDeniedException"}, "lacks the permission sagemaker:{operation}"),
+        ({"code": "ResourceLimitExceeded", "message": LIMIT}, "quota 'ml.c7i.large for endpoint usage'"),
+        ({"code": "InternalFailure", "times": 8}, "wait a minute"),
+    ],
+    ids=["permission", "quota", "trouble"],
+)  # fmt: skip
+def test_nothing_stays_when_one_request_is_refused(account, deployer_of, base_alone, hosting_plane, monkeypatch, operation, fault, said):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    hosting_plane.fault(operation=operation, **fault)
+    with pytest.raises(EndpointError, match=said.format(operation=operation)):
+        deployer_of().start(base_alone, new_id())
+    hosting_plane.faults.clear()
+    assert account.left() == []
+
+
+@pytest.mark.parametrize("operation", ["CreateModel", "CreateEndpointConfig", "CreateEndpoint"])
+def test_an_answer_lost_on_its_way_makes_nothing_twice(account, deployer_of, base_alone, hosting_plane, operation):
+    hosting_plane.fault(operation=operation, drop=True, after=True)
+    deployer, id = deployer_of(), new_id()
+    deployer.start(base_alone, id)
+    deployer.end(handle(id))
+
+
+def test_a_name_that_another_has_is_not_taken_from_him(account, deployer_of, base_alone):
+    client, id = account.client("sagemaker"), new_id()
+    client.create_model(ModelName=id, PrimaryContainer={"Image": "image"}, ExecutionRoleArn=f"arn:aws:iam::000000000000:role/{ROLE}")
+    with pytest.raises(EndpointError, match=f"there is a model {id} already, and it is another one's"):
+        deployer_of().start(base_alone, id)
+    assert account.left(id) == [f"Models {id}"]
+    client.delete_model(ModelName=id)
+    client.close()
+
+
+def test_a_shortage_of_machines_names_the_remedy(account, deployer_of, base_alone, hosting_plane):
+    hosting_plane.fault(kind="capacity")
+    with pytest.raises(EndpointError, match=r"Unable to provision requested ML compute capacity.*instance_type=TYPE"):
+        deployer_of().start(base_alone, new_id())
+
+
+def test_one_that_is_too_slow_is_taken_back_by_its_guardian(account, deployer_of, slow_model, tmp_path, monkeypatch):
+    """SageMaker deletes nothing that is being created; the client does not wait for it."""
+    monkeypatch.setattr("trimtab.deployers.sagemaker.SOON", 0.2)
+    id, began = new_id(), time.monotonic()
+    with pytest.raises(EndpointError, match="still Creating when its time was over, and is taken back"):
+        deployer_of().start(serving(base_model=slow_model), id, ready_timeout=0.5)
+    assert time.monotonic() - began < 4
+    assert account.guardians(id)
+    assert f"Endpoints {id}" in account.left(id)
+    _let_it_look_once(account, tmp_path, id)
+
+
+def _let_it_look_once(account, tmp_path, id):
+    """A guardian looks a second time later, for what may appear late; the test does not wait for that."""
+    log = tmp_path / "home" / "sagemaker" / f"{id}.log"
+    until(lambda: log.exists() and f"{id} is deleted" in log.read_text())
+    account.end_guardians(id)
+
+
+def _client(hosting_amazon, model, tmp_path, *arguments):
+    """A client in a process of its own, once it has begun."""
+    id = new_id()
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLIENT, id, str(model), str(tmp_path / "home"), *arguments],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, **hosting_amazon},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begin\n"
+    return process, id
+
+
+def _kill(process, number=signal.SIGKILL):
+    process.send_signal(number)
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_endpoint_ends_with_its_client_however_it_dies(account, deployer_of, hosting_amazon, lively_model, tmp_path, number):
+    process, id = _client(hosting_amazon, lively_model, tmp_path, "attached")
+    assert process.stdout.readline() == "ready\n"
+    assert Endpoint.attach(f"sagemaker://{id}", role=ROLE).generate("a") == "the lamp is lit"
+    _kill(process, number)
+    _let_it_look_once(account, tmp_path, id)
+
+
+def test_a_client_killed_while_it_deploys_leaves_nothing(account, deployer_of, hosting_amazon, slow_model, tmp_path):
+    process, id = _client(hosting_amazon, slow_model, tmp_path, "attached")
+    until(lambda: f"Endpoints {id}" in account.left(id))
+    _kill(process)
+    _let_it_look_once(account, tmp_path, id)
+
+
+def test_ctrl_c_while_it_deploys_leaves_nothing(account, deployer_of, hosting_amazon, slow_model, tmp_path):
+    process, id = _client(hosting_amazon, slow_model, tmp_path, "attached")
+    until(lambda: f"Endpoints {id}" in account.left(id))
+    _kill(process, signal.SIGINT)
+    assert account.left(id) == []
+
+
+def test_a_detached_endpoint_outlives_its_client_until_its_time_is_over(account, deployer_of, hosting_amazon, lively_model, tmp_path):
+    process, id = _client(hosting_amazon, lively_model, tmp_path, "detach", "0.2")
+    assert process.wait(60) == 0
+    process.stdout.close()
+    (record,) = [record for record in deployer_of().endpoints() if record.handle.id == id]
+    assert record.state is EndpointState.SERVING
+    assert 11 < (record.expires - record.created).total_seconds() < 13
+    assert account.guardians(id)
+    until(lambda: f"Endpoints {id}" not in account.left(id))
+    _let_it_look_once(account, tmp_path, id)
+
+
+def test_a_detached_endpoint_without_a_limit_needs_no_guardian(account, deployer_of, base_alone):
+    deployer, id = deployer_of(), new_id()
+    deployer.start(base_alone, id, detach=True)
+    until(lambda: not account.guardians(id))
+    assert f"Endpoints {id}" in account.left(id)
+    deployer.end(handle(id))
+
+
+def test_a_guardian_goes_on_while_aws_is_away(account, hosting_plane, tmp_path, monkeypatch):
+    client, id = account.client("sagemaker"), new_id()
+    client.create_model(ModelName=id, PrimaryContainer={"Image": "image"}, ExecutionRoleArn=f"arn:aws:iam::000000000000:role/{ROLE}")
+    client.close()
+    monkeypatch.setattr(guardian, "SHORTEST", 0.2)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    hosting_plane.fault(operation="DeleteModel", code="ServiceUnavailable", times=2)
+    said = []
+    with Aws("us-east-1") as aws:
+        guardian.delete(aws, guardian.Charge(id, "us-east-1", None, None, ""), said.append, again=0.1)
+    assert ["not deleted yet" in line for line in said] == [True, True, False, False]
+
+
+def test_who_closes_the_expired_ends_those_of_others_too(account, deployer_of, base_alone, tmp_path):
+    spec = ServeSpec(ttl_minutes=0.05)
+    theirs, mine, id = deployer_of(home=tmp_path / "other"), deployer_of(), new_id()
+    theirs.start(replace(base_alone, spec=spec), id, detach=True)
+    account.end_guardians(id)  # their machine is switched off
+    until(lambda: mine.look(handle(id)).expires < datetime.now(UTC))
+    kept = new_id()
+    mine.start(base_alone, kept)
+    assert [record.handle.id for record in mine.close_expired()] == [id]
+    assert account.left(id) == []
+    mine.end(handle(kept))
+
+
+def test_what_is_left_of_an_endpoint_is_found_and_removed(account, deployer_of, base_alone, monkeypatch):
+    deployer, id = deployer_of(), new_id()
+    deployer.start(base_alone, id, detach=True)
+    client = account.client("sagemaker")
+    client.delete_endpoint(EndpointName=id)  # as in the console
+    client.close()
+    until(lambda: f"Endpoints {id}" not in account.left(id))
+    (record,) = deployer.endpoints()
+    assert (record.state, record.orphan) == (EndpointState.ENDED, "a configuration without an endpoint")
+    assert deployer.close_expired() == []  # another client may be making it just now
+    monkeypatch.setattr("trimtab.deployers.sagemaker.YOUNG", timedelta(0))
+    assert [found.handle.id for found in deployer.close_expired()] == [id]
