@@ -63,6 +63,11 @@ class Endpoint:
         return cls("", timeout=timeout, _transport=deployer.transport(handle), _place=_Place(deployer, handle, ours=False))
 
     @property
+    def transport(self) -> Transport:
+        """The way to it, for questions and answers in the server's own form."""
+        return self._transport
+
+    @property
     def url(self) -> str:
         return self._transport.url
 
