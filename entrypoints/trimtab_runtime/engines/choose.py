@@ -77,7 +77,7 @@ def load(job: JobDir, spec: ServeSpec, environ: Mapping[str, str] = os.environ) 
     if choice.value == "vllm":
         from trimtab_runtime.engines.vllm import VllmEngine
 
-        return VllmEngine.load(tree, spec, _dtype(tree, spec, device), reasons)
+        return VllmEngine.load(tree, spec, _dtype(tree, spec, device), device, reasons)
     if choice.value == "transformers":
         from trimtab_runtime.engines.transformers import TransformersEngine
 

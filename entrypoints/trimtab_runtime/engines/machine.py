@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 GROUPS = Path("/sys/fs/cgroup")
-GIB = 1 << 30
 
 
 def processors(groups: Path = GROUPS) -> int:
