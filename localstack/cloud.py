@@ -192,6 +192,7 @@ def client_variables(aws_url: str, sagemaker_url: str) -> dict[str, str]:
         "AWS_ENDPOINT_URL_SAGEMAKER": sagemaker_url,
         "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": sagemaker_url,
         "AWS_ENDPOINT_URL_SERVICE_QUOTAS": sagemaker_url,
+        "AWS_ENDPOINT_URL_APPLICATION_AUTO_SCALING": sagemaker_url,
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_REGION": REGION,

@@ -18,7 +18,7 @@ from support.cloud import ControlPlane
 from support.iam_judge import ACCOUNT, Judge, role
 from trimtab.aws.account import Needs, survey
 from trimtab.aws.instances import find
-from trimtab.aws.permissions import Where, of_caller
+from trimtab.aws.permissions import Where, of_caller, of_hub
 from trimtab.aws.session import Aws
 from trimtab.plan import Finding
 
@@ -119,12 +119,29 @@ SOURCES = Path(trimtab.aws.__file__).parent
 
 def test_every_permission_that_an_error_names_is_in_the_table(judged, bucket):
     """What the code itself calls when it is refused, but for what only a plan asks, which says so itself."""
-    files = [*SOURCES.glob("*.py"), SOURCES.parent / "backends" / "sagemaker.py"]
+    files = [*SOURCES.glob("*.py"), *SOURCES.parent.glob("*/sagemaker.py")]
     named = {action for file in files if file.stem != "account" for action in re.findall(r'action="([\w-]+:\w+)"', file.read_text())}
     where = Where("aws", "us-east-1", ACCOUNT)
-    table = {action for group in of_caller(where, needs(bucket, makes_bucket=True)) for action in group.actions}
-    assert len(named) > 8
+    kinds = ("", "fixed", "variant", "component")
+    groups = [group for kind in kinds for group in of_caller(where, needs(bucket, makes_bucket=True, endpoint=kind))]
+    table = {action for group in [*groups, of_hub(where)] for action in group.actions}
+    assert len(named) > 12
     assert named - {"sts:GetCallerIdentity"} <= table
+
+
+@pytest.mark.parametrize("kind", ["fixed", "variant", "component"])
+def test_an_endpoint_needs_permissions_of_its_own(judged, judge, bucket, quotas, kind):
+    quotas.set_quota("ml.m7i.4xlarge for endpoint usage", 3)
+    findings = found(judged, needs(bucket, endpoint=kind, count=2))
+    assert {name: finding for name, finding in findings.items() if finding.ok is not True} == {}
+    asked = {name.removeprefix("permission ") for name in findings if name.startswith("permission ")}
+    assert {"sagemaker:CreateEndpoint", "sagemaker:InvokeEndpoint", "sagemaker:DeleteModel", "iam:PassRole"} <= asked
+    assert not [name for name in findings if "TrainingJob" in name or "of the role s3:PutObject" in name]
+    assert ("application-autoscaling:RegisterScalableTarget" in asked) is (kind != "fixed")
+    assert ("sagemaker:CreateInferenceComponent" in asked) is (kind == "component")
+    assert findings["quota ml.m7i.4xlarge for endpoint usage"].detail == "3, the endpoint takes 2"
+    too_many = found(judged, needs(bucket, endpoint=kind, count=4))["quota ml.m7i.4xlarge for endpoint usage"]
+    assert (too_many.ok, too_many.detail) == (False, "3, and the endpoint takes 4")
 
 
 def test_a_denied_action_is_named_with_the_statement_that_allows_it(judged, judge, bucket):

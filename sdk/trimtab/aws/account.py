@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote
 
 from trimtab.aws.instances import Instance
@@ -34,7 +34,8 @@ class Needs:
     """What a job asks of the account. `role` is an ARN, empty where none is named, `image` a name that SageMaker pulls, `prefix` that of
     the bucket's keys; `makes_bucket` tells that a bucket that is not there is made, `max_seconds` the job's hard stop. `kms_key` is for
     what lies in S3 and `volume_kms_key` for disks: ARN, id or alias. `subnets` tells that the job runs in some of the account's own,
-    `model_uri` where the base model lies in S3, if it does."""
+    `model_uri` where the base model lies in S3, if it does. `endpoint` tells that it is not a job but an endpoint, and how its number of
+    instances follows the load: fixed, variant, component (to zero)."""
 
     role: str
     bucket: str
@@ -50,6 +51,7 @@ class Needs:
     volume_kms_key: str | None = None
     subnets: bool = False
     model_uri: str | None = None
+    endpoint: Literal["", "fixed", "variant", "component"] = ""
 
 
 def survey(aws: Aws, needs: Needs) -> list[Finding]:
@@ -66,7 +68,7 @@ def survey(aws: Aws, needs: Needs) -> list[Finding]:
         if any(finding.name == "role" and finding.ok for finding in found):
             found += _asked("permissions of the role", lambda: _permissions_of_role(account, needs))
         found += _asked("bucket", lambda: _bucket(account, needs))
-        if needs.kms_key:
+        if needs.kms_key and not needs.endpoint:
             found += _asked("encryption of checkpoints", lambda: _encryption(account, needs))
         found += _asked("image", lambda: _image(account, needs))
         found += _asked("quota", lambda: _quotas(account, needs))
@@ -276,11 +278,11 @@ def _image(account: _Account, needs: Needs) -> list[Finding]:
 
 def _quotas(account: _Account, needs: Needs) -> list[Finding]:
     """The quotas that a job of this type and number meets; values are instances, or seconds for the longest run."""
-    usage = "spot training job" if needs.spot else "training job"
+    usage = "endpoint" if needs.endpoint else "spot training job" if needs.spot else "training job"
     wanted = {f"{needs.instance.name} for {usage} usage": needs.count}
     if needs.warm_pool:
         wanted[f"{needs.instance.name} for training warm pool usage"] = needs.count
-    longest = "Longest run time for a training job"
+    longest = "Longest run time for a training job" if not needs.endpoint else next(iter(wanted))
     found: dict[str, dict[str, Any]] = {}
     pages = account.client("service-quotas").get_paginator("list_service_quotas")
     with asking("for the quotas of SageMaker", action="servicequotas:ListServiceQuotas"):
@@ -289,7 +291,7 @@ def _quotas(account: _Account, needs: Needs) -> list[Finding]:
             if found.keys() >= {*wanted, longest}:
                 break
     findings = [_enough(account, name, found.get(name), count, needs) for name, count in wanted.items()]
-    if (quota := found.get(longest)) and quota["Value"] < needs.max_seconds:
+    if not needs.endpoint and (quota := found.get(longest)) and quota["Value"] < needs.max_seconds:
         said = f"{quota['Value']:,.0f} s, and the job may run {needs.max_seconds:,} s: lower max_minutes, or"
         findings.append(Finding(f"quota {longest}", False, said, _more(quota, needs.max_seconds)))
     return findings
@@ -300,10 +302,10 @@ def _enough(account: _Account, name: str, quota: dict[str, Any] | None, count: i
         return Finding(f"quota {name}", None, "AWS lists no such quota in this region: the type may not be offered there")
     value = int(quota["Value"])
     if value < count:
-        said = f"{value}, and the job takes {count}"
+        said = f"{value}, and the {'endpoint' if needs.endpoint else 'job'} takes {count}"
         return Finding(f"quota {name}", False, said, f"{_more(quota, count)} , or name another instance type")
-    if "warm pool" in name:
-        return Finding(f"quota {name}", True, f"{value}, the job takes {count}")
+    if "warm pool" in name or needs.endpoint:
+        return Finding(f"quota {name}", True, f"{value}, the {'endpoint' if needs.endpoint else 'job'} takes {count}")
     try:
         used, all_seen = _used(account, needs)
     except TrimtabError:

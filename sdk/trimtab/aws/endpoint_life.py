@@ -188,7 +188,7 @@ def remove(aws: Aws, id: str, patience: float, poll: float = 2.0) -> None:
         _quietly(aws, "application-autoscaling", "DeregisterScalableTarget", f"to stop scaling {id}", **target)
         if scaled == "component":
             _quietly(aws, "cloudwatch", "DeleteAlarms", f"to delete the alarm of {id}", AlarmNames=[alarm_name(id)])
-    _end(aws, lambda: look_at_component(aws, id), "DeleteInferenceComponent", {"InferenceComponentName": id}, until, poll)
+            _end(aws, lambda: look_at_component(aws, id), "DeleteInferenceComponent", {"InferenceComponentName": id}, until, poll)
     _end(aws, lambda: look(aws, id), "DeleteEndpoint", {"EndpointName": id}, until, poll)
     _quietly(aws, "sagemaker", "DeleteEndpointConfig", f"to delete the configuration {id}", EndpointConfigName=id)
     _quietly(aws, "sagemaker", "DeleteModel", f"to delete the model {id}", ModelName=id)

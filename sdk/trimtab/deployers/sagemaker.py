@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from trimtab.aws import containers, endpoint_life, hosting_instances, jumpstart
+from trimtab.aws import account, containers, endpoint_life, hosting_instances, jumpstart
 from trimtab.aws import hosting_request as hosting
 from trimtab.aws.asked import ROLE_VARIABLE
 from trimtab.aws.containers import Container
@@ -39,6 +39,7 @@ from trimtab.errors import BackendUnavailable, EndpointError, SpecError, Trimtab
 from trimtab.estimate import ModelFacts
 from trimtab.events import Choice, Event, Phase, Progress
 from trimtab.images.plan import tag_of
+from trimtab.plan import Finding
 from trimtab.serving import TUNED, Serving
 from trimtab.spec import ServeSpec
 
@@ -279,6 +280,26 @@ class SageMakerDeployer:
             return find(variant["InstanceType"], self.aws.region).usd_per_hour * int(variant["InitialInstanceCount"])
         except SpecError:
             return None
+
+    def findings(self, serving: Serving) -> list[Finding]:
+        """What the account has and lacks for it: role, permissions, bucket, image, quota, as far as AWS tells."""
+        bodies, _, _ = self._rendered(serving, "trim-ep-00000000")
+        variant, uri = bodies["CreateEndpointConfig"]["ProductionVariants"][0], self.settings.model_uri or serving.uri or None
+        needs = account.Needs(
+            role=self._role,
+            bucket=self.place.bucket,
+            prefix=self.place.prefix,
+            image=bodies["CreateModel"]["PrimaryContainer"]["Image"],
+            instance=find(variant["InstanceType"]),
+            count=self.settings.bounds[1],
+            makes_bucket=self.bucket is None,
+            kms_key=self.kms_key,
+            volume_kms_key=self.settings.volume_kms_key,
+            subnets=bool(self.settings.subnets),
+            model_uri=uri,
+            endpoint="component" if self.settings.to_zero else "variant" if self.settings.scales else "fixed",
+        )
+        return account.survey(self.aws, needs)
 
     # an endpoint's life
 
