@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from trimtab import cli_options, data, weights
+from trimtab import cli_options
 from trimtab.artifact import Artifact
-from trimtab.merge import Onto, export, merged, pick_of, refuse_used
-from trimtab.merge_report import measure
 from trimtab.progress import display
 from trimtab.run import Run
+
+if TYPE_CHECKING:
+    from trimtab.merge import Onto
 
 
 @click.command()
@@ -51,6 +52,10 @@ def merge(
       trimtab merge process://trim-7f3a9c21
       trimtab merge process://trim-7f3a9c21 unseen-pages/ --output models/handbook
     """
+    from trimtab import data, weights
+    from trimtab.merge import export, merged, pick_of, refuse_used
+    from trimtab.merge_report import measure
+
     artifact = Run.attach(handle, **cli_options.pairs(settings)).artifact() if "://" in handle else Artifact(handle)
     artifact.verify()
     if output is not None:
