@@ -203,15 +203,19 @@ def registry(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def test_an_image_is_pushed_under_its_own_tag(client: DockerClient, registry: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A small image with our labels: what a push does is the same for a large one."""
-    labels = {f"{images.LABEL}{name}": value for name, value in Plan.of("xeon").labels().items()}
+    """A small image with our labels: a push does the same with a large one. It is asked for by tag, and as the newest of its kind."""
+    labels = {f"{images.LABEL}{name}": value for name, value in Plan.of("xeon", "serve").labels().items()}
     with small_image(client, "scratch", "COPY Dockerfile /", "LABEL trimtab-test=images", labels=labels) as tag:
         try:
+            assert main(["image", "push", "xeon", f"{registry}/team/trimtab", "--target", "serve"]) == 0
+            captured = capsys.readouterr()
+            assert captured.out.startswith(f"{registry}/team/trimtab:{tag.rpartition(':')[2]}@sha256:")
+            assert "Pushed" in captured.err
             assert main(["image", "push", tag, f"{registry}/team/trimtab", "--json"]) == 0
             captured = capsys.readouterr()
             pushed = json.loads(captured.out)
             assert pushed["name"] == f"{registry}/team/trimtab:{tag.rpartition(':')[2]}"
-            assert "Pushed" in captured.err
+            assert "Layer already exists" in captured.err
             with urllib.request.urlopen(f"http://{registry}/v2/team/trimtab/tags/list", timeout=10) as answer:
                 assert json.load(answer)["tags"] == [tag.rpartition(":")[2]]
             pulled = client.images.pull(f"{registry}/team/trimtab@{pushed['digest']}")
