@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.served import tree_of
+from support.tiny_adapter import make_adapter
+from support.tiny_model import make_tiny_model
+from trimtab.errors import EndpointError, WeightsError
+from trimtab.layout import JobDir
+from trimtab.spec import ServeSpec
+from trimtab_runtime.engines.adapters import read_adapter
+from trimtab_runtime.engines.adapters import refusal as adapter_refusal
+from trimtab_runtime.engines.choose import installed, load, pick_engine, refusals
+from trimtab_runtime.engines.machine import cache_bytes, free_memory, processors
+from trimtab_runtime.engines.tree import Tree, read_tree
+from trimtab_runtime.engines.vllm import engine_arguments, environment, fresh, token_bytes
+
+# PEFT 0.21 asks transformers 5.23 for a name that is about to go
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+ALL = {"openvino", "vllm", "transformers"}
+LLAMA: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def artifact(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("artifact"), base)
+
+
+def test_the_fastest_that_is_here_and_takes_the_model() -> None:
+    assert pick_engine("auto", ALL, {}, "xeon").value == "openvino"
+    assert pick_engine("auto", ALL, {}, "gpu").value == "vllm"
+    fallback = pick_engine("auto", {"openvino", "transformers"}, {"openvino": "it is Mamba"}, "xeon")
+    assert fallback.value == "transformers"
+    assert fallback.reason == "openvino does not take this model (it is Mamba); vllm is not installed"
+    assert pick_engine("transformers", ALL, {}, "xeon").reason == "asked for"
+
+
+@pytest.mark.parametrize(
+    ("asked", "present", "refused", "message"),
+    [
+        ("vllm", {"openvino"}, {}, "vllm is not installed here:  pip install vllm"),
+        ("openvino", ALL, {"openvino": "it is Mamba"}, "openvino does not take this model: it is Mamba"),
+        ("auto", {"openvino"}, {"openvino": "it is Mamba"}, "no engine can answer: openvino does not take"),
+        ("auto", set(), {}, "openvino is not installed; vllm is not installed; transformers is not installed"),
+    ],
+)
+def test_refusals_name_the_remedy(asked: str, present: set[str], refused: dict[str, str], message: str) -> None:
+    with pytest.raises(EndpointError, match=message) as caught:
+        pick_engine(asked, present, refused, "xeon")
+    assert "pip install" in str(caught.value) or "--engine auto" in str(caught.value)
+
+
+def test_what_an_engine_does_not_take() -> None:
+    spec = ServeSpec()
+    assert refusals(Tree(Path("m"), ("base",), config=LLAMA), spec, ALL) == {}
+    mamba = Tree(Path("m"), ("base",), config={"architectures": ["MambaForCausalLM"]})
+    assert "MambaForCausalLM" in refusals(mamba, spec, ALL)["openvino"]
+    own = Tree(Path("m"), ("base",), config=LLAMA | {"auto_map": {}})
+    assert "code of its own" in refusals(own, ServeSpec(trust_remote_code=True), ALL)["openvino"]
+    four = Tree(Path("m"), ("tuned", "base"), {"tuned": Path("a")}, LLAMA, {"tuned": "qlora"})
+    assert set(refusals(four, spec, ALL)) == {"vllm"}
+
+
+def test_here_are_two_of_them() -> None:
+    assert {"openvino", "transformers"} <= installed()
+
+
+def test_a_whole_model_is_tuned_where_it_was_merged(base: Path, tmp_path: Path) -> None:
+    job = JobDir(tmp_path / "tree")
+    job.root.mkdir()
+    job.model.symlink_to(base)
+    assert read_tree(job).names == ("base",)
+    job.model.unlink()
+    job.model.mkdir()
+    for file in base.iterdir():
+        (job.model / file.name).symlink_to(file)
+    (job.model / "trimtab.json").write_text("{}")
+    assert (read_tree(job).names, read_tree(job).adapters) == (("tuned",), {})
+
+
+def test_a_base_alone_and_with_adapters(base: Path, artifact: Path, tmp_path: Path) -> None:
+    assert read_tree(tree_of(tmp_path, base)).names == ("base",)
+    both = read_tree(tree_of(tmp_path, base, {"other": artifact}, tuned=artifact))
+    assert both.names == ("tuned", "other", "base")
+    assert both.methods == {"tuned": "lora", "other": "lora"}
+    assert both.dtype() == "float32"
+    assert both.tokenizer == both.model  # the adapter brought none
+    assert len(both.stop_ids()) == 1
+
+
+def test_no_model_and_two_of_one_name(base: Path, artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="holds no model: put or link"):
+        read_tree(JobDir(tmp_path / "nothing"))
+    with pytest.raises(WeightsError, match="two models would be called 'base'"):
+        read_tree(tree_of(tmp_path, base, {"base": artifact}))
+    with pytest.raises(WeightsError, match="two models would be called 'tuned'"):
+        read_tree(tree_of(tmp_path, base, {"tuned": artifact}, tuned=artifact))
+    (tmp_path / "half").mkdir()
+    with pytest.raises(WeightsError, match=r"holds no trimtab\.json"):
+        read_tree(tree_of(tmp_path, base, {"half": tmp_path / "half"}))
+
+
+def test_another_base_is_refused_by_name(base: Path, artifact: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "fetched"
+    folder.mkdir()
+    for file in base.iterdir():
+        (folder / file.name).symlink_to(file)
+    files = {"config.json": {"size": 1, "sha256": "ab" * 32}, "model.safetensors": {"size": 2, "sha256": "cd" * 32}}
+    (folder / "trimtab-weights.json").write_text(json.dumps({"files": files}))
+    own = hashlib.sha256(f"{'ab' * 32}  config.json\n{'cd' * 32}  model.safetensors\n".encode()).hexdigest()
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    for file in artifact.iterdir():
+        (trained / file.name).symlink_to(file)
+    for digest, fits in (own, True), ("", True), ("12" * 32, False):
+        (trained / "trimtab.json").unlink()
+        (trained / "trimtab.json").write_text(json.dumps({"spec": {"model": "owner/name", "model_digest": digest, "method": "lora"}}))
+        job = tree_of(tmp_path, folder, tuned=trained)
+        if fits:
+            assert read_tree(job).names == ("tuned", "base")
+            continue
+        with pytest.raises(WeightsError, match=rf"trained on owner/name with the digest {digest[:16]}, .* holds {own[:16]}"):
+            read_tree(job)
+
+
+def test_pickles_and_code_are_refused(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"only pytorch_model\.bin, a pickle"):
+        read_tree(tree_of(tmp_path, folder))
+    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"auto_map": {"AutoModel": "own.Own"}}))
+    with pytest.raises(WeightsError, match="--trust-remote-code"):
+        read_tree(tree_of(tmp_path, folder))
+    assert read_tree(tree_of(tmp_path, folder), trust_remote_code=True).names == ("base",)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match="damaged"):
+        read_tree(tree_of(tmp_path, folder))
+
+
+def test_loading_says_what_was_chosen_and_falls_back(base: Path, tmp_path: Path) -> None:
+    engine = load(tree_of(tmp_path, base), ServeSpec(cache_gb=0.05, max_context=100))
+    assert engine.facts.engine.startswith("openvino-genai ")
+    assert engine.facts.context == 100
+    assert "engine openvino: the fastest measured on xeon (benchmarks/README.md)" in engine.facts.choices
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in base.iterdir():
+        if file.name != "config.json":
+            (other / file.name).symlink_to(file)
+    config = json.loads((base / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}))
+    fallen = load(tree_of(tmp_path, other), ServeSpec(cache_gb=0.05))
+    assert fallen.facts.engine.startswith("transformers ")
+    assert "openvino does not take this model (only a part of each head is rotated)" in fallen.facts.choices[0]
+    with pytest.raises(EndpointError, match="a part of each head"):
+        load(tree_of(tmp_path, other), ServeSpec(engine="openvino"))
+    with pytest.raises(EndpointError, match="hold no prompt"):
+        load(tree_of(tmp_path, base), ServeSpec(cache_gb=1e-5, engine="openvino"))
+
+
+def test_the_cache_limits_the_context(base: Path, tmp_path: Path) -> None:
+    engine = load(tree_of(tmp_path, base), ServeSpec(cache_gb=0.004, dtype="float32", engine="openvino"))
+    assert 100 < engine.facts.context < 640
+    assert f"context {engine.facts.context}: what the cache holds" in engine.facts.choices
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"bias": "all"}, "biases"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ],
+)
+def test_adapters_of_another_kind_are_named(change: dict[str, Any], named: str) -> None:
+    assert adapter_refusal({"peft_type": "LORA", "bias": "none", "use_dora": False, "modules_to_save": None}) == ""
+    assert named in adapter_refusal(change)
+
+
+def test_an_adapters_scale_is_pefts(artifact: Path, tmp_path: Path) -> None:
+    config = json.loads((artifact / "adapter_config.json").read_text())
+    (tmp_path / "adapter_model.safetensors").symlink_to(artifact / "adapter_model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+
+    def scaled(**change: object) -> float:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+        return float(abs(read_adapter(tmp_path, "a").factors[name][1]).sum())
+
+    one = scaled(lora_alpha=4)  # rank 4
+    assert scaled(lora_alpha=8) == pytest.approx(2 * one)
+    assert scaled(lora_alpha=8, use_rslora=True) == pytest.approx(4 * one)
+    assert scaled(lora_alpha=8, alpha_pattern={"up_proj": 16}) == pytest.approx(4 * one)
+    assert scaled(lora_alpha=8, alpha_pattern={"q_proj": 16}) == pytest.approx(2 * one)
+
+
+def test_processors_and_memory_are_those_of_the_group(tmp_path: Path) -> None:
+    machine = processors(tmp_path)
+    assert machine >= 1
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    assert processors(tmp_path) == 1
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert processors(tmp_path) == machine
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 2000 kB\nMemAvailable: 1000 kB\n")
+    assert free_memory(tmp_path, meminfo) == 1000 << 10
+    (tmp_path / "memory.max").write_text("600000\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    assert free_memory(tmp_path, meminfo) == 200_000
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("300000")
+    assert free_memory(tmp_path, meminfo) == 300_000
+    assert cache_bytes(1.5, 10, 10)[0] == 1_500_000_000
+    assert cache_bytes(None, 1000, 200) == (200, "what all running requests can fill")
+    assert cache_bytes(None, 1000, 300) == (250, "a quarter of the free memory")
+
+
+def test_what_vllm_is_told(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 24, "rank_pattern": {"q_proj": 40}}))
+    plain = Tree(Path("m"), ("base",), config=LLAMA)
+    told = engine_arguments(plain, ServeSpec(max_running=5), "bfloat16", 700, 10**9, compiler=True)
+    assert (told["dtype"], told["max_model_len"], told["max_num_seqs"], told["kv_cache_memory_bytes"]) == ("bfloat16", 700, 5, 10**9)
+    assert not told["enforce_eager"]
+    assert not told["trust_remote_code"]
+    assert "enable_lora" not in told
+    assert engine_arguments(plain, ServeSpec(), "bfloat16", 700, None, compiler=False)["enforce_eager"]
+    both = Tree(Path("m"), ("tuned", "base"), {"tuned": tmp_path}, LLAMA)
+    told = engine_arguments(both, ServeSpec(), "bfloat16", 700, None, compiler=True)
+    assert (told["enable_lora"], told["max_loras"], told["max_lora_rank"], told["enforce_eager"]) == (True, 1, 64, True)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 1000}))
+    with pytest.raises(WeightsError, match="rank 512, one here has 1000"):
+        engine_arguments(both, ServeSpec(), "bfloat16", 700, None, compiler=True)
+    assert environment("xeon", 3)["OMP_NUM_THREADS"] == "3"
+    assert "OMP_NUM_THREADS" not in environment("gpu", 3)
+    assert {environment(device, 1)["VLLM_NO_USAGE_STATS"] for device in ("xeon", "gpu")} == {"1"}
+    assert token_bytes(LLAMA, "bfloat16") == 2 * 2 * 64 * 2
+    assert token_bytes(LLAMA | {"num_key_value_heads": 2, "head_dim": 8}, "float32") == 2 * 2 * 16 * 4
+
+
+def test_what_vllm_says() -> None:
+    stop = frozenset({2})
+    assert fresh([5, 2], None, stop) == ([5, 2], None)
+    assert fresh([5, 2], "stop", stop) == ([5], "stop")
+    assert fresh([], "stop", stop) == ([], "stop")
+    assert fresh([5], "length", stop) == ([5], "length")
