@@ -115,8 +115,8 @@ class DockerDeployer(LocalEndpoints):
 
     def end(self, handle: EndpointHandle) -> None:
         super().end(handle)
-        for facts in self._containers(handle.id):
-            self.engine.remove(facts["Id"])  # without a folder
+        if handle.backend == self.name:
+            self._clear(handle, politely=True)  # of a container without a folder
 
     def endpoints(self) -> list[EndpointRecord]:
         found = super().endpoints()
@@ -133,6 +133,18 @@ class DockerDeployer(LocalEndpoints):
             orphan = f"a container without its folder {folder}, so without its key"
             found.append(EndpointRecord(handle, "", state, datetime.fromtimestamp(facts["Created"], UTC), orphan=orphan))
         return sorted(found, key=lambda one: one.created, reverse=True)
+
+    def _present(self) -> list[tuple[Path, Record]]:
+        found = super()._present()
+        for facts in self._containers():  # which the engine had just made when their clients died, and somebody removed the folders
+            labels = facts["Labels"]
+            if (
+                labels.get(USER_LABEL) == str(os.getuid())
+                and facts["State"] == "created"
+                and not Path(labels.get(FOLDER_LABEL, "/")).exists()
+            ):
+                self.engine.remove(facts["Id"])
+        return found
 
     def _needs_key(self, host: str) -> bool:
         return True  # its port is every local user's, and every container's on its network
@@ -222,14 +234,23 @@ class DockerDeployer(LocalEndpoints):
         return EndpointState.FAILED, f"exit code {ended.exit_code}{killed}{ended.error and ': '}{ended.error}"
 
     def _kill(self, folder: Path, record: Record) -> None:
-        for facts in self._containers(EndpointHandle.parse(record.handle).id):
-            if facts["State"] == "running":
-                self.engine.stop(facts["Id"], int(GRACE))
-            self.engine.remove(facts["Id"])
-            if not until(lambda id=facts["Id"]: self.engine.inspect(id) is None, _REMOVAL):  # type: ignore[misc]
-                raise EndpointError(f"{record.handle} does not end: look at it with  docker inspect {facts['Id'][:12]}")
+        self._clear(EndpointHandle.parse(record.handle), politely=record.answered)
         if tether := _tethers.pop(folder, None):
             tether.close()
+
+    def _clear(self, handle: EndpointHandle, *, politely: bool) -> None:
+        """End and remove the endpoint's containers, `politely` with SIGTERM first; also one just made for a client that has died."""
+
+        def clear() -> bool:
+            found = self._containers(handle.id)
+            for facts in found:
+                if politely and facts["State"] == "running":
+                    self.engine.stop(facts["Id"], int(GRACE))
+                self.engine.remove(facts["Id"])
+            return not found
+
+        if not until(clear, GRACE + _REMOVAL):
+            raise EndpointError(f"{handle} does not end: look at it with  docker inspect {handle.id}")
 
     def _containers(self, id: str = "") -> list[dict[str, Any]]:
         """The engine's facts of the containers of all endpoints, or of one."""
