@@ -23,7 +23,7 @@ from trimtab_runtime.engines import Facts, Reason, Request
 
 COMMAND = (sys.executable, "-P", "-m", "trimtab_runtime.engines.worker")
 LAST_LINES = 20  # of the engine's log, told when it ends
-_LINE = 64 << 20  # bytes of a message or a line of the log at most
+_LINE = 500  # characters of each
 _LEAVE = 3.0  # seconds from closing its standard input to SIGKILL
 
 State = Literal["loading", "ready", "ended"]
@@ -58,7 +58,7 @@ class EngineProcess:
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
         self._running: dict[int, Listener] = {}
         self._waiting: dict[int, tuple[Request, Listener]] = {}
-        self._process: asyncio.subprocess.Process | None = None
+        self._child: asyncio.SubprocessTransport | None = None
         self._closing = False
         self._told = ""  # what it said of its own failure
 
@@ -112,43 +112,32 @@ class EngineProcess:
     async def close(self) -> None:
         """End the engine; what it works on is lost."""
         self._closing = True
-        process = self._process
-        if process is not None and process.returncode is None:
-            if process.stdin is not None:
-                process.stdin.close()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(process.wait(), _LEAVE)
-            _kill(process)
+        if self._child is not None and (stdin := self._child.get_pipe_transport(0)) is not None:
+            stdin.close()
+            await asyncio.wait([self._pipes.over], timeout=_LEAVE)
+            _kill(self._child)
 
     async def _live(self, ready: Callable[[Facts], None]) -> None:
         """One life of it, from start to end; `cause` says why it ended."""
         self._told, self.cache = "", 0.0
-        pipe = asyncio.subprocess.PIPE
+        self._pipes = _Pipes(lambda line: self._heard(json.loads(line), ready), self._log)
         try:
             # in a session of its own, so that whatever it starts in turn can be ended with it
-            self._process = process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=pipe, stdout=pipe, stderr=pipe, limit=_LINE, start_new_session=True
-            )
+            start = asyncio.get_running_loop().subprocess_exec(lambda: self._pipes, *self._command, start_new_session=True)
+            self._child, _ = await start
         except OSError as exc:
             self.cause = f"the engine cannot be started ({exc.strerror or exc}): look at the memory and the number of processes"
             return
-        assert process.stdout is not None
-        assert process.stderr is not None
-        log = asyncio.ensure_future(self._copy_log(process.stderr))
         try:
-            if self._closing:
-                return
-            while line := await process.stdout.readline():
-                self._heard(json.loads(line), ready)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(process.wait(), _LEAVE)
+            if not self._closing:
+                await self._pipes.silent
+                await asyncio.wait([self._pipes.over], timeout=_LEAVE)
         finally:
-            _kill(process)
-            code = await process.wait()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(log, _LEAVE)
-            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-            self.cause = self._told or ended(code, peak, next(reversed(self.last_lines), ""))
+            _kill(self._child)
+            await asyncio.wait([self._pipes.over], timeout=_LEAVE)
+            code, peak = self._child.get_returncode(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+            self._child.close()
+            self.cause = self._told or ended(-signal.SIGKILL if code is None else code, peak, next(reversed(self.last_lines), ""))
 
     def _heard(self, message: dict[str, Any], ready: Callable[[Facts], None]) -> None:
         if "new" in message:
@@ -188,15 +177,41 @@ class EngineProcess:
             self._send(request, listener)
 
     def _write(self, message: dict[str, Any]) -> None:
-        process = self._process
-        if process is not None and process.returncode is None and process.stdin is not None and not process.stdin.is_closing():
-            process.stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+        stdin = None if self._child is None else self._child.get_pipe_transport(0)
+        if isinstance(stdin, asyncio.WriteTransport) and not stdin.is_closing():
+            stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
-    async def _copy_log(self, lines: asyncio.StreamReader) -> None:
-        while line := await lines.readline():
-            text = line.decode(errors="replace").rstrip()
-            self.last_lines.append(text[:500])
-            self._say(text)
+    def _log(self, line: bytes) -> None:
+        text = line.decode(errors="replace").rstrip()
+        self.last_lines.append(text[:_LINE])
+        self._say(text)
+
+
+class _Pipes(asyncio.SubprocessProtocol):
+    """What comes from the child, line by line as it comes: messages on its standard output, its log on the other."""
+
+    def __init__(self, message: Callable[[bytes], None], log: Callable[[bytes], None]) -> None:
+        self._told = {1: message, 2: log}
+        self._begun = {1: b"", 2: b""}
+        loop = asyncio.get_running_loop()
+        self.silent: asyncio.Future[None] = loop.create_future()  # it says no more
+        self.over: asyncio.Future[None] = loop.create_future()  # it has ended, and all that it said has been heard
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        *lines, self._begun[fd] = (self._begun[fd] + data).split(b"\n")
+        for line in lines:
+            self._told[fd](line)
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if fd == 1 and not self.silent.done():
+            self.silent.set_result(None)
+
+    def process_exited(self) -> None:
+        self.pipe_connection_lost(1, None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.over.done():
+            self.over.set_result(None)
 
 
 def ended(code: int, peak: int, last_line: str) -> str:
@@ -209,7 +224,9 @@ def ended(code: int, peak: int, last_line: str) -> str:
     return f"the engine ended with exit code {code}{f', its last words: {last_line}' if last_line else ''}: look at its log"
 
 
-def _kill(process: asyncio.subprocess.Process) -> None:
+def _kill(child: asyncio.SubprocessTransport) -> None:
     """It and whatever it started."""
+    pid = child.get_pid()
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        if pid is not None:
+            os.killpg(pid, signal.SIGKILL)
