@@ -13,8 +13,8 @@ from typing import Any, Literal, Self
 
 from trimtab.artifact import Artifact
 from trimtab.deployers import load_deployer, settings_of
-from trimtab.deployers.base import PREFIX, Deployer, EndpointHandle, EndpointRecord, EndpointState
-from trimtab.errors import EndpointError
+from trimtab.deployers.base import PREFIX, Deployer, EndpointHandle, EndpointRecord, EndpointState, Remote
+from trimtab.errors import EndpointError, SpecError
 from trimtab.events import Event
 from trimtab.serving import Serving, serving
 from trimtab.spec import ServeSpec, refuse_unknown
@@ -246,7 +246,7 @@ def deploy(
         port=port,
         api_key=api_key,
         detach=detach,
-        ready_timeout=_PATIENCE + wanted.bytes / _RATE if ready_timeout is None else ready_timeout,
+        ready_timeout=_patience(deployer, wanted) if ready_timeout is None else ready_timeout,
         show=show,
     )
     return Endpoint("", _transport=deployer.transport(handle), _place=_Place(deployer, handle, ours=not detach))
@@ -307,6 +307,10 @@ def _wanted(
     spec = ServeSpec(**asked | ({} if ttl is None else {"ttl_minutes": ttl}))
     deployer = load_deployer(backend, own)
     deployer.check(device)
+    if isinstance(deployer, Remote) and (elsewhere := deployer.elsewhere(spec, device, title)) is not None:
+        if artifact is not None or base_model is not None or adapters:
+            raise SpecError(f"{elsewhere.title} is served from where it lies: leave the artifact and the base model out, or that setting")
+        return deployer, elsewhere
     wanted = serving(
         artifact,
         base_model,
@@ -320,6 +324,10 @@ def _wanted(
         show=show,
     )
     return deployer, wanted
+
+
+def _patience(deployer: Deployer, wanted: Serving) -> float:
+    return deployer.patience(wanted) if isinstance(deployer, Remote) else _PATIENCE + wanted.bytes / _RATE
 
 
 def _talk(messages: str | Sequence[Mapping[str, str]]) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from support.faulty_proxy import FaultyProxy, cut_answer, hang, lost_answer, refused_json
 from support.hosting import ROLE, handle, until
 from trimtab.aws import endpoint_life, guardian
 from trimtab.aws.session import Aws
@@ -126,6 +127,50 @@ def test_a_shortage_of_machines_names_the_remedy(account, deployer_of, base_alon
     hosting_plane.fault(kind="capacity")
     with pytest.raises(EndpointError, match=r"Unable to provision requested ML compute capacity.*instance_type=TYPE"):
         deployer_of().start(base_alone, new_id())
+
+
+@pytest.fixture
+def proxy(hosting_plane, hosting_amazon, monkeypatch):
+    """In front of SageMaker and its runtime, for what goes wrong on the way."""
+    with FaultyProxy(hosting_plane.url) as found:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", found.url)
+        monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME", found.url)
+        yield found
+
+
+def test_a_network_that_is_away_while_it_comes_up_is_waited_for(account, deployer_of, slow_model, proxy, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    proxy.fault(hang(0.1), on="DescribeEndpoint", times=6, after=2)
+    deployer, id = deployer_of(), new_id()
+    deployer.start(serving(base_model=slow_model), id)
+    assert proxy.count("DescribeEndpoint") > 8
+    deployer.end(handle(id))
+
+
+def test_credentials_that_end_while_it_comes_up_are_told_and_nothing_stays(account, deployer_of, slow_model, proxy, tmp_path, monkeypatch):
+    """The client can delete nothing any more; the guardian can when they are renewed."""
+    monkeypatch.setattr("trimtab.deployers.sagemaker.SOON", 0.2)
+    said = "The security token included in the request is expired"
+    proxy.fault(refused_json(400, "ExpiredTokenException", said), on=lambda seen: seen.operation != "CreateModel", times=4, after=3)
+    id = new_id()
+    with pytest.raises(EndpointError, match="renew them with  aws sso login"):
+        deployer_of().start(serving(base_model=slow_model), id)
+    _let_it_look_once(account, tmp_path, id)
+
+
+def test_an_answer_that_breaks_off_is_told_as_that(account, deployer_of, base_alone, proxy, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    deployer, id = deployer_of(), new_id()
+    deployer.start(base_alone, id)
+    with Endpoint.attach(f"sagemaker://{id}", timeout=5) as endpoint:
+        proxy.fault(cut_answer(200), on=lambda seen: seen.path.endswith("response-stream"))
+        with pytest.raises(EndpointError, match=rf"{id} broke off its answer"):
+            list(endpoint.stream("The keeper"))
+        proxy.fault(lost_answer(), on=lambda seen: seen.path.endswith("invocations"))
+        with pytest.raises(EndpointError, match=rf"to ask {id} and does not answer"):
+            endpoint.generate("The keeper")
+        assert endpoint.generate("The keeper") == "the lamp is lit"
+    deployer.end(handle(id))
 
 
 def test_one_that_is_too_slow_is_taken_back_by_its_guardian(account, deployer_of, slow_model, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from support.hosting import ROLE, handle, until
 from trimtab.aws.upload import Sent, upload
 from trimtab.deployers.base import EndpointHandle, EndpointState
-from trimtab.endpoint import Endpoint, new_id
+from trimtab.endpoint import Endpoint, deploy, deploy_request, new_id
 from trimtab.errors import BackendUnavailable, EndpointError, SpecError
 from trimtab.events import Phase, Progress
 from trimtab.serving import serving
@@ -172,6 +172,17 @@ def test_a_model_of_jumpstart_is_served_when_its_licence_is_accepted(account, de
     client.close()
     with pytest.raises(EndpointError, match="JumpStart has no model 'llama-9'"):
         deployer_of(jumpstart="llama-9").check("gpu")
+
+
+def test_a_model_elsewhere_needs_no_base_model_here(account, hosting_amazon, lively_model, tmp_path):
+    settings = {"backend": "sagemaker", "role": ROLE, "home": tmp_path, "poll_seconds": 0.1}
+    with deploy(None, lively_model, prefix="theirs", **settings) as endpoint:
+        uri = deploy_request(None, lively_model, prefix="theirs", **settings)["upload"]["to"]
+        assert endpoint.generate("a") == "the lamp is lit"
+    with deploy(model_uri=uri, prefix="ours", **settings) as endpoint:
+        assert endpoint.generate("a") == "the lamp is lit"
+    with pytest.raises(SpecError, match="is served from where it lies"):
+        deploy(None, lively_model, model_uri=uri, **settings)
 
 
 def test_what_cannot_be_served_there_says_why(deployer_of, base_alone):

@@ -134,16 +134,24 @@ def look_at_component(aws: Aws, id: str) -> Standing | None:
 
 
 def wait(look: Callable[[], Standing | None], until: float, poll: float, show: Callable[[Standing, float], None]) -> Standing | None:
-    """How it stands when it is no more being made or changed; None when it is gone. Raises TimeoutError at `until` (monotonic)."""
-    began = time.monotonic()
+    """How it stands when it is no more being made or changed; None when it is gone. A network that is away meanwhile is waited for.
+
+    Raises TimeoutError at `until` (monotonic), EndpointError for what will not pass.
+    """
+    began, standing = time.monotonic(), None
     while True:
-        standing = look()
-        if standing is None or standing.status not in BUSY:
-            return standing
         now = time.monotonic()
-        show(standing, now - began)
+        try:
+            standing = look()
+        except EndpointError as exc:
+            if exc.__cause__ is None or not is_passing(exc.__cause__) or now >= until:
+                raise
+        else:
+            if standing is None or standing.status not in BUSY:
+                return standing
+            show(standing, now - began)
         if now >= until:
-            raise TimeoutError(standing.status)
+            raise TimeoutError(standing.status if standing else "unknown")
         time.sleep(min(poll, max(until - now, 0.05)))
 
 

@@ -120,11 +120,15 @@ class SageMakerTransport:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
+        from botocore.eventstream import ParserError
         from botocore.exceptions import ClientError, EventStreamError
+        from urllib3.exceptions import HTTPError
 
         try:
             with asking(f"to ask {self._name}", action="sagemaker:InvokeEndpoint", error=EndpointError):
                 yield
+        except (HTTPError, ParserError) as exc:  # botocore lets them through from within a stream
+            raise EndpointError(f"{self._name} broke off its answer ({type(exc).__name__}): check the network and ask again") from exc
         except EndpointError as exc:
             cause = exc.__cause__
             if isinstance(cause, EventStreamError):

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from trimtab.errors import EndpointError
 from trimtab.events import Event
 
 if TYPE_CHECKING:
     from trimtab.serving import Serving
+    from trimtab.spec import ServeSpec
     from trimtab.transport import Transport
 
 PREFIX = "trim-ep-"
@@ -122,4 +123,17 @@ class Deployer(Protocol):
 
     def endpoints(self) -> list[EndpointRecord]:
         """Those of this machine or account, newest first, orphans too."""
+        ...
+
+
+@runtime_checkable
+class Remote(Protocol):
+    """A deployer whose machines are found first, and which may serve what is not on this one."""
+
+    def patience(self, serving: Serving) -> float:
+        """Seconds that a start may take where nothing else is asked for."""
+        ...
+
+    def elsewhere(self, spec: ServeSpec, device: Literal["xeon", "gpu"], title: str = "") -> Serving | None:
+        """What is served where the deployer's own settings name the model; None where they do not."""
         ...
