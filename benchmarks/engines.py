@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,13 +66,15 @@ class Round:
 class Worker:
     """One engine in its process, from before it loads until it is closed."""
 
-    def __init__(self, name: str, python: str, tree: Path, spec: ServeSpec, log: Path) -> None:
-        self.name = name
+    def __init__(self, name: str, python: str, tree: Path, spec: ServeSpec, log: Path, preload: str = "") -> None:
+        self.name, self.log = name, log
         environment = os.environ | {
             ROOT_VARIABLE: str(tree),
             SERVE_VARIABLE: spec.to_text(),
             "PYTHONPATH": f"{SOURCES / 'sdk'}:{SOURCES / 'entrypoints'}",
         }
+        if name == "vllm" and preload:
+            environment["LD_PRELOAD"] = preload
         begun = time.monotonic()
         self.process = subprocess.Popen(
             [python, "-P", "-m", "trimtab_runtime.engines.worker"],
@@ -130,15 +133,19 @@ class Worker:
         self.process.stdin.write(json.dumps(message) + "\n")
         self.process.stdin.flush()
 
-    def _hear(self) -> dict[str, list[tuple[int, list[int], str | None]]]:
+    def _hear(self) -> dict[str, Any]:
         assert self.process.stdout
         line = self.process.stdout.readline()
-        return json.loads(line) if line else {}
+        if not line:
+            raise SystemExit(f"{self.name} ended: {self.log.read_text()[-2000:]}")
+        message: dict[str, Any] = json.loads(line)
+        return message
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm-python", help="the interpreter of an environment with vLLM's CPU build")
+    parser.add_argument("--vllm-preload", default="", help="libraries to load before vLLM: it advises tcmalloc and Intel's OpenMP")
     parser.add_argument("--model", choices=("small", "large"), default="small")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=3)
@@ -172,7 +179,7 @@ def main() -> None:
 @contextmanager
 def running(name: str, python: str, folder: Path, options: argparse.Namespace, log: Path) -> Iterator[Worker]:
     spec = ServeSpec(engine=name, dtype=options.dtype, max_running=max(options.clients), max_context=512, cache_gb=2.0)
-    worker = Worker(name, python, folder, spec, log)
+    worker = Worker(name, python, folder, spec, log, options.vllm_preload)
     print(f"{worker.version} started in {worker.started:.0f} s", file=sys.stderr, flush=True)
     try:
         yield worker

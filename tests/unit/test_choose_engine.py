@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from trimtab_runtime.engines.adapters import read_adapter
 from trimtab_runtime.engines.adapters import refusal as adapter_refusal
 from trimtab_runtime.engines.choose import installed, load, pick_engine, refusals
 from trimtab_runtime.engines.machine import cache_bytes, free_memory, processors
+from trimtab_runtime.engines.scratch import scratch
 from trimtab_runtime.engines.tree import Tree, read_tree
 from trimtab_runtime.engines.vllm import engine_arguments, environment, fresh, token_bytes
 
@@ -246,6 +249,7 @@ def test_what_vllm_is_told(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="rank 512, one here has 1000"):
         engine_arguments(both, ServeSpec(), "bfloat16", 700, None, compiler=True)
     assert environment("xeon", 3)["OMP_NUM_THREADS"] == "3"
+    assert environment("xeon", 3)["OMP_WAIT_POLICY"] == "passive"
     assert "OMP_NUM_THREADS" not in environment("gpu", 3)
     assert {environment(device, 1)["VLLM_NO_USAGE_STATS"] for device in ("xeon", "gpu")} == {"1"}
     assert token_bytes(LLAMA, "bfloat16") == 2 * 2 * 64 * 2
@@ -258,3 +262,19 @@ def test_what_vllm_says() -> None:
     assert fresh([5, 2], "stop", stop) == ([5], "stop")
     assert fresh([], "stop", stop) == ([], "stop")
     assert fresh([5], "length", stop) == ([5], "length")
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    program = """
+import os, sys
+from pathlib import Path
+from trimtab_runtime.engines.scratch import scratch
+with scratch(Path(sys.argv[1])):
+    os._exit(9)
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    with scratch(tmp_path) as mine, scratch(tmp_path) as other:
+        (mine / "model.bin").write_bytes(b"x")
+        assert set(tmp_path.iterdir()) == {mine, other}
+    assert not list(tmp_path.iterdir())

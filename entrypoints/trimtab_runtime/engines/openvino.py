@@ -10,7 +10,6 @@ from __future__ import annotations
 import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from trimtab_runtime.engines.adapters import Adapter, read_adapter
 from trimtab_runtime.engines.families import Sizes, sliding_window
 from trimtab_runtime.engines.machine import cache_bytes, free_memory, processors
 from trimtab_runtime.engines.mapped import Mapped, map_folder
+from trimtab_runtime.engines.scratch import scratch
 from trimtab_runtime.engines.tree import Tree, refuse_small_disk
 
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # else importing openvino tells Intel of it
@@ -106,8 +106,7 @@ class OpenVinoEngine:
         }
         loaded = []
         for group in sets:
-            with tempfile.TemporaryDirectory(prefix="trimtab-openvino-") as place:
-                folder = Path(place)
+            with scratch() as folder:
                 used: Mapping[str, Mapped] = weights
                 if group is four_bit:
                     from trimtab_runtime.engines.four_bit import round_trip

@@ -16,7 +16,7 @@ from trimtab.spec import ServeSpec
 from trimtab_runtime.choices import Choice
 from trimtab_runtime.engine import CACHE_BYTES, MAX_ROWS, Step, cache_bytes
 from trimtab_runtime.engine import Engine as Model
-from trimtab_runtime.engines import Emit, Facts, Request, check
+from trimtab_runtime.engines import Emit, Facts, Reason, Request, check
 from trimtab_runtime.engines.machine import processors
 from trimtab_runtime.engines.tree import Tree
 from trimtab_runtime.sampling import Sampling
@@ -71,7 +71,7 @@ class TransformersEngine:
         for step in steps or []:
             if step.over:
                 self._left.add(step.row)
-            reason = None if not step.over else "stop" if step.token is None else "length"
+            reason: Reason | None = None if not step.over else "stop" if step.token is None else "length"
             emit(self._batch[step.row].id, [] if step.token is None else [step.token], reason)
         return steps is not None
 

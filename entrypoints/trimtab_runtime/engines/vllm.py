@@ -122,7 +122,8 @@ def environment(device: str, threads: int) -> dict[str, str]:
     }
     if device == "xeon":
         # it would keep one processor for a server of its own, and bound threads wait for whoever else runs on theirs
-        found |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads), "KMP_BLOCKTIME": "0"}
+        found |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+        found |= {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}  # nor spin while they wait
     return found
 
 
