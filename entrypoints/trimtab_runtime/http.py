@@ -8,9 +8,11 @@ is a task: it is cancelled as soon as the client has gone.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import fcntl
 import json
 import socket
+import struct
+import termios
 import time
 import traceback
 from collections.abc import Awaitable, Callable
@@ -33,7 +35,8 @@ class Limits:
     ahead_bytes: int = 64 << 10  # sent behind a request that is being answered
     request_seconds: float = 60.0  # from a request's first byte to its last
     idle_seconds: float = 75.0  # between requests
-    unread_seconds: float = 20.0  # an answer that the client does not take
+    unread_seconds: float = 20.0  # an answer of which the client takes nothing
+    linger_seconds: float = 2.0  # to read why, while it still sends
     connections: int = 512
 
 
@@ -124,7 +127,9 @@ class Connection(asyncio.Protocol):
         self.task: asyncio.Task[None] | None = None
         self.since = time.monotonic()  # of the state that it is in
         self.blocked = False  # the client takes nothing: what can wait should
-        self._blocked_since: float | None = None
+        self._written = self._taken = 0  # bytes of answers, and how many of them the client's side has acknowledged
+        self._taken_at = self.since
+        self._lingering = False  # all is said; what the client still sends is thrown away, so that it can read why
         self._reading = False  # in the middle of a request
         self._ahead = 0
         self._refusal: Refusal | None = None
@@ -147,7 +152,7 @@ class Connection(asyncio.Protocol):
             self.task.cancel()
 
     def data_received(self, data: bytes) -> None:
-        if self._transport.is_closing():
+        if self._transport.is_closing() or self._lingering:
             return
         if self.task is not None:
             self._ahead += len(data)
@@ -164,10 +169,10 @@ class Connection(asyncio.Protocol):
             self._refuse(Refusal(exc.error_status_hint, f"this is no HTTP request: {exc}"))
 
     def pause_writing(self) -> None:
-        self.blocked, self._blocked_since = True, time.monotonic()
+        self.blocked = True
 
     def resume_writing(self) -> None:
-        self.blocked, self._blocked_since = False, None
+        self.blocked = False
 
     # a request
 
@@ -253,6 +258,10 @@ class Connection(asyncio.Protocol):
         """The answer is written: go on to the next request, or close."""
         self.since = time.monotonic()
         self._begun = False
+        if self._h11.their_state in (h11.IDLE, h11.SEND_BODY, h11.ERROR) and self._transport.can_write_eof():
+            self._lingering = True
+            self._transport.write_eof()
+            return
         if self._server.closing or self._h11.our_state is not h11.DONE or self._h11.their_state is not h11.DONE:
             self._transport.close()
             return
@@ -267,7 +276,7 @@ class Connection(asyncio.Protocol):
         head = self._start(status, content_type, retry_after, len(body))
         data = body if self._method != b"HEAD" else b""
         end = (self._h11.send(h11.Data(data=data)) or b"") + (self._h11.send(h11.EndOfMessage()) or b"")
-        self._transport.write(head + end)
+        self._put(head + end)
 
     def refuse(self, refusal: Refusal) -> None:
         self.send(refusal.status, json.dumps(refusal.content).encode(), retry_after=refusal.retry_after)
@@ -278,14 +287,18 @@ class Connection(asyncio.Protocol):
             self._begun = True
             head = self._start(200, "text/event-stream", None, None)
             self._chunked = b"chunked" in head.lower()
-            self._transport.write(head + self._framed(piece))
+            self._put(head + self._framed(piece))
         else:
-            self._transport.write(self._framed(piece))
+            self._put(self._framed(piece))
 
     def finish(self, piece: bytes) -> None:
         """The last piece."""
         self.write(piece)
-        self._transport.write(self._h11.send(h11.EndOfMessage()) or b"")
+        self._put(self._h11.send(h11.EndOfMessage()) or b"")
+
+    def _put(self, data: bytes) -> None:
+        self._written += len(data)
+        self._transport.write(data)
 
     def drop(self) -> None:
         """Break off, whatever is still to be sent."""
@@ -303,19 +316,30 @@ class Connection(asyncio.Protocol):
 
     def look(self, now: float) -> None:
         """Drop a client that takes too long."""
-        waited = now - self.since
-        if self._blocked_since is not None:
-            if now - self._blocked_since > self._limits.unread_seconds:
-                self.drop()
+        taken = self._written - self.unsent - self._queued()
+        if taken > self._taken or not self.unsent:
+            self._taken, self._taken_at = taken, now
+        waited, limits = now - self.since, self._limits
+        if now - self._taken_at > limits.unread_seconds:
+            self.drop()
         elif self.task is not None:
-            pass
-        elif self._transport.is_closing() or not self._reading:
-            if waited > (self._limits.unread_seconds if self.unsent else self._limits.idle_seconds):
+            return
+        elif self._lingering:
+            if waited > limits.linger_seconds:
                 self.drop()
-        elif waited > self._limits.request_seconds:
-            self._refuse(Refusal(408, f"the request was not whole within {self._limits.request_seconds:g} s: send it faster"))
-            with contextlib.suppress(OSError):
+        elif not self._reading:
+            if waited > limits.idle_seconds and not self.unsent:
                 self._transport.close()
+        elif waited > limits.request_seconds:
+            self._refuse(Refusal(408, f"the request was not whole within {limits.request_seconds:g} s: send it faster"))
+
+    def _queued(self) -> int:
+        """Bytes that the kernel has and the client's does not (SIOCOUTQ of tcp(7))."""
+        connection = self._transport.get_extra_info("socket")
+        try:
+            return int(struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))[0])
+        except (OSError, ValueError):  # it is closed
+            return 0
 
     @property
     def _method(self) -> bytes:
