@@ -129,6 +129,14 @@ def test_a_shortage_of_machines_names_the_remedy(account, deployer_of, base_alon
         deployer_of().start(base_alone, new_id())
 
 
+def test_without_a_guardian_nothing_is_deployed(account, deployer_of, base_alone, tmp_path, hosting_plane):
+    (tmp_path / "full").write_text("")  # a file where a folder should be, as good as a full disk
+    before = len(hosting_plane.requests)
+    with pytest.raises(EndpointError, match=r"nothing was deployed.*export TRIMTAB_HOME"):
+        deployer_of(home=tmp_path / "full").start(base_alone, new_id())
+    assert not [name for name, _ in hosting_plane.requests[before:] if name.startswith("Create")]
+
+
 @pytest.fixture
 def proxy(hosting_plane, hosting_amazon, monkeypatch):
     """In front of SageMaker and its runtime, for what goes wrong on the way."""

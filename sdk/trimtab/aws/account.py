@@ -273,7 +273,14 @@ def _image(account: _Account, needs: Needs) -> list[Finding]:
     make = f"aws ecr create-repository --repository-name {repository} --region {region}   and then  " if "Repository" in absent[0] else ""
     registry = needs.image.removesuffix(f"@{digest}").rsplit(":", 1)[0] if tag or digest else needs.image
     kind = "gpu" if needs.instance.gpus else "xeon"
-    return [Finding("image", False, f"{needs.image} is not there", f"{make}trimtab image push {kind} {registry}")]
+    return [
+        Finding(
+            "image",
+            False,
+            f"{needs.image} is not there",
+            f"{make}trimtab image push {kind} {registry}{' --target serve' if needs.endpoint else ''}",
+        )
+    ]
 
 
 def _quotas(account: _Account, needs: Needs) -> list[Finding]:

@@ -176,7 +176,7 @@ def _remedy(reason: str) -> str:
     if "apacity" in reason:
         return "AWS has no such machine free now; wait, or choose another with  --backend-option instance_type=TYPE  or another region"
     if "image" in reason and ("not exist" in reason or "pull" in reason):
-        return "send it there with  trimtab image push  , or name another with  --backend-option image=URI"
+        return "send it there with  trimtab image push DEVICE REPOSITORY --target serve , or name another with  --backend-option image=URI"
     if "model data" in reason:
         return "the role must be allowed s3:GetObject and s3:ListBucket where the model lies; see  trimtab plan"
     if "health check" in reason or "ping" in reason:

@@ -28,9 +28,8 @@ from typing import IO
 
 from trimtab.aws import endpoint_life
 from trimtab.aws.logs import jittered
-from trimtab.aws.refusals import is_passing
 from trimtab.aws.session import Aws
-from trimtab.errors import TrimtabError
+from trimtab.errors import EndpointError, TrimtabError
 
 KEEP, DONE = "keep", "done"
 PATIENCE = 24 * 3600.0  # seconds for which it tries to delete
@@ -58,6 +57,16 @@ class Guardian:
     """The client's end: the process is started, told, and let go of."""
 
     def __init__(self, charge: Charge) -> None:
+        """Raises EndpointError where it cannot be started, and nothing is to be deployed without it."""
+        try:
+            self._start(charge)
+        except OSError as exc:
+            raise EndpointError(
+                f"nothing was deployed, because the process that would end it cannot be started ({exc}): make room for {charge.log}, or "
+                "name another place with  export TRIMTAB_HOME=FOLDER"
+            ) from exc
+
+    def _start(self, charge: Charge) -> None:
         Path(charge.log).parent.mkdir(parents=True, exist_ok=True)
         with Path(charge.log).open("ab") as log:
             self._process = _Process(
@@ -130,9 +139,6 @@ def delete(aws: Aws, charge: Charge, say: Callable[[str], None], again: float = 
             endpoint_life.remove(aws, charge.id, until - time.monotonic())
         except (TrimtabError, TimeoutError) as exc:
             say(f"{charge.id} is not deleted yet: {exc}")
-            cause = exc.__cause__
-            if cause is not None and not is_passing(cause) and time.monotonic() + LONGEST > until:
-                return
             time.sleep(jittered(wait := min(wait * 2, LONGEST)))
             continue
         seen += 1

@@ -203,7 +203,7 @@ class HostingAsked:
             settings.container,
             settings.image or self._image(serving.device),
             containers.environment(settings.container, serving.spec, name, one.gpus),
-            containers.ami_of(settings.container),
+            containers.ami_of("trimtab-gpu" if one.gpus and settings.container == "trimtab" else settings.container),
         )
         uri = settings.model_uri or serving.uri or (planned.uri(self.place) if planned else "")
         granted = hosting.Allocation(
