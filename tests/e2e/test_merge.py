@@ -15,12 +15,9 @@ from support.job_tree import PAGES, make_job, run, train_here
 from support.tiny_model import make_tiny_model
 from trimtab import weights
 from trimtab.artifact import Artifact
-from trimtab.data import load
 from trimtab.errors import DataError, SpecError, StagingError, WeightsError
-from trimtab.events import Progress
 from trimtab.merge import merge_digest, merged, pick_file, pick_of
 from trimtab.merge_cli import merge as command
-from trimtab.merge_report import measure
 from trimtab.weights import BaseModel
 
 MERGE = """
@@ -32,14 +29,15 @@ from trimtab.weights import resolve
 if limit := int(sys.argv[3]):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
-    print(merged(Artifact(sys.argv[1]), resolve(sys.argv[2], say=lambda line: None), say=lambda line: print(line, file=sys.stderr)))
+    base = resolve(sys.argv[2], say=lambda line: None)
+    print(merged(Artifact(sys.argv[1]), base, onto="original", say=lambda line: print(line, file=sys.stderr)))
 except TrimtabError as exc:
     sys.exit(f"{type(exc).__name__}: {exc}")
 """
 
 
 def elsewhere(artifact: Artifact, base: BaseModel, limit: int = 0) -> subprocess.CompletedProcess[str]:
-    """The same in another process, which may write files of at most `limit` bytes."""
+    """Merging in another process, which may write files of at most `limit` bytes."""
     command = [sys.executable, "-c", MERGE, str(artifact.path), str(base.folder), str(limit)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
@@ -77,16 +75,16 @@ def test_two_processes_make_one_folder_which_loads_like_any_model(artifact: Arti
     assert [path.name for path in cache.iterdir() if not path.name.startswith(".")] == [folder.name]
     again = weights.resolve(str(folder), say=lambda line: None)  # a model like any other, also to be tuned again
     assert "model.safetensors" in again.files
-    assert json.loads((folder / "trimtab.json").read_text())["merged"]["onto"] == "dequantised"
+    assert json.loads((folder / "trimtab.json").read_text())["merged"]["onto"] == "original"
 
     stamp = (folder / "model.safetensors").stat()
-    assert merged(artifact, base) == folder
+    assert merged(artifact, base, onto="original") == folder
     assert (folder / "model.safetensors").stat().st_ino == stamp.st_ino, "not made again"
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "model.safetensors").write_bytes(data)
     said: list[str] = []
-    assert merged(artifact, base, say=said.append) == folder
+    assert merged(artifact, base, onto="original", say=said.append) == folder
     assert any("made again" in line for line in said)
     assert (folder / "model.safetensors").read_bytes() != bytes(data)
 
@@ -115,50 +113,41 @@ def test_other_bases_and_other_methods_are_refused(artifact: Artifact, base: Bas
     assert len({merge_digest(found, base, onto) for found in (artifact, Artifact(lora)) for onto in ("original", "dequantised")}) == 4
 
 
-def test_what_merging_costs_is_measured_and_the_pick_is_used(artifact: Artifact, base: BaseModel, cache: Path) -> None:
-    seen: list[Progress] = []
-    report = measure(artifact, base, show=lambda event: seen.append(event) if isinstance(event, Progress) else None)
-    assert (seen[-1].done, len(seen)) == (seen[-1].of, seen[-1].of)
-    assert list(report.models) == ["unmerged", "dequantised", "original", "base"]
-    unmerged, dequantised, original, untuned = report.models.values()
-    assert abs(dequantised.loss - unmerged.loss) < 1e-4 < abs(original.loss - unmerged.loss)
-    assert unmerged.agreement == 1
-    assert unmerged.divergence == 0
-    assert dequantised.divergence < 1e-6 < original.divergence < untuned.divergence
-    assert dequantised.agreement > original.agreement > untuned.agreement
-    assert report.documents == 24
-    assert unmerged.trained is not None, "the run's rows are here"
-    assert untuned.trained is not None
-    assert unmerged.trained < untuned.trained - 0.1
-    assert pick_of(artifact, base) == (report.pick, report.reason)
-
-    pick_file(artifact, base).write_text(json.dumps({"pick": "original", "reason": "said here"}))
-    assert json.loads((merged(artifact, base) / "trimtab.json").read_text())["merged"]["onto"] == "original"
-
-
-def test_pages_that_were_trained_on_are_not_held_out(artifact: Artifact, base: BaseModel, cache: Path, tmp_path: Path) -> None:
-    (tmp_path / "pages").mkdir()
-    (tmp_path / "pages" / "own.txt").write_text("New here.\n" + "\n".join(PAGES.values()))
-    with pytest.raises(DataError, match=r"own\.txt is among the pages that the run was trained on"):
-        measure(artifact, base, load(tmp_path / "pages", say=lambda line: None).documents)
-
-
-def test_the_command_measures_merges_and_hands_the_model_over(
-    artifact: Artifact, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_command_measures_what_merging_costs_and_hands_the_model_over(
+    artifact: Artifact, base: BaseModel, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "pages").mkdir()
-    (tmp_path / "pages" / "new.txt").write_text("A page that nobody trained on. " * 30)
     output = tmp_path / "models" / "mill"
-    command.main([str(artifact.path), str(tmp_path / "pages"), "--output", str(output)], standalone_mode=False)
+    command.main([str(artifact.path), "--output", str(output)], standalone_mode=False)
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == str(output)
-    assert "the pages given" in printed[0]
-    assert "too few to tell" in printed[-2]
-    assert "trimtab-weights.json" not in {path.name for path in output.iterdir()}
+    assert "general prose" in printed[0]
+    report = json.loads(pick_file(artifact, base).read_text())
+    assert printed[-2] == f"merge onto the {report['pick']} weights: {report['reason']}"
+    assert pick_of(artifact, base) == (report["pick"], report["reason"])
+    assert report["documents"] == 24
+    assert list(report["models"]) == ["unmerged", "dequantised", "original", "base"]
+
+    unmerged, dequantised, original, untuned = report["models"].values()
+    assert abs(dequantised["loss"] - unmerged["loss"]) < 1e-4 < abs(original["loss"] - unmerged["loss"])
+    assert (unmerged["agreement"], unmerged["divergence"]) == (1, 0)
+    assert dequantised["divergence"] < 1e-6 < original["divergence"] < untuned["divergence"]
+    assert dequantised["agreement"] > original["agreement"] > untuned["agreement"]
+    assert unmerged["trained"] < untuned["trained"] - 0.1, "the run's own rows are here"
+
+    made = merged(artifact, base)  # as deploying would: what was picked
+    assert json.loads((made / "trimtab.json").read_text())["merged"]["onto"] == report["pick"]
+    assert {path.name for path in made.iterdir()} - {path.name for path in output.iterdir()} == {"trimtab-weights.json"}
+    assert (made / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
     with pytest.raises(StagingError, match="is there already"):
         command.main([str(artifact.path), "--output", str(output)], standalone_mode=False)
 
-    command.main([str(artifact.path), "--onto", "dequantised", "--json"], standalone_mode=False)
+    command.main([str(artifact.path), "--onto", "original", "--json"], standalone_mode=False)
     told = json.loads(capsys.readouterr().out)
-    assert (told["onto"], told["report"]) == ("dequantised", None)
-    assert (Path(told["folder"]) / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+    assert (told["onto"], told["report"]) == ("original", None)
+    assert told["folder"] == str(merged(artifact, base, onto="original"))
+
+
+def test_pages_that_were_trained_on_are_not_held_out(artifact: Artifact, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("New here.\n" + "\n".join(PAGES.values()))
+    with pytest.raises(DataError, match=r"own\.txt is among the pages that the run was trained on"):
+        command.main([str(artifact.path), str(tmp_path / "own.txt")], standalone_mode=False)
