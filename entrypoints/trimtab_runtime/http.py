@@ -2,7 +2,7 @@
 
 h11 reads and checks what clients send (RFC 9112); a piece of an answer is framed by hand, since with many clients that is what a server
 does all day. A client has `Limits` for what it sends and how slowly, and for how long it may leave an answer unread. A request's answer
-is a task: it is cancelled as soon as the client has gone.
+is a task: it is cancelled as soon as the client has gone, or has closed its side of the connection.
 """
 
 from __future__ import annotations

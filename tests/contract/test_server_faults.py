@@ -137,6 +137,17 @@ def test_what_does_not_finish_in_its_grace_is_told_so(job: JobDir) -> None:
         assert "the server is ending" in answers[1].events[-1]["error"]["message"]
 
 
+def test_a_second_sigterm_waits_for_nobody(job: JobDir) -> None:
+    with DirectServer(job, ServeSpec(grace_seconds=60)) as server:
+        endpoint = server.endpoint()
+        with urllib.request.urlopen(endpoint.url + "/v1/completions", json.dumps({**ENDLESS, "stream": True}).encode()) as answer:
+            assert answer.readline().startswith(b"data: ")
+            server.terminate()
+            wait_until(lambda: "1 running answers get 60 s" in server.written())
+            server.terminate()
+            assert server.process.wait(10) == 0
+
+
 def test_an_engine_does_not_outlive_its_server(job: JobDir) -> None:
     with DirectServer(job) as server:
         endpoint = server.endpoint()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from trimtab_runtime.answers import Answer, Text
+from trimtab_runtime.answers import Answer, Stream, Text
+from trimtab_runtime.forms import OpenAI
+from trimtab_runtime.http import Connection, Incoming, Server
 from trimtab_runtime.metrics import Metrics
 from trimtab_runtime.tokenizer import Tokenizer as OurTokenizer
 
@@ -158,3 +162,38 @@ def test_an_answer_without_a_reader_is_the_decoded_whole(tiny_model: Path) -> No
     text, tokens, finish = asyncio.run(collect([stop]))
     assert (text, finish) == (whole[: whole.index(stop)], "stop_text")
     assert tokens < 200
+
+
+def test_a_reader_that_takes_nothing_gets_what_was_made_meanwhile_at_once(tiny_model: Path) -> None:
+    tokenizer = OurTokenizer(tiny_model)
+    ids = tokenizer.text("The lighthouse keeper counts ships at dawn. ") * 8000
+    blocked = asyncio.Event()
+
+    async def pour(_: Incoming, client: Connection) -> None:
+        answer = Answer(tokenizer, (), Metrics(), 0.0, Stream(client, OpenAI("tuned", chat=False), 1))
+        for id in ids[:-1]:
+            answer.new([id], None)
+            if client.blocked:
+                blocked.set()
+        answer.new(ids[-1:], "length")
+
+    async def ask() -> tuple[int, list[str]]:
+        server = Server(lambda _: None, pour, print)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            await server.start(listener)
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.write(b"GET / HTTP/1.0\r\n\r\n")
+            await asyncio.wait_for(blocked.wait(), 20)
+            (connection,) = server.connections
+            unsent = connection.unsent
+            _, _, events = (await reader.read()).partition(b"\r\n\r\n")
+            writer.close()
+            await writer.wait_closed()
+            await server.close()
+        return unsent, [event.removeprefix("data: ") for event in events.decode().split("\n\n") if event]
+
+    unsent, events = asyncio.run(ask())
+    assert events.pop() == "[DONE]"
+    assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == tokenizer.decode(ids)
+    assert len(events) < len(ids) / 2
+    assert unsent < 1_000_000, "of events of 12 megabytes in all"

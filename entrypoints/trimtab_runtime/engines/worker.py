@@ -68,6 +68,8 @@ class Channel:
 def main() -> int:
     channel = Channel.take()
     _end_with_parent()
+    # no library may look for a hub, or tell one that it is used
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the server, which then ends this
     try:
         try:
