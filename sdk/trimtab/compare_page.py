@@ -81,7 +81,10 @@ summary { cursor: pointer; font-weight: 600; padding: .3rem 0; }
 details .answer { font-size: .88rem; }
 footer { margin-top: 3rem; font-size: .82rem; color: var(--soft); overflow-wrap: anywhere; }
 :focus-visible { outline: 2px solid var(--m0); outline-offset: 2px; }
-@media (max-width: 40rem) { h1 { font-size: 1.4rem; } main { padding-top: 1.3rem; } th, td { padding: .45rem .6rem; } }
+@media (max-width: 40rem) {
+  h1 { font-size: 1.4rem; } main { padding-top: 1.3rem; } table { font-size: .85rem; } th, td { padding: .4rem .5rem; }
+  th[scope=row] { min-width: 8rem; } td.n, th.n { white-space: normal; }
+}
 @media print { body { background: #fff; } .card, .wide { break-inside: avoid; } }
 """
 
@@ -163,7 +166,7 @@ def _head(found: Comparison) -> Iterator[str]:
         ready = "" if column.ready_after is None else f"{column.ready_after:.1f} s"
         rate = _median([answer.rate for answer in column.answers if answer.rate is not None])
         way = "chat" if column.kind == "chat" else "start of a sentence"
-        where = "" if column.where == column.label else f'<div class="where">{_text(column.where)}</div>'
+        where = "" if column.where == column.label else f'<div class="where">{_text(_public(column.where))}</div>'
         speed = "" if rate is None else f"{rate:.1f}"
         yield f'<tr style="{_mark(place)}"><th scope="row"><span class="dot"></span>{_text(column.label)}{where}</th><td>{way}</td>'
         yield f'<td class="n">{ready}</td><td class="n">{speed}</td></tr>'
@@ -288,6 +291,11 @@ def _cell(answer: Answer) -> str:
 
 def _mark(place: int) -> str:
     return f"--mark:var(--m{place % 6})"
+
+
+def _public(where: str) -> str:
+    """A page is shown to others: of a folder of this machine only the last two parts."""
+    return "/".join(Path(where).parts[-2:]) if where.startswith(("/", "~", ".")) else where
 
 
 def _median(values: Iterable[float]) -> float | None:

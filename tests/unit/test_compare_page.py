@@ -87,6 +87,13 @@ def test_what_models_say_is_text(found: Comparison) -> None:
         assert words in seen.text, words
 
 
+def test_the_page_tells_nobody_where_folders_lie(found: Comparison) -> None:
+    somewhere = replace(found.columns[1], where="/home/keeper/runs/trim-1/model")
+    text = page(replace(found, columns=(found.columns[0], somewhere)))
+    assert "trim-1/model" in text
+    assert "keeper" not in text
+
+
 def test_the_page_is_written_whole_or_not_at_all(found: Comparison, tmp_path: Path) -> None:
     write(found, tmp_path / "compare.html")
     assert (tmp_path / "compare.html").read_text(encoding="utf-8") == page(found)
