@@ -163,7 +163,7 @@ class Account:
 
     def guardians(self, id: str = "trim-ep-") -> list[int]:
         """Processes that guard an endpoint of this account; those of other test sessions reach another one."""
-        reach = f"AWS_ENDPOINT_URL_SAGEMAKER={self.plane.url}".encode()
+        reach = f"AWS_ENDPOINT_URL_APPLICATION_AUTO_SCALING={self.plane.url}".encode()  # which no test puts a proxy before
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it ended just now
