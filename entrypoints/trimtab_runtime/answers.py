@@ -61,7 +61,10 @@ class Text:
 
     def _is_open(self, text: str) -> bool:
         """Whether the next id could change this text's end."""
-        return not text or text[-1] == UNFINISHED or self._ids[-1] in self._byte_ids
+        if not text or text[-1] == UNFINISHED:
+            return True
+        # a token without text of its own may be skipped: the bytes before and after it are one run
+        return bool(self._byte_ids) and (self._ids[-1] in self._byte_ids or not self._decode(self._ids[-1:]))
 
     def _until_stop(self, piece: str, last: bool) -> str:
         if not self._stops:

@@ -75,7 +75,7 @@ def singles(tokenizer: Tokenizer) -> frozenset[int]:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(data=st.data())
-@settings(max_examples=300)
+@settings(max_examples=400)
 def test_the_pieces_are_the_whole(name: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
     size = tokenizer.get_vocab_size()
@@ -88,6 +88,14 @@ def test_the_pieces_are_the_whole(name: str, data: st.DataObject) -> None:
         assert tokenizer.decode(ids).startswith(shown), "what is shown stays"
     shown += text.add(ids[at:], last=True)
     assert shown == tokenizer.decode(ids)
+
+
+def test_bytes_around_a_token_that_is_skipped_are_one_run() -> None:
+    tokenizer = TOKENIZERS["byte_fallback"]
+    ids = [tokenizer.token_to_id(token) for token in ("<0xE6>", "<0x9D>", "<0xB1>", "<s>", "<0xFF>", "▁ship")]
+    text = Text(tokenizer.decode, (), singles(tokenizer))
+    pieces = [text.add([id]) for id in ids]
+    assert pieces == ["", "", "", "", "", tokenizer.decode(ids)]
 
 
 @given(st.text(alphabet="abé東👩 .", max_size=80), st.lists(st.text(alphabet="abé東. ", min_size=1, max_size=4), min_size=1, max_size=3))
