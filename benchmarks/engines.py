@@ -219,9 +219,10 @@ def endless_model(place: Path, kind: str) -> tuple[Path, int]:
         config.pop(name, None)
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = json.loads((known / "tokenizer.json").read_text())
-    end = next(one["content"] for one in tokenizer["added_tokens"] if one["id"] > 2)  # of a chat's tokens the first is said by none
-    (folder / "tokenizer.json").symlink_to(known / "tokenizer.json")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+    known_tokens = 1 + max(*tokenizer["model"]["vocab"].values(), *(one["id"] for one in tokenizer["added_tokens"]))
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][-1] | {"id": known_tokens, "content": "<never>"})  # beyond the model's
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<never>"}))
     return place / "tree", config["vocab_size"]
 
 

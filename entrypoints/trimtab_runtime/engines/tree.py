@@ -52,7 +52,8 @@ class Tree:
             flat.append(Tokenizer(self.tokenizer).eos_id)
         except SpecError as exc:
             raise WeightsError(str(exc)) from exc
-        return frozenset(one for one in flat if isinstance(one, int))
+        size = self.config.get("vocab_size") or 1 << 40
+        return frozenset(one for one in flat if isinstance(one, int) and one < size)  # a tokenizer may know more than its model
 
 
 def read_tree(job: JobDir, *, trust_remote_code: bool = False) -> Tree:
