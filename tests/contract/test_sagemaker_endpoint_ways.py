@@ -174,6 +174,18 @@ def test_a_model_of_jumpstart_is_served_when_its_licence_is_accepted(account, de
         deployer_of(jumpstart="llama-9").check("gpu")
 
 
+def test_what_the_account_lacks_is_found_before_anything_is_sent(account, deployer_of, base_alone, hosting_plane):
+    hosting_plane.set_quota("ml.c7i.large for endpoint usage", 1)
+    try:
+        findings = {finding.name: finding for finding in deployer_of(instances=2).findings(base_alone)}
+    finally:
+        hosting_plane.set_quota("ml.c7i.large for endpoint usage", 20)
+    assert findings["identity"].ok
+    quota = findings["quota ml.c7i.large for endpoint usage"]
+    assert (quota.ok, quota.detail) == (False, "1, and the endpoint takes 2")
+    assert "request-service-quota-increase" in quota.remedy
+
+
 def test_a_model_elsewhere_needs_no_base_model_here(account, hosting_amazon, lively_model, tmp_path):
     settings = {"backend": "sagemaker", "role": ROLE, "home": tmp_path, "poll_seconds": 0.1}
     with deploy(None, lively_model, prefix="theirs", **settings) as endpoint:
