@@ -21,8 +21,8 @@ RUNTIME = sorted((ROOT / "entrypoints" / "trimtab_runtime").rglob("*.py"))
 PURE = {"trimtab.errors", "trimtab.secrets", "trimtab.spec", "trimtab.layout", "trimtab.events", "trimtab.ledger", "trimtab.estimate"}
 CLIENT_ONLY = {"boto3", "botocore", "click", "docker", "langchain_community", "requests", "rich", "sagemaker"}
 HEAVY = CLIENT_ONLY - {"click"} | {
-    "accelerate", "bitsandbytes", "bs4", "huggingface_hub", "langchain", "lxml", "numpy", "peft", "safetensors", "starlette", "tokenizers",
-    "torch", "trafilatura", "transformers", "uvicorn",
+    "accelerate", "bitsandbytes", "bs4", "h11", "huggingface_hub", "langchain", "lxml", "numpy", "openvino", "openvino_genai",
+    "peft", "safetensors", "tokenizers", "torch", "trafilatura", "transformers",
 }  # fmt: skip
 
 
