@@ -33,7 +33,7 @@ EXTRAS = {
     "weights": ("huggingface-hub", "gguf", "numpy", "safetensors", "tokenizers"),
     "data": ("langchain-community", "beautifulsoup4", "lxml", "lxml-html-clean", "trafilatura", "requests"),
     "train": ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "safetensors", "jinja2"),
-    "serve": ("h11", "openvino_genai"),
+    "serve": ("h11", "openvino-genai"),
     "docker": ("docker",),
     "aws": ("boto3",),
 }
