@@ -201,6 +201,9 @@ def test_what_cannot_be_served_there_says_why(deployer_of, base_alone):
     beside = replace(base_alone, base=base_alone.model, adapters={"tuned": base_alone.model})
     with pytest.raises(SpecError, match="one folder, and adapters beside their base are two"):
         deployer_of().render(beside, "trim-ep-00000000")
+    unmade = replace(base_alone, files={"model/config.json": base_alone.model / "nothing.json"})
+    with pytest.raises(SpecError, match=r"not merged yet.*trimtab merge HANDLE"):
+        deployer_of().render(unmade, "trim-ep-00000000")
     with pytest.raises(EndpointError, match="leave api_key out"):
         deployer_of().start(base_alone, "trim-ep-00000000", api_key="secret")
     with pytest.raises(SpecError, match="needs GPUs"):

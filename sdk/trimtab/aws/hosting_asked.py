@@ -182,6 +182,11 @@ class HostingAsked:
     def _planned(self, serving: Serving, show: Callable[[int], None] = lambda read: None) -> PlannedModel:
         assert serving.model is not None
         files = {name.removeprefix("model/"): path for name, path in serving.files.items() if name.startswith("model/")}
+        if not all(path.exists() for path in files.values()):  # as a dry run finds it
+            raise SpecError(
+                f"{serving.title} is not merged yet, and the request names the model by its contents: make it with  trimtab merge HANDLE  "
+                "and repeat the command"
+            )
         return plan_model(files, serving.model, show=show)
 
     def _granted(self, serving: Serving, planned: PlannedModel | None, name: str) -> tuple[hosting.Allocation, list[Choice]]:
