@@ -51,7 +51,7 @@ def rewrite(source: Path, target: Path, names: frozenset[str], change: Change, w
             read.seek(len(raw) + begin)
             if name in names:
                 weight = _tensor(_exactly(read, end - begin, source), entry, f"{name} in {source.name}")
-                put(memoryview(change(name, weight).contiguous().view(-1).view(torch.uint8).numpy()))
+                put(change(name, weight).contiguous().view(-1).view(torch.uint8).numpy().data)
             else:
                 for start in range(begin, end, _PIECE):
                     put(_exactly(read, min(_PIECE, end - start), source))
