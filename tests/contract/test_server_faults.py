@@ -58,7 +58,7 @@ def asking(endpoint: Endpoint, *bodies: dict[str, Any]) -> Iterator[list[Invoked
         before = counted(endpoint)["trimtab_tokens_out_total"]
         waiting = [pool.submit(ask, endpoint, "/v1/completions", body) for body in bodies]
         wait_until(lambda: counted(endpoint)["trimtab_running"] == len(bodies))
-        wait_until(lambda: counted(endpoint)["trimtab_tokens_out_total"] > before + 2 * len(bodies))
+        wait_until(lambda: counted(endpoint)["trimtab_tokens_out_total"] > before + 20 * len(bodies))
         yield answers
         answers += [answer.result(60) for answer in waiting]
 
