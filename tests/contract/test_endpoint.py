@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -212,6 +213,46 @@ def test_a_detached_endpoint_outlives_its_client_until_it_is_closed(model: Path,
         attached.generate("abc")
 
 
+def test_an_endpoint_that_somebody_else_closed_is_closed(model: Path, tmp_path: Path, home: Path) -> None:
+    before = left(home)
+    with deploy(None, model, python=script_server(tmp_path)) as endpoint:
+        assert endpoint.handle is not None
+        subprocess.run([sys.executable, "-c", f"from trimtab.endpoint import close; close({str(endpoint.handle)!r})"], check=True)
+        assert left(home) == before
+        with pytest.raises(EndpointError, match="was closed: deploy it again"):
+            endpoint.generate("a")
+        with pytest.raises(EndpointError, match="there is no endpoint"):
+            endpoint.status()
+        endpoint.close()
+
+
+def test_ctrl_c_while_it_comes_up_leaves_nothing(model: Path, home: Path, tmp_path: Path) -> None:
+    before = left(home)
+    server = script_server(tmp_path, "time.sleep(600)")
+    program = f"from trimtab.endpoint import deploy; deploy(None, {str(model)!r}, python={server!r}, detach=True)"
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as client:
+        try:
+            wait_until(lambda: any((path / "log.txt").stat().st_size for path in _others(home, before)))
+        finally:
+            client.send_signal(signal.SIGINT)
+        assert "KeyboardInterrupt" in client.communicate(timeout=20)[1]
+    assert left(home) == before, "without anyone looking"
+
+
+def _others(home: Path, before: list[str]) -> list[Path]:
+    return [path for path in home.glob("endpoints/trim-*") if str(path) not in before]
+
+
+def test_a_full_disk_leaves_nothing(model: Path, home: Path, tmp_path: Path) -> None:
+    before = left(home)
+    server = script_server(tmp_path)
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))"  # no file grows beyond that
+    program = f"from trimtab.endpoint import deploy; {limited}; deploy(None, {str(model)!r}, python={server!r})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert re.search(r"EndpointError: an endpoint cannot be kept in .*: make room, or set TRIMTAB_HOME", done.stderr)
+    assert left(home) == before
+
+
 def test_a_detached_server_that_was_killed_is_an_orphan_until_it_is_closed(model: Path, tmp_path: Path) -> None:
     with deploy(None, model, python=script_server(tmp_path), detach=True) as endpoint:
         record = json.loads((Path(os.environ["TRIMTAB_HOME"]) / "endpoints" / endpoint.handle.id / "record.json").read_text())  # type: ignore[union-attr]
@@ -257,19 +298,23 @@ def test_a_server_ends_with_its_client_however_it_dies(model: Path, home: Path) 
 def test_a_client_that_is_killed_while_it_deploys_leaves_nothing(
     model: Path, home: Path, tmp_path: Path, moment: str, detach: bool
 ) -> None:
-    before, place = left(home), home / "endpoints"
-    known = set(place.iterdir()) if place.exists() else set()
+    before = left(home)
     server = script_server(tmp_path, "time.sleep(600)")
     program = f"from trimtab.endpoint import deploy; deploy(None, {str(model)!r}, python={server!r}, detach={detach})"
+
+    def reached() -> bool:
+        """The files appear one after the other, and the log is not empty once the server runs."""
+        found = [path / moment for path in _others(home, before)]
+        return any(path.exists() and (moment != "log.txt" or path.stat().st_size > 0) for path in found)
+
     with subprocess.Popen([sys.executable, "-c", program]) as client:
-        # of the files that appear one after the other; the last is not empty once the server runs
-        wait_until(
-            lambda: any(
-                (path / moment).exists() and (moment != "log.txt" or (path / moment).stat().st_size)
-                for path in place.iterdir()
-                if path not in known
-            )
-        )
-        client.kill()
-    endpoints("process")
-    wait_until(lambda: left(home) == before)
+        try:
+            wait_until(reached)
+        finally:
+            client.kill()
+
+    def nothing_left() -> bool:
+        endpoints("process")  # whoever looks next takes away what was left
+        return left(home) == before
+
+    wait_until(nothing_left)

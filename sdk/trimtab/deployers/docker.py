@@ -235,6 +235,8 @@ class DockerDeployer(LocalEndpoints):
 
     def _kill(self, folder: Path, record: Record) -> None:
         self._clear(EndpointHandle.parse(record.handle), politely=record.answered)
+
+    def _forget(self, folder: Path) -> None:
         if tether := _tethers.pop(folder, None):
             tether.close()
 

@@ -61,6 +61,10 @@ class LocalEndpoints(ABC):
         """How it ended, when it left no reason."""
 
     @abstractmethod
+    def _forget(self, folder: Path) -> None:
+        """Let go of what this process held of an endpoint that has ended."""
+
+    @abstractmethod
     def _kill(self, folder: Path, record: Record) -> None:
         """End it: SIGTERM, GRACE seconds, SIGKILL. Quiet when it has ended. Raises EndpointError when it does not."""
 
@@ -122,6 +126,9 @@ class LocalEndpoints(ABC):
         if found := self._look_up(handle):
             self._kill(*found)
             endpoint_folder.remove(found[0])
+        folder = self.home / "endpoints" / handle.id
+        endpoint_folder.let_go(folder)  # also where somebody else has ended it
+        self._forget(folder)
 
     def endpoints(self) -> list[EndpointRecord]:
         found = [self._listed(EndpointHandle.parse(record.handle), folder, record) for folder, record in self._present()]

@@ -4,6 +4,7 @@ Beside what every endpoint's folder holds (endpoint_folder.py):
 
     alive.lock   locked for as long as the server lives: it inherits the lock, and the kernel takes it back however it dies.
                  So no process id is ever mistaken for another's
+    pid          the server's process id, which it writes before it becomes the server: its client may die before it can
 
 A server that is not detached holds the reading end of a pipe, and ends when the pipe does: with its client, however that dies.
 """
@@ -31,8 +32,10 @@ from trimtab.events import Event
 from trimtab.layout import SERVE_VARIABLE, JobDir
 from trimtab.serving import Serving
 
-_NEEDED = ("trimtab_runtime", "tokenizers", "jinja2", "starlette", "uvicorn")
-_ALIVE = "alive.lock"
+_NEEDED = ("trimtab_runtime", "tokenizers", "jinja2", "h11")
+_ALIVE, _PID = "alive.lock", "pid"
+_LAUNCH = ["/bin/sh", "-c", f'echo $$ >{_PID} && exec "$@"', "sh"]
+_LAUNCHED = 2.0  # seconds that it may take to write its process id
 _MOMENT = 0.2  # seconds for which someone who only looks may hold the lock
 
 
@@ -84,7 +87,7 @@ class ProcessDeployer(LocalEndpoints):
     def _launch(self, folder: Path, record: Record, show: Callable[[Event], None]) -> Record:
         with lock(folder / _ALIVE, _MOMENT) as alive, (folder / LOG).open("ab") as log:
             server = _Server(
-                record.request["command"],
+                [*_LAUNCH, *record.request["command"]],
                 cwd=folder,
                 env={**inherited(os.environ), **record.request["environment"]},
                 stdin=subprocess.DEVNULL if record.detach else subprocess.PIPE,
@@ -117,17 +120,25 @@ class ProcessDeployer(LocalEndpoints):
 
     def _kill(self, folder: Path, record: Record) -> None:
         # while the lock is held the group has members, so its number cannot belong to anyone else
-        for ask, number, patience in ((os.kill, signal.SIGTERM, GRACE), (os.killpg, signal.SIGKILL, GRACE)):
+        for ask, number in ((os.kill, signal.SIGTERM), (os.killpg, signal.SIGKILL)):
             if not self._lives(folder, record):
-                break
-            if record.pid is not None:  # else its client died while starting it: it ends with the pipe
+                return
+            if pid := record.pid or until(lambda: _pid(folder), _LAUNCHED):
                 with contextlib.suppress(ProcessLookupError):
-                    ask(record.pid, number)
-            until(lambda: not self._lives(folder, record), patience)
-        else:
-            if self._lives(folder, record):
-                raise EndpointError(f"{record.handle} does not end, not even when killed: look at it with  ps -fp {record.pid}")
+                    ask(pid, number)
+            if until(lambda: not self._lives(folder, record), GRACE):
+                return
+        raise EndpointError(f"{record.handle} does not end, not even when killed: look at it with  fuser -v {folder / _ALIVE}")
+
+    def _forget(self, folder: Path) -> None:
         if server := _servers.pop(folder, None):
             if server.stdin is not None:
                 server.stdin.close()
             server.wait()
+
+
+def _pid(folder: Path) -> int:
+    """What the server wrote; 0 before it did."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return int((folder / _PID).read_text(encoding="ascii"))
+    return 0
