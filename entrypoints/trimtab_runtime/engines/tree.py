@@ -39,7 +39,7 @@ class Tree:
         return [name for name in self.adapters if self.methods.get(name) == "qlora"]
 
     def dtype(self) -> str | None:
-        """What the adapters were trained in, where that is one and the same and was said; for a merged model what it is stored in."""
+        """What the adapters were trained in, where that is one and the same and was said; None for a whole model."""
         found = {_manifest(folder).get("spec", {}).get("dtype") for folder in self.adapters.values()}
         known = found.pop() if len(found) == 1 else None
         return known if known in ("bfloat16", "float32") else None

@@ -72,6 +72,7 @@ class VllmEngine:
             top_k=request.top_k,
             seed=request.seed,
             stop_token_ids=sorted(self._stop_ids),
+            ignore_eos=True,  # its own idea of an end, which for a config without one is a default of its family's
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
