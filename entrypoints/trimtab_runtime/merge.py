@@ -34,6 +34,9 @@ TUNED = "tuned"  # the folder of `adapters/` with the artifact
 
 _LAYER = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _INDEX = "model.safetensors.index.json"
+_NEEDED = {"config.json", _INDEX, *artifact.TOKENIZER_FILES, "chat_template.json"}
+_NEEDED |= {"vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"}  # of tokenizers that are not in one file
+_LICENCE = re.compile(r"(licen[cs]e|notice|use_policy)([\W_].*)?", re.IGNORECASE)
 
 # settings of adapter_config.json that leave  W + alpha / r * B A  what it is; every other one must be unset
 _HARMLESS = {
@@ -207,10 +210,12 @@ def layers_by_tensor(stored: set[str], layers: Iterable[str]) -> dict[str, str]:
 
 
 def _copy_others(base: Path, tuned: Path, target: Path) -> dict[str, str]:
-    """Configuration of the base, tokenizer and chat template of the artifact where it has them. Returns their digests."""
-    taken = {path.name: path for path in base.iterdir() if path.is_file() and path.suffix != ".safetensors"}
+    """Configuration and licence of the base, tokenizer and chat template of the artifact where it has them. Returns their digests.
+
+    Nothing else: no weights in another format, which would still be the base's.
+    """
+    taken = {path.name: path for path in base.iterdir() if path.is_file() and (path.name in _NEEDED or _LICENCE.fullmatch(path.name))}
     taken |= {name: tuned / name for name in artifact.TOKENIZER_FILES if (tuned / name).is_file()}
-    taken.pop(artifact.NAME, None)
     for name, path in taken.items():
         shutil.copyfile(path, target / name)
     return {name: manifest.file_digest(target / name) for name in taken}

@@ -108,6 +108,18 @@ def test_the_folder_is_laid_out_as_the_base_is(base: Path, artifact: Path, tmp_p
     assert told["files"] == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
 
 
+def test_only_what_a_model_needs_is_copied(base: Path, artifact: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "base"
+    shutil.copytree(base, whole)
+    for name in ("pytorch_model.bin", "tf_model.h5", "README.md", "LICENSE", "LICENSE.txt", "USE_POLICY.md", "Notice", "vocab.json"):
+        (whole / name).write_text(name)
+    folder = merged_into(tmp_path / "job", whole, artifact, "original")
+    found = {path.name for path in folder.iterdir()}
+    assert {"LICENSE", "LICENSE.txt", "USE_POLICY.md", "Notice", "vocab.json", "tokenizer.json"} <= found
+    assert not found & {"pytorch_model.bin", "tf_model.h5", "README.md"}
+    assert found - {"trimtab.json"} == set(json.loads((folder / "trimtab.json").read_text())["files"])
+
+
 def test_it_answers_as_base_and_adapter_do(base: Path, artifact: Path, tmp_path: Path) -> None:
     """Onto dequantised weights: the model that was trained, to the last bits of bf16."""
     both, alone = Engine.load(base, artifact), Engine.load(merged_into(tmp_path, base, artifact, "dequantised"), dtype="float32")
