@@ -31,6 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 from trimtab.errors import StagingError, WeightsError
 from trimtab.layout import JobDir
 from trimtab_runtime import manifest
+from trimtab_runtime.engines.machine import free_memory
 from trimtab_runtime.merge import TUNED, Adapter, read_adapter, read_facts, shards_of, trained_dtype
 from trimtab_runtime.methods.lora import linear_layers
 from trimtab_runtime.methods.qlora import dequantised_nf4
@@ -78,7 +79,7 @@ def losses(job: JobDir, say: Callable[[str], None], progress: Callable[[int, int
     own = trained(PackedRows(job.channel("train"))) if (job.channel("train") / manifest.NAME).is_file() else []
     disable_progress_bar()
     parameters = sum(math.prod(entry["shape"]) for shard in shards_of(base) for entry in read_header(shard).values())
-    dtype, why = compute_dtype(parameters, available_bytes())
+    dtype, why = compute_dtype(parameters, free_memory())
     say(f"losses: {sum(len(one.counts) for one in held):,} held-out tokens in {len(held)} passages; computed {why}")
     nf4 = trained_dtype(facts) if facts.get("spec", {}).get("method") == "qlora" else None
     names = ("unmerged", *(("dequantised",) if nf4 else ()), "original", "base")
@@ -198,9 +199,3 @@ def score(model: PreTrainedModel, passage: Passage, trained: Tensor | None) -> S
             divergence += float((wanted.exp() * (wanted - said)).double().sum())
     tokens = int(counts.sum())
     return Scores(nats, tokens, agree if trained is not None else tokens, divergence, hidden)
-
-
-def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Memory that can be had without swapping, as Linux estimates it (proc(5), MemAvailable)."""
-    lines = meminfo.read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))

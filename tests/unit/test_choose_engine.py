@@ -224,10 +224,15 @@ def test_processors_and_memory_are_those_of_the_group(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("600000\n")
     (tmp_path / "memory.current").write_text("400000\n")
     assert free_memory(tmp_path, meminfo) == 200_000
+    (tmp_path / "memory.stat").write_text("anon 100000\nfile 250000\ninactive_file 150000\nactive_file 100000\n")
+    assert free_memory(tmp_path, meminfo) == 350_000, "files that nobody looks at go when room is needed"
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("300000")
     assert free_memory(tmp_path, meminfo) == 300_000
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("250000")
+    (tmp_path / "memory" / "memory.stat").write_text("inactive_file 7\ntotal_inactive_file 40000\n")
+    assert free_memory(tmp_path, meminfo) == 90_000
     assert cache_bytes(1.5, 10, 10)[0] == 1_500_000_000
     assert cache_bytes(None, 1000, 200) == (200, "what all running requests can fill")
     assert cache_bytes(None, 1000, 300) == (250, "a quarter of the free memory")

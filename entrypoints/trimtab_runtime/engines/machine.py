@@ -21,15 +21,18 @@ def processors(groups: Path = GROUPS) -> int:
 
 
 def free_memory(groups: Path = GROUPS, meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes that can still be taken: what the system has available, within what the group may take."""
+    """Bytes that can still be taken: what the system has available, within what the group may take.
+
+    Pages of files that nobody looked at lately count for the group, and go when it needs room: they are free (cgroup-v2, memory.stat).
+    """
     lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines() if ":" in line)
     free = int(lines["MemAvailable"].split()[0]) << 10
-    for limit, used in (
-        (groups / "memory.max", groups / "memory.current"),
-        (groups / "memory" / "memory.limit_in_bytes", groups / "memory" / "memory.usage_in_bytes"),
+    for group, limit, used, reclaimable in (
+        (groups, "memory.max", "memory.current", "inactive_file"),
+        (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        if _first(limit).isdigit():
-            free = min(free, int(_first(limit)) - int(_first(used) or 0))
+        if _first(group / limit).isdigit():
+            free = min(free, int(_first(group / limit)) - int(_first(group / used) or 0) + _counted(group / "memory.stat", reclaimable))
     return max(0, free)
 
 
@@ -40,6 +43,10 @@ def cache_bytes(asked_gb: float | None, free: int, most: int) -> tuple[int, str]
     if most <= free // 4:
         return most, "what all running requests can fill"
     return free // 4, "a quarter of the free memory"
+
+
+def _counted(file: Path, name: str) -> int:
+    return next((int(value) for key, _, value in (line.partition(" ") for line in _first(file).splitlines()) if key == name), 0)
 
 
 def _first(file: Path) -> str:
