@@ -1,8 +1,8 @@
 """The process that a container starts: it runs a verb as its child, passes signals on, and ends as the child ends.
 
 As PID 1 it reaps what the child leaves behind. As root it makes the folders that a job writes to, gives them to a user without powers and
-starts the child as that user; as any other user it changes nothing. A server writes only to `output`, so there its model stays whose it
-is. A child that something killed gets a failure file, with its memory.
+starts the child as that user; as any other user it changes nothing. A server writes only to `output` and `scratch`, so there its model
+stays whose it is. A child that something killed gets a failure file, with its memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CHOWN, _SETGID, _SETUID = 0, 6, 7  # bits of capabilities(7)
 def main(arguments: Sequence[str]) -> int:
     """Run `python -m trimtab_runtime <arguments>` and return its exit code; 128 and the signal's number when a signal ended it."""
     job = JobDir.from_environment()
-    user = _user_for(job, serving=list(arguments) == ["serve"])
+    user = user_for(job, serving=list(arguments) == ["serve"])
     return run([sys.executable, "-P", "-m", "trimtab_runtime", *arguments], job, user)
 
 
@@ -75,7 +75,7 @@ def _reap_until(pid: int) -> tuple[int, int]:
             return status, usage.ru_maxrss * 1024
 
 
-def _user_for(
+def user_for(
     job: JobDir, *, serving: bool, say: Callable[[str], None] = lambda line: print(f"entrypoint: {line}", flush=True)
 ) -> int | None:
     """The user to become, the folders that it writes to made and given to it; None to stay who we are."""
@@ -97,7 +97,7 @@ def _user_for(
         if unreadable := _give([*closed, *_closed(job.model)], deep=False):
             say(f"stays root: user {USER} could not read {', '.join(unreadable)}")
             return None
-        refused = _give([output] if output.exists() else [], deep=True)
+        refused = _give((path for path in (output, job.scratch) if path.exists()), deep=True)
     else:
         whole = [job.model, job.checkpoints, output, job.hyperparameters.parent, *staged(job)]
         single = [job.root, *(path for path in job.root.glob("*") if path.is_file()), *closed]

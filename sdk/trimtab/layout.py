@@ -61,6 +61,11 @@ class JobDir:
         return self.root / "model"
 
     @property
+    def scratch(self) -> Path:
+        """Where TMPDIR is put, on disk: what a server writes while it loads, which can be as large as its model."""
+        return self.root / "scratch"
+
+    @property
     def checkpoints(self) -> Path:
         """Synced both ways with S3 on SageMaker, so that a spot job finds them again."""
         return self.root / "checkpoints"

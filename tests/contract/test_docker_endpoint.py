@@ -117,7 +117,7 @@ def test_what_its_container_may(served: Endpoint, client: DockerClient) -> None:
     )
     assert (host["Memory"], host["MemorySwap"], host["AutoRemove"]) == (2 << 30, 2 << 30, True)
     assert [bound["HostIp"] for bounds in facts["NetworkSettings"]["Ports"].values() for bound in bounds or ()] == ["127.0.0.1"]
-    assert sorted(mount["Destination"] for mount in facts["Mounts"] if mount["RW"]) == ["/opt/ml/output"]
+    assert sorted(mount["Destination"] for mount in facts["Mounts"] if mount["RW"]) == ["/opt/ml/output", "/opt/ml/scratch"]
     assert served.api_key is not None
     assert served.api_key not in json.dumps(facts)
     assert served.api_key not in "\n".join(served.logs())
@@ -129,6 +129,26 @@ def test_what_its_container_may(served: Endpoint, client: DockerClient) -> None:
         status = Path(f"/proc/{process[0]}/status").read_text()
         assert "CapEff:\t0000000000000000" in status
         assert "NoNewPrivs:\t1" in status
+
+
+def test_a_model_larger_than_its_tmp_is_served(
+    client: DockerClient, xeon_serve_image: str, model: Path, home: Path, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    large = tmp_path / "large"
+    shutil.copytree(model, large)
+    config = AutoConfig.from_pretrained(large, intermediate_size=40_000, num_hidden_layers=2)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(large)
+    with deploy(None, large, backend="docker", image=xeon_serve_image, client=client, max_running=1, cache_gb=0.1) as endpoint:
+        assert endpoint.generate("The keeper", max_new_tokens=2) is not None
+        assert endpoint.handle is not None
+        told = client.containers.get(endpoint.handle.id).exec_run(["stat", "-fc", "%b %S", "/tmp"]).output.split()
+        assert int(told[0]) * int(told[1]) < (large / "model.safetensors").stat().st_size, "else this shows nothing"
+        folder = home / "endpoints" / endpoint.handle.id
+        assert list((folder / "scratch").iterdir()) == [], "it goes once the model is loaded"
+    assert not folder.exists()
 
 
 def test_the_request_is_what_is_sent(

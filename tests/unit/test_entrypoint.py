@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from trimtab_runtime.entrypoint import killed
+from trimtab.layout import JobDir
+from trimtab_runtime.entrypoint import USER, killed, user_for
 
 RUN = """
 import sys
@@ -79,6 +81,17 @@ def test_it_says_when_the_reason_cannot_be_written(tmp_path: Path) -> None:
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 137
     assert "the failure file cannot be written" in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives folders away")
+def test_root_gives_away_what_a_server_writes_and_nothing_else(tmp_path: Path) -> None:
+    job = JobDir(tmp_path)
+    for folder in (job.scratch, job.model, job.api_key.parent):
+        folder.mkdir(parents=True)
+    (job.model / "config.json").write_text("{}")
+    assert user_for(job, serving=True) == USER
+    given = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.stat().st_uid == USER}
+    assert given == {"scratch", "output", "output/data"}
 
 
 def test_it_needs_no_torch() -> None:

@@ -164,9 +164,10 @@ class DockerDeployer(LocalEndpoints):
         request, id = record.request, EndpointHandle.parse(record.handle).id
         for choice in choices(request["image"], request["container"]):
             show(choice)
+        job = JobDir(folder)
+        job.scratch.mkdir()
         if request["container"]["User"] == f"{NOBODY}:{NOBODY}":
-            job = JobDir(folder)
-            for path in (job.api_key.parent, *job.api_key.parent.iterdir(), job.failure.parent, job.endpoint.parent):
+            for path in (job.api_key.parent, *job.api_key.parent.iterdir(), job.failure.parent, job.endpoint.parent, job.scratch):
                 os.chown(path, NOBODY, NOBODY)
             open_to_others(folder)
         try:

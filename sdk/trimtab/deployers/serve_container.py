@@ -52,27 +52,34 @@ def _own(path: Path) -> bool:
 def body(
     id: str, image_id: str, folder: Path, serving: Serving, limits: Limits, info: Mapping[str, Any], *, host: str, port: int, detach: bool
 ) -> dict[str, Any]:
-    """The body of the request: no powers, nothing writable but `output` and /tmp, one port on one address.
+    """The body of the request: no powers, nothing writable but `output`, `scratch` and /tmp, one port on one address.
 
+    What is as large as the model goes to `scratch`, a folder of the endpoint's own on disk: /tmp is memory, and small.
     Not detached it ends when the connection to its standard input does, and the engine removes it.
     """
     user, groups = user_for(info, serving.files.values())
     uid, gid = user.split(":")
     here, inside = JobDir(folder), JobDir(ROOT)
     environment = {**inherited(os.environ, TUNING), **runtime_environment(ROOT, device=serving.device)}
+    environment |= {"TMPDIR": str(inside.scratch)}
     environment |= {SERVE_VARIABLE: serving.spec.to_text()} | ({} if detach else {"TRIMTAB_UNTIL_STDIN_CLOSES": "1"})
     mounts = [
         _mount(here.api_key.parent, inside.api_key.parent, read_only=True),
         _mount(here.failure.parent, inside.failure.parent, read_only=False),
+        _mount(here.scratch, inside.scratch, read_only=False),
         *(_mount(path, ROOT / name, read_only=True) for name, path in serving.files.items()),
     ]
+    compiled = "1g" if serving.device == "gpu" else "64m"  # what vLLM compiles there; OpenVINO leaves it empty
     limited: dict[str, Any] = {
         "Mounts": mounts,
         "NetworkMode": "bridge",
         "PortBindings": {PORT: [{"HostIp": "127.0.0.1" if host == "localhost" else host, "HostPort": str(port or "")}]},
         "ReadonlyRootfs": True,
         # the owner is named, because runc before 1.2 gives a tmpfs the mode that the image's folder has
-        "Tmpfs": {"/tmp": "rw,exec,nosuid,nodev,mode=1777,size=1g", str(ROOT): f"rw,noexec,nosuid,nodev,uid={uid},gid={gid},size=1m"},
+        "Tmpfs": {
+            "/tmp": f"rw,exec,nosuid,nodev,mode=1777,size={compiled}",
+            str(ROOT): f"rw,noexec,nosuid,nodev,uid={uid},gid={gid},size=1m",
+        },
         "CapDrop": ["ALL"],
         "SecurityOpt": ["no-new-privileges"],
         "GroupAdd": groups,
