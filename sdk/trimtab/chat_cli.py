@@ -6,13 +6,14 @@ import contextlib
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from trimtab import cli_options
-from trimtab.backends import BACKENDS
-from trimtab.endpoint_cli import served
+from trimtab.errors import EndpointError
+from trimtab.named import opened
 from trimtab.progress import display
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="draw from this share")
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="draw from so many of the likeliest; 0: from all")
 @click.option("--seed", type=click.IntRange(0), help="draw the same again")
-@click.option("--api-key", envvar="TRIMTAB_API_KEY", show_envvar=True, help="what an address asks for")
+@cli_options.api_key
 def chat(
     where: str,
     settings: tuple[str, ...],
@@ -39,13 +40,13 @@ def chat(
     complete: bool,
     system: str,
     max_tokens: int,
-    api_key: str | None,
+    api_key_file: Path | None,
     **options: Any,
-) -> None:
+) -> int:
     """Talk to WHERE: a run's or an endpoint's handle, an address, or a model. `stop` or Ctrl-D ends it.
 
     A run and a model are served on this machine for as long as you talk; an endpoint is asked where it is. Answers appear as they come,
-    each with its seconds.
+    each with its seconds; Ctrl-C cuts one off. Exit code 1 where something could not be answered.
 
     \b
     Example:
@@ -53,55 +54,54 @@ def chat(
       trimtab chat process://trim-7f3a9c21 --question "When does the library open?"
       trimtab chat docker://trim-ep-0c5d11ab --temperature 0.7 --top-p 0.9
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _end)
     given = {name: value for name, value in options.items() if value is not None} | {"max_new_tokens": max_tokens}
     before = [{"role": "system", "content": system}] if system else []
-    with opened(where, cli_options.pairs(settings), api_key) as endpoint:
+    with display() as screen:
+        endpoint = opened(where, cli_options.pairs(settings), cli_options.key(api_key_file), screen.show)
+    with endpoint:
         talk = _Talk(endpoint, before, complete, given)
         if question is not None:
             talk.ask(question)
-            return
+            return 0
+        failed = 0
         while (asked := _read_line()) is not None:
             if asked:
-                talk.ask(asked)
-
-
-def opened(where: str, settings: dict[str, Any], api_key: str | None = None) -> Endpoint:
-    """The endpoint of an address or a handle, or one on this machine for a run or a model, which ends with the `with` block."""
-    from trimtab.deployers.base import PREFIX
-    from trimtab.endpoint import Endpoint, deploy
-
-    scheme, _, name = where.partition("://")
-    if scheme in ("http", "https"):
-        return Endpoint(where, api_key=api_key)
-    if scheme in BACKENDS and name.startswith(PREFIX):
-        return Endpoint.attach(where, **settings)
-    with display() as screen:
-        return deploy(**served(where, "process", settings), show=screen.show)
+                try:
+                    talk.ask(asked)
+                except EndpointError as exc:  # such as a conversation that is too long by now: the next line may be shorter
+                    failed = 1
+                    print(exc, file=sys.stderr, flush=True)
+        return failed
 
 
 class _Talk:
-    """A conversation; what was said stays in it."""
+    """A conversation; what was said stays in it, and what was refused does not."""
 
     def __init__(self, endpoint: Endpoint, before: list[dict[str, str]], complete: bool, options: dict[str, Any]) -> None:
         self._endpoint, self._said, self._complete, self._options = endpoint, before, complete, options
 
     def ask(self, text: str) -> None:
-        """Print the answer as it comes, and its seconds."""
+        """Print the answer as it comes, and its seconds. Raises EndpointError for a refusal; Ctrl-C cuts the answer off."""
         began = time.monotonic()
         first: float | None = None
-        self._said.append({"role": "user", "content": text})
-        pieces = self._endpoint.stream(text if self._complete else self._said, chat=not self._complete, **self._options)
-        answer = ""
-        with contextlib.closing(pieces):
-            for piece in pieces:
-                first = first if first is not None else time.monotonic() - began
-                print(piece, end="", flush=True)
-                answer += piece
-        print(flush=True)
-        self._said.append({"role": "assistant", "content": answer})
+        asked = [*self._said, {"role": "user", "content": text}]
+        pieces = self._endpoint.stream(text if self._complete else asked, chat=not self._complete, **self._options)
+        answer, how = "", ""
+        try:
+            with contextlib.closing(pieces):
+                for piece in pieces:
+                    first = first if first is not None else time.monotonic() - began
+                    print(piece, end="", flush=True)
+                    answer += piece
+        except KeyboardInterrupt:
+            how = ", cut off"
+        finally:
+            if first is not None:
+                print(flush=True)
+        self._said = [*asked, {"role": "assistant", "content": answer}]
         early = f", the first words after {first:.1f} s" if first is not None else ""
-        print(f"({time.monotonic() - began:.1f} s{early})", file=sys.stderr, flush=True)
+        print(f"({time.monotonic() - began:.1f} s{early}{how})", file=sys.stderr, flush=True)
 
 
 def _read_line() -> str | None:
@@ -113,3 +113,8 @@ def _read_line() -> str | None:
     except EOFError:
         return None
     return None if text == "stop" else text
+
+
+def _end(*_: object) -> None:
+    """Ended by SIGTERM, in the middle of an answer too."""
+    raise click.Abort

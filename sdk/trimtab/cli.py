@@ -19,11 +19,13 @@ from trimtab import cli_options
 from trimtab.backends import load_backend
 from trimtab.backends.base import Listable, RunState, RunStatus
 from trimtab.chat_cli import chat
+from trimtab.compare_cli import compare
 from trimtab.doctor.command import doctor
 from trimtab.endpoint_cli import close, deploy, endpoints
 from trimtab.errors import BackendError, TrimtabError
 from trimtab.image_cli import image
 from trimtab.job import OPTIONS, Job
+from trimtab.merge_cli import merge
 from trimtab.progress import clock, display
 from trimtab.run import Run, detach_or_stop
 
@@ -62,7 +64,7 @@ def trimtab() -> None:
     """
 
 
-for command in (chat, close, deploy, doctor, endpoints, image):
+for command in (chat, close, compare, deploy, doctor, endpoints, image, merge):
     trimtab.add_command(command)
 
 

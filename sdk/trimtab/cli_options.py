@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -10,6 +12,8 @@ import click
 from pydantic.fields import FieldInfo
 
 from trimtab.backends import BACKENDS
+
+KEY_VARIABLE = "TRIMTAB_API_KEY"
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -22,6 +26,17 @@ settings = click.option(
     multiple=True,
     help="a setting of the backend, such as memory=8g for docker or region=us-east-1 for sagemaker; may be repeated",
 )
+
+api_key = click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="file that holds the API key; else it is taken from TRIMTAB_API_KEY",
+)
+
+
+def key(file: Path | None) -> str | None:
+    """The API key of a file, else of the environment: what stands on a command line, others can read."""
+    return (file.read_text(encoding="utf-8", errors="replace").strip() if file else os.environ.get(KEY_VARIABLE)) or None
 
 
 def field(name: str, one: FieldInfo) -> Callable[[Command], Command]:

@@ -23,7 +23,7 @@ from trimtab.progress import display
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.9, show_default=True, help="draw from this share")
 @click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="draw the same again")
 @click.option("--html", "page", type=click.Path(path_type=Path), help="write all answers side by side as one page that needs nothing else")
-@click.option("--api-key", envvar="TRIMTAB_API_KEY", show_envvar=True, help="what addresses ask for")
+@cli_options.api_key
 @cli_options.settings
 @cli_options.as_json
 def compare(
@@ -36,7 +36,7 @@ def compare(
     top_p: float,
     seed: int,
     page: Path | None,
-    api_key: str | None,
+    api_key_file: Path | None,
     settings: tuple[str, ...],
     as_json: bool,
 ) -> int:
@@ -67,7 +67,7 @@ def compare(
             questions,
             probes=judged,
             sampling=Sampling(max_tokens, temperature, top_p, seed),
-            api_key=api_key,
+            api_key=cli_options.key(api_key_file),
             settings=cli_options.pairs(settings),
             say=screen.say,
             show=screen.show,

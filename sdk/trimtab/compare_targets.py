@@ -11,12 +11,10 @@ from typing import Any, Literal
 
 from trimtab import weights
 from trimtab.artifact import Artifact
-from trimtab.backends import BACKENDS
-from trimtab.deployers.base import PREFIX
 from trimtab.endpoint import Endpoint, deploy
 from trimtab.errors import SpecError
 from trimtab.events import Event
-from trimtab.run import Run
+from trimtab.named import named, own, refuse_foreign
 
 _LABEL = re.compile(r"([^=:/#@]+)=(.+)", re.DOTALL)  # not the = of an address's query
 _OF_RUN = ("base", "tuned")
@@ -51,8 +49,9 @@ def targets(given: Sequence[str], settings: Mapping[str, Any]) -> list[Target]:
     does not have, and what attaching to a run raises.
     """
     found: list[Target] = []
-    for words in given:
-        label, name = match.groups() if (match := _LABEL.fullmatch(words)) else ("", words)
+    labelled = [match.groups() if (match := _LABEL.fullmatch(words)) else ("", words) for words in given]
+    refuse_foreign(settings, *(named(name.partition("#")[0]).settings for _, name in labelled))
+    for label, name in labelled:
         some = _targets(name, settings)
         if label:
             some = [replace(one, label=label.strip() + (f" ({one.kind})" if len(some) > 1 else "")) for one in some]
@@ -65,15 +64,11 @@ def targets(given: Sequence[str], settings: Mapping[str, Any]) -> list[Target]:
 
 def _targets(words: str, settings: Mapping[str, Any]) -> list[Target]:
     name, _, part = words.partition("#")
-    scheme, _, rest = name.partition("://")
-    if scheme in ("http", "https") or (scheme in BACKENDS and rest.startswith(PREFIX)):
+    what = named(name)
+    if what.kind in ("address", "endpoint"):
         return [Target("endpoint", f"{part} at {name}" if part else name, name, part or None)]
-    if rest and scheme in BACKENDS:
-        artifact = Run.attach(name, **settings).artifact()
-    elif (Path(name).expanduser() / "adapter_config.json").is_file():
-        artifact = Artifact(Path(name).expanduser())
-        artifact.verify()
-    else:
+    artifact = what.artifact(settings)
+    if artifact is None:
         return [Target("model", title(words), words)]
     if part and part not in _OF_RUN:
         raise SpecError(f"{name} has no model {part!r}: leave out #{part}, or write #base or #tuned")
@@ -93,8 +88,10 @@ def title(model: str) -> str:
 def opened(target: Target, settings: Mapping[str, Any], api_key: str | None, show: Callable[[Event], None]) -> Endpoint:
     """What answers for it; at the end of its `with` block a server that was started for it ends. Raises what deploying raises."""
     if target.kind == "endpoint":
-        is_address = target.where.startswith(("http://", "https://"))
-        return Endpoint(target.where, api_key=api_key) if is_address else Endpoint.attach(target.where, **settings)
+        what = named(target.where)
+        if what.kind == "address":
+            return Endpoint(target.where, api_key=api_key)
+        return Endpoint.attach(target.where, **own(settings, what.settings))
     if target.kind == "tuned":
         return deploy(target.artifact, title=target.where, show=show)
     # the base of a run is the one that it was trained on, whatever its name means by now

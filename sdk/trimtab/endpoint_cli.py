@@ -9,17 +9,18 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from trimtab import cli_options
 from trimtab.backends import BACKENDS
-from trimtab.backends import settings_of as backend_settings
 from trimtab.errors import BackendError, EndpointError, TrimtabError
+from trimtab.named import deploy_arguments
 from trimtab.progress import clock, display
 from trimtab.run import Run
-from trimtab.spec import ServeSpec, refuse_unknown
+from trimtab.spec import ServeSpec
 
 if TYPE_CHECKING:
     from trimtab.deployers.base import EndpointRecord
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _FIELDS = ("engine", "dtype", "max_context", "max_running", "max_waiting", "cache_gb", "grace_seconds")
 _LOOK = 5.0  # seconds between two looks at an endpoint that is held open
+_AWAY = 600.0  # seconds that it may be out of reach
 
 
 def _serving(command: cli_options.Command) -> cli_options.Command:
@@ -37,13 +39,13 @@ def _serving(command: cli_options.Command) -> cli_options.Command:
 
 
 @click.command()
-@click.argument("what")
+@click.argument("what", required=False)
 @cli_options.backend("where it answers  [default: where the run was; process for a model]", default=None)
 @cli_options.settings
 @click.option("--device", type=click.Choice(["xeon", "gpu"]), default="xeon", show_default=True, help="what computes the answers")
 @click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on; one that others can reach takes an API key")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, show_default=True, help="port; 0: any that is free")
-@click.option("--api-key", envvar="TRIMTAB_API_KEY", show_envvar=True, help="what who asks must send  [default: made where one is needed]")
+@cli_options.api_key
 @click.option("--ttl", type=click.FloatRange(0, min_open=True), metavar="MINUTES", help="end by itself after so long")
 @click.option("--detach", is_flag=True, help="leave it running, print its handle and return; end it with  trimtab close")
 @click.option("--merge/--no-merge", default=True, show_default=True, help="merge the adapter into the model, or serve it beside its base")
@@ -53,24 +55,27 @@ def _serving(command: cli_options.Command) -> cli_options.Command:
 @click.option("--dry-run", is_flag=True, help="print the exact request and start nothing")
 @cli_options.as_json
 def deploy(
-    what: str,
+    what: str | None,
     backend: str | None,
     settings: tuple[str, ...],
     adapters: tuple[str, ...],
     detach: bool,
     dry_run: bool,
+    api_key_file: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Serve WHAT, a run's handle or a model, and print where it answers.
 
-    It answers until Ctrl-C, or with --detach until `trimtab close`. A model is a catalog alias, a Hub id or a folder.
+    It answers until Ctrl-C, or with --detach until `trimtab close`. A model is a catalog alias, a Hub id or a folder. Where others can
+    reach it, an API key is made unless one is given. On SageMaker a setting may name the model instead: model_uri=s3://... or jumpstart=ID.
 
     \b
     Example:
       trimtab deploy process://trim-7f3a9c21 --port 8080
       trimtab deploy docker://trim-7f3a9c21 --detach --ttl 120
       trimtab deploy smollm2-135m-instruct --engine transformers
+      trimtab deploy sagemaker://trim-7f3a9c21 --ttl 60 --backend-option role=SageMakerExecutionRole
     """
     from trimtab import endpoint as serving
 
@@ -78,7 +83,8 @@ def deploy(
     given = {name: value for name, value in options.items() if value is not None}
     pairs = cli_options.pairs(adapters, "--adapter", "law=process://trim-7f3a9c21")
     given["adapters"] = {name: Run.attach(handle).artifact() for name, handle in pairs.items()}
-    asked = served(what, backend, cli_options.pairs(settings)) | given | {"detach": detach}
+    asked = deploy_arguments(what, backend, cli_options.pairs(settings)) | given
+    asked |= {"detach": detach, "api_key": cli_options.key(api_key_file)}
     if dry_run:
         print(json.dumps(serving.deploy_request(**asked), indent=2, ensure_ascii=False))
         return
@@ -93,23 +99,6 @@ def deploy(
             _hold(endpoint)
 
 
-def served(what: str, backend: str | None, settings: Mapping[str, str]) -> dict[str, Any]:
-    """The arguments of `endpoint.deploy` for a run's handle or a model; a setting goes to the run's backend, the endpoint's, or both."""
-    from trimtab.deployers import settings_of
-
-    place = what.partition("://")[0]
-    is_run = "://" in what and place in BACKENDS
-    backend = backend or (place if is_run else "process")
-    own = set(settings_of(backend)) | set(ServeSpec.model_fields)
-    runs = set(backend_settings(place)) if is_run else set()
-    refuse_unknown(settings, dict.fromkeys([*own, *runs]))
-    found: dict[str, Any] = {name: value for name, value in settings.items() if name in own} | {"backend": backend}
-    if not is_run:
-        return found | {"base_model": what}
-    run = Run.attach(what, **{name: value for name, value in settings.items() if name in runs})
-    return found | {"artifact": run.artifact(), "title": what}
-
-
 def _remarks(endpoint: Endpoint, detach: bool) -> Iterator[str]:
     """What a person should know of an endpoint that answers now."""
     handle = endpoint.handle
@@ -122,11 +111,21 @@ def _remarks(endpoint: Endpoint, detach: bool) -> Iterator[str]:
 
 
 def _hold(endpoint: Endpoint) -> None:
-    """Wait until Ctrl-C, or the endpoint's own end. Raises EndpointError for one that failed."""
+    """Wait until Ctrl-C, or the endpoint's own end. Raises EndpointError for one that failed, or that cannot be asked for long."""
     from trimtab.deployers.base import EndpointState
 
+    seen = time.monotonic()
     try:
-        while (found := endpoint.status()).state in (EndpointState.STARTING, EndpointState.SERVING):
+        while True:
+            try:
+                found = endpoint.status()
+            except (BackendError, EndpointError):  # what cannot be asked now is not gone: it may be the way there
+                if time.monotonic() - seen > _AWAY:
+                    raise
+            else:
+                seen = time.monotonic()
+                if found.state not in (EndpointState.STARTING, EndpointState.SERVING):
+                    break
             time.sleep(_LOOK)
     except KeyboardInterrupt:
         return
@@ -162,6 +161,8 @@ def endpoints(backends: tuple[str, ...], settings: tuple[str, ...], keys: bool, 
             if backends:
                 raise
             print(f"{backend}: {str(exc).partition(';')[0]}", file=sys.stderr)
+    if not backends:
+        print("SageMaker was not asked:  trimtab endpoints --backend sagemaker", file=sys.stderr)
     secret = {str(each.handle): _key(each, given) for each in found} if keys else {}
     if as_json:
         print(json.dumps([_facts(each) | ({"api_key": secret[str(each.handle)]} if keys else {}) for each in found]))

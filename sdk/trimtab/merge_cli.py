@@ -11,8 +11,8 @@ import click
 
 from trimtab import cli_options
 from trimtab.artifact import Artifact
+from trimtab.named import named, refuse_foreign
 from trimtab.progress import display
-from trimtab.run import Run
 
 if TYPE_CHECKING:
     from trimtab.merge import Onto
@@ -56,8 +56,9 @@ def merge(
     from trimtab.merge import export, merged, pick_of, refuse_used
     from trimtab.merge_report import measure
 
-    artifact = Run.attach(handle, **cli_options.pairs(settings)).artifact() if "://" in handle else Artifact(handle)
-    artifact.verify()
+    given, what = cli_options.pairs(settings), named(handle)
+    refuse_foreign(given, what.settings)
+    artifact = what.artifact(given) or Artifact(handle)
     if output is not None:
         refuse_used(output)
     base = weights.resolve_trained(artifact)

@@ -89,13 +89,16 @@ def test_the_python_blocks_are_a_program_that_runs(tmp_path: Path) -> None:
 
 
 def run_in_order(blocks: list[Block], *place: str) -> None:
-    """The `trimtab` lines of blocks; HANDLE is the newest run of that place."""
+    """The `trimtab` lines of blocks; HANDLE is the newest run of that place, ENDPOINT its newest endpoint."""
     for line in (line for block in blocks for line in block.lines if line.startswith("trimtab ")):
         words = shlex.split(line, comments=True)[1:]
         if "HANDLE" in words:
             newest = json.loads(trimtab("list", "--json", *place))[0]["handle"]
             words = [newest if word == "HANDLE" else word for word in words]
-        assert trimtab(*words).strip(), f"{line} printed nothing"
+        if "ENDPOINT" in words:
+            newest = json.loads(trimtab("endpoints", "--json", *(place or ("--backend", "process"))))[0]["handle"]
+            words = [newest if word == "ENDPOINT" else word for word in words]
+        assert trimtab(*words).strip() or words[0] == "close", f"{line} printed nothing"
 
 
 def on_sagemaker(block: Block) -> bool:
