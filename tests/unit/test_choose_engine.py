@@ -15,6 +15,7 @@ from support.tiny_model import make_tiny_model
 from trimtab.errors import EndpointError, WeightsError
 from trimtab.layout import JobDir
 from trimtab.spec import ServeSpec
+from trimtab_runtime.choices import Choice
 from trimtab_runtime.engines.adapters import read_adapter
 from trimtab_runtime.engines.adapters import refusal as adapter_refusal
 from trimtab_runtime.engines.choose import installed, load, pick_engine, refusals
@@ -42,7 +43,7 @@ def artifact(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_fastest_that_is_here_and_takes_the_model() -> None:
     assert pick_engine("auto", ALL, {}, "xeon").value == "openvino"
-    assert pick_engine("auto", ALL, {}, "gpu").value == "vllm"
+    assert pick_engine("auto", ALL, {}, "gpu") == Choice("vllm", "the one that computes on GPUs")
     fallback = pick_engine("auto", {"openvino", "transformers"}, {"openvino": "it is Mamba"}, "xeon")
     assert fallback.value == "transformers"
     assert fallback.reason == "openvino does not take this model (it is Mamba); vllm is not installed"
@@ -62,6 +63,29 @@ def test_refusals_name_the_remedy(asked: str, present: set[str], refused: dict[s
     with pytest.raises(EndpointError, match=message) as caught:
         pick_engine(asked, present, refused, "xeon")
     assert "pip install" in str(caught.value) or "--engine auto" in str(caught.value)
+
+
+def test_on_a_gpu_nothing_answers_that_computes_on_processors() -> None:
+    with pytest.raises(EndpointError, match=r"no engine can answer: vllm is not installed\. Install one:  pip install vllm.*--device xeon"):
+        pick_engine("auto", {"openvino", "transformers"}, {}, "gpu")
+    with pytest.raises(
+        EndpointError, match=r"vllm does not take this model \(of 4 bits: merge it\)\. Serve another model; or choose --device xeon"
+    ):
+        pick_engine("auto", ALL, {"vllm": "of 4 bits: merge it"}, "gpu")
+    for engine in ("openvino", "transformers"):
+        with pytest.raises(EndpointError, match=f"{engine} computes on processors, not on a GPU: choose --engine auto, or --device xeon"):
+            pick_engine(engine, ALL, {}, "gpu")
+
+
+@pytest.mark.parametrize("engine", ["auto", "openvino", "transformers"])
+def test_an_adapter_of_a_4_bit_base_is_to_be_merged_where_nothing_quantises(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """As in the serve images, which hold no bitsandbytes."""
+    adapter = make_adapter(tmp_path / "four", base, method="qlora")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(EndpointError, match=r"four was trained on a 4-bit base, .* not installed here: merge it \(leave out --no-merge\)"):
+        load(tree_of(tmp_path, base, {"four": adapter}), ServeSpec(engine=engine))
 
 
 def test_what_an_engine_does_not_take() -> None:

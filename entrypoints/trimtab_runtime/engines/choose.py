@@ -17,7 +17,9 @@ from trimtab_runtime.engines.adapters import refusal as adapter_refusal
 from trimtab_runtime.engines.tree import Tree, architecture, read_json, read_tree
 
 MODULES = {"openvino": ("openvino", "openvino_genai"), "vllm": ("vllm",), "transformers": ("torch", "transformers", "peft")}
-BEST = {"xeon": ("openvino", "vllm", "transformers"), "gpu": ("vllm", "transformers")}
+BEST = {"xeon": ("openvino", "vllm", "transformers"), "gpu": ("vllm",)}  # those that compute on it, the best first
+_WHY = {"xeon": "the fastest measured on xeon (benchmarks/README.md)", "gpu": "the one that computes on GPUs"}
+_QUANTISES = ("torch", "transformers", "bitsandbytes")  # what puts a base through 4 bits as training did
 _REMEDY = {
     "openvino": "pip install 'trimtab[serve]'",
     "vllm": "pip install vllm, or deploy with --backend docker",
@@ -33,9 +35,12 @@ def installed() -> frozenset[str]:
 def pick_engine(asked: str, present: Collection[str], refusals: Mapping[str, str], device: str) -> Choice:
     """The engine and the reason. `refusals` says by engine why it does not take this model.
 
-    Raises EndpointError where the engine that was asked for is not here or does not take the model, and where none is left.
+    Raises EndpointError where the engine that was asked for is not here, does not compute on the device or does not take the model, and
+    where none is left.
     """
     if asked != "auto":
+        if asked not in BEST[device]:
+            raise EndpointError(f"the engine {asked} computes on processors, not on a GPU: choose --engine auto, or --device xeon")
         if asked not in present:
             raise EndpointError(f"the engine {asked} is not installed here:  {_REMEDY[asked]}  or choose --engine auto")
         if asked in refusals:
@@ -48,19 +53,30 @@ def pick_engine(asked: str, present: Collection[str], refusals: Mapping[str, str
         elif name in refusals:
             passed.append(f"{name} does not take this model ({refusals[name]})")
         else:
-            return Choice(name, "; ".join(passed) or f"the fastest measured on {device} (benchmarks/README.md)")
-    raise EndpointError(f"no engine can answer: {'; '.join(passed)}. Install one:  pip install 'trimtab[serve]'")
+            return Choice(name, "; ".join(passed) or _WHY[device])
+    absent = [name for name in BEST[device] if name not in present]
+    remedy = f"Install one:  {_REMEDY[absent[-1]]}" if absent else "Serve another model"
+    raise EndpointError(f"no engine can answer: {'; '.join(passed)}. {remedy}{'; or choose --device xeon' if device == 'gpu' else ''}")
 
 
-def refusals(tree: Tree, spec: ServeSpec, present: Collection[str]) -> dict[str, str]:
-    """Why an engine that is present does not take what is to be served, by engine."""
+def quantises() -> bool:
+    """Whether a base can be put through 4 bits here, which adapters of the method qlora need. The serve images cannot."""
+    return all(importlib.util.find_spec(module) for module in _QUANTISES)
+
+
+def refusals(tree: Tree, spec: ServeSpec, present: Collection[str], *, quantises: bool = True) -> dict[str, str]:
+    """Why an engine that is present does not take what is to be served, by engine. `quantises` is as the function of that name tells."""
     found: dict[str, str] = {}
     if "openvino" in present and (why := _openvino_refusal(tree)):
         found["openvino"] = why
     if spec.trust_remote_code and "auto_map" in tree.config:
         found["openvino"] = f"{architecture(tree.config)} is code of its own"
     if four_bit := tree.quantised():
-        found["vllm"] = f"{four_bit[0]} was trained on a 4-bit base, which it would not be served on: merge it"
+        trained = f"{four_bit[0]} was trained on a 4-bit base, which"
+        found["vllm"] = f"{trained} it would not be served on: merge it (leave out --no-merge)"
+        if not quantises:
+            lacks = f"{trained} only torch and bitsandbytes make, and they are not installed here: merge it (leave out --no-merge)"
+            found |= {"openvino": lacks, "transformers": lacks}
     return found
 
 
@@ -72,7 +88,7 @@ def load(job: JobDir, spec: ServeSpec, environ: Mapping[str, str] = os.environ) 
     device = "gpu" if environ.get(DEVICE_VARIABLE) == "gpu" else "xeon"
     tree = read_tree(job, trust_remote_code=spec.trust_remote_code)
     present = installed()
-    choice = pick_engine(spec.engine, present, refusals(tree, spec, present), device)
+    choice = pick_engine(spec.engine, present, refusals(tree, spec, present, quantises=quantises()), device)
     reasons = [f"engine {choice.value}: {choice.reason}"]
     if choice.value == "vllm":
         from trimtab_runtime.engines.vllm import VllmEngine
