@@ -17,9 +17,8 @@ import click
 from trimtab import cli_options
 from trimtab.backends import BACKENDS
 from trimtab.errors import BackendError, EndpointError, TrimtabError
-from trimtab.named import deploy_arguments
+from trimtab.named import deploy_arguments, named
 from trimtab.progress import clock, display
-from trimtab.run import Run
 from trimtab.spec import ServeSpec
 
 if TYPE_CHECKING:
@@ -49,7 +48,9 @@ def _serving(command: cli_options.Command) -> cli_options.Command:
 @click.option("--ttl", type=click.FloatRange(0, min_open=True), metavar="MINUTES", help="end by itself after so long")
 @click.option("--detach", is_flag=True, help="leave it running, print its handle and return; end it with  trimtab close")
 @click.option("--merge/--no-merge", default=True, show_default=True, help="merge the adapter into the model, or serve it beside its base")
-@click.option("--adapter", "adapters", multiple=True, metavar="NAME=HANDLE", help="another run's adapter beside the base; may be repeated")
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="NAME=HANDLE", help="a run's or a folder's adapter beside the base; may be repeated"
+)
 @click.option("--trust-remote-code", default="", metavar="OWNER/NAME@COMMIT", help="run the code of a model's author, of this revision")
 @_serving
 @click.option("--dry-run", is_flag=True, help="print the exact request and start nothing")
@@ -81,8 +82,8 @@ def deploy(
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a half-started endpoint is taken back then, too
     given = {name: value for name, value in options.items() if value is not None}
-    pairs = cli_options.pairs(adapters, "--adapter", "law=process://trim-7f3a9c21")
-    given["adapters"] = {name: Run.attach(handle).artifact() for name, handle in pairs.items()}
+    beside = cli_options.pairs(adapters, "--adapter", "law=process://trim-7f3a9c21")
+    given["adapters"] = {name: named(words).artifact(cli_options.pairs(settings)) or words for name, words in beside.items()}
     asked = deploy_arguments(what, backend, cli_options.pairs(settings)) | given
     asked |= {"detach": detach, "api_key": cli_options.key(api_key_file)}
     if dry_run:
@@ -102,10 +103,13 @@ def deploy(
 def _remarks(endpoint: Endpoint, detach: bool) -> Iterator[str]:
     """What a person should know of an endpoint that answers now."""
     handle = endpoint.handle
-    yield (
-        f"It answers at {endpoint.url}, with OpenAI's interface under /v1." if detach else f"{handle} speaks OpenAI's interface under /v1."
-    )
-    if handle is not None and endpoint.api_key:
+    if handle is None:
+        return
+    how = "by InvokeEndpoint" if handle.backend == "sagemaker" else "with OpenAI's interface under /v1"
+    yield f"It answers at {endpoint.url}, {how}." if detach else f"{handle} answers, {how}."
+    if (usd := endpoint.status().usd_per_hour) is not None:
+        yield f"It costs about ${usd:.2f} an hour until it ends."
+    if endpoint.api_key:
         yield f"It asks for a key; see it with  trimtab endpoints --backend {handle.backend} --keys"
     yield f"End it with  trimtab close {handle}" if detach else f"Ctrl-C ends it; meanwhile, elsewhere:  trimtab chat {handle}"
 
