@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import sys
 import tempfile
@@ -23,15 +22,15 @@ from trimtab.cache import cache_dir
 from trimtab.command import refuse_missing_runtime
 from trimtab.errors import DataError, StagingError
 from trimtab.events import Event
+from trimtab.intervals import mean
 from trimtab.layout import JobDir
 from trimtab.merge import lay_out, pick_file, refuse_other_base
 from trimtab.probes import plain_words
 from trimtab.staging import run_verb
 from trimtab.weights import BaseModel
 
-FEWEST = 8  # pairs from which an interval is taken
+FEWEST = 5  # documents from which an interval is taken
 SEEN = 0.5  # of a document's sentences; more, and it was trained on
-_RESAMPLES, _SEED = 4000, 5
 _SHORTEST = 5  # words of a sentence that is looked for
 
 Way = Literal["unmerged", "dequantised", "original", "base"]
@@ -59,7 +58,7 @@ class Measured:
 @dataclass(frozen=True)
 class MergeReport:
     """`difference` is the loss merged onto the original weights less that onto the dequantised ones, `interval` holds it with 95 %
-    confidence (None: too little text to tell, or nothing to choose from). `pick` is onto which weights to merge, `reason` why."""
+    confidence (None: too few documents to tell, or nothing to choose from). `pick` is onto which weights to merge, `reason` why."""
 
     text: str
     documents: int
@@ -143,38 +142,28 @@ def report(told: dict[str, Any], text: str) -> MergeReport:
         for one, original, dequantised in zip(passages, models["original"]["nats"], models["dequantised"]["nats"], strict=True)
     ]
     difference = measured["original"].loss - measured["dequantised"].loss
-    units, of = paired(pairs)
-    interval = bootstrap(units) if len(units) >= FEWEST else None
-    return MergeReport(*facts, difference, interval, *choose(difference, interval, f"{len(units)} {of}"))
+    units = by_document(pairs)
+    interval = mean(units) if len(units) >= FEWEST else None
+    return MergeReport(*facts, difference, interval, *choose(difference, interval, len(units)))
 
 
-def paired(pairs: Sequence[tuple[int, float, int]]) -> tuple[list[tuple[float, int]], str]:
-    """Differences in nats and tokens, from (document, difference, tokens) of each passage: by documents where these are enough."""
+def by_document(pairs: Sequence[tuple[int, float, int]]) -> list[tuple[float, int]]:
+    """Differences in nats and tokens of whole documents, from (document, difference, tokens) of each passage: the passages of one
+    document depend on each other, so that only documents count."""
     documents: dict[int, tuple[float, int]] = {}
     for document, nats, tokens in pairs:
         before = documents.get(document, (0.0, 0))
         documents[document] = (before[0] + nats, before[1] + tokens)
-    if len(documents) >= FEWEST:
-        return list(documents.values()), "documents"
-    return [(nats, tokens) for _, nats, tokens in pairs], "passages"
+    return list(documents.values())
 
 
-def bootstrap(units: Sequence[tuple[float, int]]) -> tuple[float, float]:
-    """Where the mean difference a token lies with 95 % confidence: percentiles over resamples of the units (Efron 1979), seed fixed."""
-    draw = random.Random(_SEED)
-    means = []
-    for _ in range(_RESAMPLES):
-        chosen = draw.choices(units, k=len(units))
-        means.append(sum(nats for nats, _ in chosen) / sum(tokens for _, tokens in chosen))
-    means.sort()
-    return means[round(0.025 * (_RESAMPLES - 1))], means[round(0.975 * (_RESAMPLES - 1))]
-
-
-def choose(difference: float, interval: tuple[float, float] | None, over: str) -> tuple[Literal["dequantised", "original"], str]:
+def choose(difference: float, interval: tuple[float, float] | None, documents: int) -> tuple[Literal["dequantised", "original"], str]:
     """The better weights where they are better by more than chance, else those that the adapter was trained on; and why."""
     trained = "the adapter was trained on them"
+    over = f"{documents} document{'' if documents == 1 else 's'}"
     if interval is None:
-        return "dequantised", f"{trained}; {over} are too few to tell which of the two is better (give at least {FEWEST} documents)"
+        few = f"{over} {'is' if documents == 1 else 'are'} too few to tell which of the two is better"
+        return "dequantised", f"{trained}; {few} (give at least {FEWEST} documents)"
     span = f"95 % interval {interval[0]:+.4f} to {interval[1]:+.4f}, paired over {over}"
     if interval[0] <= 0 <= interval[1]:
         return "dequantised", f"{trained}, and the original ones predict no better or worse than by chance ({difference:+.4f}; {span})"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import re
 from typing import Any
 
-from trimtab.merge_report import bootstrap, choose, general_prose, paired, report, sentences
+import pytest
+
+from trimtab.merge_report import by_document, choose, general_prose, report, sentences
 from trimtab_runtime.rehearsal import prose
 
 
@@ -51,13 +52,13 @@ def test_a_difference_that_may_be_chance_picks_what_was_trained() -> None:
 
 
 def test_too_little_text_picks_what_was_trained_and_says_so() -> None:
-    found = report(told(original=[100.0] * 5, dequantised=[200.0] * 5), "pages")
+    found = report(told(original=[100.0] * 4, dequantised=[200.0] * 4), "pages")
     assert (found.pick, found.interval) == ("dequantised", None)
-    assert "too few" in found.reason
-    # one long document counts by its passages
+    assert "4 documents are too few" in found.reason
+    # however long it is: its passages depend on each other
     found = report(told(original=[100.0] * 9, dequantised=[200.0] * 9, documents=[0] * 9), "pages")
-    assert found.pick == "original"
-    assert "9 passages" in found.reason
+    assert (found.pick, found.interval) == ("dequantised", None)
+    assert "1 document is too few" in found.reason
 
 
 def test_a_lora_adapter_has_one_way_to_be_merged() -> None:
@@ -65,26 +66,24 @@ def test_a_lora_adapter_has_one_way_to_be_merged() -> None:
     assert (found.pick, found.difference, found.reason) == ("original", None, "the adapter was trained on them")
 
 
-def test_documents_are_pairs_whatever_their_length() -> None:
-    pairs = [(document, 1.0, 10) for document in range(8)] + [(0, 3.0, 30)]
-    units, of = paired(pairs)
-    assert of == "documents"
-    assert units == [(4.0, 40), *[(1.0, 10)] * 7]
-
-
-def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
-    draw = random.Random(0)
-    held = 0
-    for _ in range(40):
-        units = [(draw.gauss(2.0, 5.0), 100) for _ in range(24)]
-        low, high = bootstrap(units)
-        held += low <= 0.02 <= high
-    assert 34 <= held <= 40
-    assert bootstrap(units) == bootstrap(units)
+def test_documents_are_what_counts_whatever_their_length() -> None:
+    pairs = [(document, 1.0, 10) for document in range(4)] + [(0, 3.0, 30)]
+    assert by_document(pairs) == [(4.0, 40), *[(1.0, 10)] * 3]
+    once = told(original=[100.0, 101.0, 103.0, 106.0, 102.0, 109.0], dequantised=[101.0] * 6)
+    found = report(once, "pages")
+    often = report(
+        told(
+            **{name: [nats for nats in once["models"][name]["nats"] for _ in range(9)] for name in ("original", "dequantised")},
+            documents=[document for document in range(6) for _ in range(9)],
+        ),
+        "pages",
+    )
+    assert found.interval is not None
+    assert often.interval == pytest.approx(found.interval), "nine passages that say the same are no nine documents"
 
 
 def test_no_choice_hides_its_numbers() -> None:
-    pick, why = choose(-0.01, (-0.02, -0.005), "24 documents")
+    pick, why = choose(-0.01, (-0.02, -0.005), 24)
     assert pick == "original"
     assert all(part in why for part in ("0.0100", "-0.0200", "-0.0050", "24 documents"))
 
