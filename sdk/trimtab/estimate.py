@@ -72,6 +72,14 @@ class ModelFacts:
         stored = 4 if config.get("dtype", config.get("torch_dtype")) in (None, "float32") else 2
         return cls(layers, hidden, intermediate, heads, kv_heads, width, vocabulary, bool(config.get("tie_word_embeddings", False)), stored)
 
+    def gpus_used(self, present: int) -> int:
+        """The most of the GPUs present on which its layers can be split (Shoeybi et al. 2019, arXiv:1909.08053): each has as many heads.
+
+        Heads of keys and values are shared among as many, or repeated; vLLM refuses any other number.
+        """
+        fits = (n for n in range(max(present, 1), 1, -1) if self.heads % n == 0 and (self.kv_heads % n == 0 or n % self.kv_heads == 0))
+        return next((n for n in fits if self.intermediate % n == 0), 1)
+
     @property
     def linear(self) -> int:
         """Weights of the layers' linear maps."""

@@ -22,7 +22,7 @@ from trimtab_runtime.engines.choose import installed, load, pick_engine, refusal
 from trimtab_runtime.engines.machine import cache_bytes, free_memory, processors
 from trimtab_runtime.engines.scratch import scratch
 from trimtab_runtime.engines.tree import Tree, read_tree
-from trimtab_runtime.engines.vllm import engine_arguments, environment, fresh, token_bytes
+from trimtab_runtime.engines.vllm import engine_arguments, environment, fresh, gpus_used, token_bytes
 
 # PEFT 0.21 asks transformers 5.23 for a name that is about to go
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -265,6 +265,10 @@ def test_processors_and_memory_are_those_of_the_group(tmp_path: Path) -> None:
 def test_what_vllm_is_told(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 24, "rank_pattern": {"q_proj": 40}}))
     plain = Tree(Path("m"), ("base",), config=LLAMA)
+    split = engine_arguments(plain, ServeSpec(), "bfloat16", 700, 10**9, compiler=True, gpus=4)
+    assert (split["tensor_parallel_size"], split["kv_cache_memory_bytes"]) == (4, 10**9 // 4)
+    assert [gpus_used(LLAMA | {"intermediate_size": 96, "vocab_size": 9}, present) for present in (0, 1, 3, 4, 8)] == [1, 1, 2, 4, 4]
+    assert [gpus_used({}, present) for present in (0, 1, 3)] == [1, 1, 3]
     told = engine_arguments(plain, ServeSpec(max_running=5), "bfloat16", 700, 10**9, compiler=True)
     assert (told["dtype"], told["max_model_len"], told["max_num_seqs"], told["kv_cache_memory_bytes"]) == ("bfloat16", 700, 5, 10**9)
     assert not told["enforce_eager"]

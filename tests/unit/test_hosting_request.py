@@ -150,7 +150,7 @@ def test_a_token_among_the_variables_is_refused():
             "SM_VLLM_MAX_MODEL_LEN": "2048", "SM_VLLM_DTYPE": "bfloat16",
         }),
         ("lmi", {
-            "HF_MODEL_ID": "/opt/ml/model", "OPTION_ROLLING_BATCH": "vllm", "OPTION_TENSOR_PARALLEL_DEGREE": "max",
+            "HF_MODEL_ID": "/opt/ml/model", "OPTION_ROLLING_BATCH": "vllm", "OPTION_TENSOR_PARALLEL_DEGREE": "4",
             "OPTION_MAX_MODEL_LEN": "2048", "OPTION_DTYPE": "bf16",
         }),
         ("tgi", {
@@ -218,6 +218,19 @@ def test_a_machine_that_does_not_do_is_refused_with_one_that_does(device, asked,
         hosting_instances.choose(device, hosting_instances.demand(8 * 10**9, None, ServeSpec()), ask=asked)
 
 
+def test_room_is_counted_on_the_gpus_that_the_model_can_be_split_on():
+    """vLLM splits by heads: 14 of them on two GPUs of four, 40 on all."""
+    qwen = ModelFacts(24, 896, 4864, 14, 2, 64, 151_936, True)
+    assert [qwen.gpus_used(present) for present in (0, 1, 2, 3, 4, 8)] == [1, 1, 2, 2, 2, 2]
+    assert [LLAMA_13B.gpus_used(present) for present in (1, 4, 8)] == [1, 4, 8]
+    four = find("ml.g6e.12xlarge")
+    halved, whole = (hosting_instances.demand(10**9, facts, ServeSpec()) for facts in (qwen, LLAMA_13B))
+    assert (halved.gpus(four), whole.gpus(four), halved.gpus(find("ml.c7i.large"))) == (2, 4, 0)
+    assert hosting_instances.room_gib(four, whole) == pytest.approx(2 * hosting_instances.room_gib(four, halved))
+    with pytest.raises(SpecError, match=r"too little memory: .* on the 2 of 4 GPUs that it can be split on; "):
+        hosting_instances.choose("gpu", hosting_instances.demand(120 * 10**9, qwen, ServeSpec()), ask="ml.g6e.12xlarge")
+
+
 def test_times_are_sized_to_the_model():
     small, large, huge = (hosting_instances.patience(size) for size in (10**8, 10**11, 10**12))
     assert (small.download, small.health) == (600, 601)
@@ -252,4 +265,4 @@ def test_a_model_that_cannot_be_served_so_is_refused(change):
 
 def test_the_table_holds_every_type_that_is_chosen():
     for name in ("ml.c7i.large", "ml.g5.xlarge", "ml.g6e.12xlarge"):
-        assert hosting_instances.room_gib(find(name)) > 0
+        assert hosting_instances.room_gib(find(name), hosting_instances.demand(1, None, ServeSpec())) > 0

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trimtab.errors import EndpointError, WeightsError
+from trimtab.estimate import ModelFacts
 from trimtab.spec import ServeSpec
 from trimtab_runtime.choices import Choice
 from trimtab_runtime.engines import Emit, Facts, Reason, Request, check
@@ -40,7 +41,10 @@ class VllmEngine:
         from vllm import EngineArgs, LLMEngine
         from vllm.lora.request import LoRARequest
 
-        arguments = engine_arguments(tree, spec, dtype.value, context, cache, compiler=device == "gpu" or bool(shutil.which("g++")))
+        present = _gpus() if device == "gpu" else 0
+        gpus = gpus_used(tree.config, present)
+        compiler = device == "gpu" or bool(shutil.which("g++"))
+        arguments = engine_arguments(tree, spec, dtype.value, context, cache, compiler=compiler, gpus=gpus)
         try:
             engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         except (ValueError, OSError, KeyError) as exc:
@@ -53,6 +57,8 @@ class VllmEngine:
             raise WeightsError(f"vLLM does not load the adapter {adapter.lora_name}: {exc}. Choose  --engine auto") from exc
         said = [*reasons, f"dtype {dtype.value}: {dtype.reason}"]
         said.append(f"cache {cache / 1e9:.2f} GB: {why}" if cache else f"cache: {why}")
+        if present > 1:
+            said.append(f"{gpus} of {present} GPUs: " + ("all" if gpus == present else "as many as its heads can be split over"))
         if arguments["enforce_eager"]:
             said.append("nothing is compiled: " + ("adapters are not" if adapters else "there is no C++ compiler here"))
         return cls(
@@ -128,14 +134,33 @@ def environment(device: str, threads: int) -> dict[str, str]:
     return found
 
 
-def engine_arguments(tree: Tree, spec: ServeSpec, dtype: str, context: int, cache: int | None, *, compiler: bool) -> dict[str, Any]:
-    """vLLM's EngineArgs. Raises WeightsError for an adapter of a rank beyond those it takes."""
+def gpus_used(config: Mapping[str, Any], present: int) -> int:
+    """On how many of the GPUs present a model is split, as machines are chosen for it (hosting_instances): on all where its heads allow.
+
+    Where config.json does not name them on all, too: vLLM says what it cannot split.
+    """
+    facts = ModelFacts.from_config(config)
+    return facts.gpus_used(present) if facts else max(present, 1)
+
+
+def _gpus() -> int:
+    """GPUs that this process may use; asked without beginning to use one, for vLLM forks."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def engine_arguments(
+    tree: Tree, spec: ServeSpec, dtype: str, context: int, cache: int | None, *, compiler: bool, gpus: int = 1
+) -> dict[str, Any]:
+    """vLLM's EngineArgs; `cache` in bytes of all GPUs together. Raises WeightsError for an adapter of a rank beyond those it takes."""
     found: dict[str, Any] = {
         "model": str(tree.model),
         "skip_tokenizer_init": True,
         "trust_remote_code": spec.trust_remote_code,
         "load_format": "safetensors",
         "dtype": dtype,
+        "tensor_parallel_size": gpus,
         "max_model_len": context,
         "max_num_seqs": spec.max_running,
         "enable_prefix_caching": True,
@@ -143,7 +168,7 @@ def engine_arguments(tree: Tree, spec: ServeSpec, dtype: str, context: int, cach
         "disable_log_stats": False,  # where the cache's usage is said
     }
     if cache is not None:
-        found["kv_cache_memory_bytes"] = cache
+        found["kv_cache_memory_bytes"] = cache // gpus  # of each
     if tree.adapters:
         rank = max(_rank(tree, name) for name in tree.adapters)
         taken = next((size for size in RANKS if size >= rank), None)

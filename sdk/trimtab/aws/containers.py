@@ -82,7 +82,7 @@ def environment(kind: str, spec: ServeSpec, name: str, gpus: int) -> dict[str, s
         }  # fmt: skip
     elif kind == "lmi":
         found = {
-            "HF_MODEL_ID": MODEL, "OPTION_ROLLING_BATCH": "vllm", "OPTION_TENSOR_PARALLEL_DEGREE": "max",
+            "HF_MODEL_ID": MODEL, "OPTION_ROLLING_BATCH": "vllm", "OPTION_TENSOR_PARALLEL_DEGREE": max(gpus, 1),
             "OPTION_MAX_MODEL_LEN": spec.max_context, "OPTION_MAX_ROLLING_BATCH_SIZE": running, "OPTION_DTYPE": dtype,
         }  # fmt: skip
     else:

@@ -27,11 +27,19 @@ SHORTEST, LONGEST = 600, 3600  # seconds; 3,600 is the most that the service tak
 
 @dataclass(frozen=True)
 class Demand:
-    """What serving takes, in GiB: the weights, and keys and values of `TALKS` conversations of `context` tokens. None: not known."""
+    """What serving takes, in GiB: the weights, and keys and values of `TALKS` conversations of `context` tokens. None: not known.
+
+    `facts` say on how many GPUs it can be split; where they are not known, on all of them.
+    """
 
     weights: float
     cache: float | None
     context: int
+    facts: ModelFacts | None = None
+
+    def gpus(self, one: Instance) -> int:
+        """How many of a type's GPUs a server uses, as ours does and as the others are told."""
+        return self.facts.gpus_used(one.gpus) if self.facts and one.gpus else one.gpus
 
     @property
     def gib(self) -> float:
@@ -56,7 +64,7 @@ def demand(model_bytes: int, facts: ModelFacts | None, spec: ServeSpec, context:
         cache = None
     else:  # keys and values of each layer, two bytes each
         cache = TALKS * tokens * facts.layers * facts.kv_heads * facts.head_width * 4 / 2**30
-    return Demand(model_bytes / 2**30, cache, tokens)
+    return Demand(model_bytes / 2**30, cache, tokens, facts)
 
 
 @dataclass(frozen=True)
@@ -71,16 +79,16 @@ class Place:
         return self.instance.usd_per_hour
 
 
-def room_gib(one: Instance) -> float:
-    """What a server may take of a type: of the machine's memory, or of all its GPUs' together."""
+def room_gib(one: Instance, need: Demand) -> float:
+    """What a server may take of a type: of the machine's memory, or of the GPUs' together on which this model can be split."""
     if one.gpus:
-        return one.gpus * (one.gpu_memory_gib - CUDA_GIB) / HEADROOM
+        return need.gpus(one) * (one.gpu_memory_gib - CUDA_GIB) / HEADROOM
     return (one.memory_gib - SYSTEM_GIB) / HEADROOM
 
 
 def tokens_per_second(one: Instance, need: Demand) -> float:
     """The most that one conversation gets by the stated rates: each token reads all weights once."""
-    return one.bandwidth * max(one.gpus, 1) / max(need.weights * 2**30, 1)
+    return one.bandwidth * max(need.gpus(one), 1) / max(need.weights * 2**30, 1)
 
 
 def choose(device: str, need: Demand, *, ask: str | None = None, several_gpus: bool = False, region: str | None = None) -> Place:
@@ -92,20 +100,23 @@ def choose(device: str, need: Demand, *, ask: str | None = None, several_gpus: b
     gpu = device == "gpu"
     known = [one for one in instances(region).values() if (one.gpus > 0 if gpu else one.amx)]
     usable = [one for one in known if one.gpus <= 1 or several_gpus]
-    fitting = sorted((one for one in usable if room_gib(one) >= need.gib), key=lambda one: (one.gpus > 1, one.usd_per_hour, -one.vcpus))
+    fitting = sorted(
+        (one for one in usable if room_gib(one, need) >= need.gib), key=lambda one: (one.gpus > 1, one.usd_per_hour, -one.vcpus)
+    )
     date = f"about ${{:,.2f}}/h (the training price of {listed()[0]})"
     if ask is not None:
         one = find(ask, region)
         hint = f"the cheapest that does is {fitting[0].name}" if fitting else "no type of the table does"
         if gpu != bool(one.gpus):
             raise SpecError(f"{ask} has {'no GPU' if gpu else 'a GPU, which device xeon does not use'}: {hint}; or change --device")
-        if room_gib(one) < need.gib:
-            raise SpecError(f"{ask} has too little memory: {need.said}, {room_gib(one):.1f} GiB of room there; {hint}")
-        return Place(one, f"instance {ask}, {date.format(one.usd_per_hour)}: asked for; {need.said}, {room_gib(one):.1f} there")
+        if room_gib(one, need) < need.gib:
+            split = f" on the {need.gpus(one)} of {one.gpus} GPUs that it can be split on" if need.gpus(one) < one.gpus else ""
+            raise SpecError(f"{ask} has too little memory: {need.said}, {room_gib(one, need):.1f} GiB of room there{split}; {hint}")
+        return Place(one, f"instance {ask}, {date.format(one.usd_per_hour)}: asked for; {need.said}, {room_gib(one, need):.1f} there")
     if not fitting:
-        largest = max(usable, key=room_gib)
+        largest = max(usable, key=lambda one: room_gib(one, need))
         raise SpecError(
-            f"{need.said}; the largest type of the table is {largest.name} with {room_gib(largest):.1f} GiB of room: give a smaller "
+            f"{need.said}; the largest type of the table is {largest.name} with {room_gib(largest, need):.1f} GiB of room: give a smaller "
             "max_context, serve another model, or name a type with  --backend-option instance_type=TYPE"
         )
     quick = [one for one in fitting if tokens_per_second(one, need) >= READABLE]
@@ -114,7 +125,8 @@ def choose(device: str, need: Demand, *, ask: str | None = None, several_gpus: b
     why = f"the cheapest of {len(fitting)} that hold it and answer at {READABLE:g} tokens/s" if quick else "the fastest that holds it"
     return Place(
         best,
-        f"instance {best.name}, {date.format(best.usd_per_hour)}: {need.said}, {room_gib(best):.1f} there; {why} (at most {rate:,.0f})",
+        f"instance {best.name}, {date.format(best.usd_per_hour)}: {need.said}, {room_gib(best, need):.1f} there; {why} "
+        f"(at most {rate:,.0f})",
     )
 
 
