@@ -40,6 +40,7 @@ SMALL = {"method": "lora", "lora_rank": 4, "dtype": "float32", "max_seq_len": 12
 def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # a test machine is shared; a model this small gains nothing from more
+        patch.setenv("OMP_WAIT_POLICY", "passive")  # where several compute at once, threads that spin take each other's turn
         patch.setenv("TRIMTAB_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("TRIMTAB_HOME", str(tmp_path_factory.mktemp("home")))
         yield

@@ -6,10 +6,11 @@ import importlib.metadata
 import platform
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.layout import JobDir
+from trimtab.layout import MERGED, JobDir
 from trimtab.ledger import Ledger
 from trimtab.spec import TrainSpec
 from trimtab_runtime import manifest
@@ -33,6 +34,7 @@ def write(job: JobDir, spec: TrainSpec, model: PeftModel, ledger: Ledger, metric
     """Write the artifact of a run into `job.model`. An artifact without trimtab.json is not finished."""
     folder = job.model
     (folder / NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder / MERGED, ignore_errors=True)  # of an earlier life
     # the base is named as the user named it, not by where it lay on this machine
     for config in model.peft_config.values():
         config.base_model_name_or_path = _hub_name(spec.model)
@@ -58,6 +60,19 @@ def write(job: JobDir, spec: TrainSpec, model: PeftModel, ledger: Ledger, metric
             "files": files,
         },
     )
+
+
+def write_merged(job: JobDir, spec: TrainSpec, say: Callable[[str], None], progress: Callable[[int, int], None]) -> None:
+    """Write the model that was trained, adapter and base in one, into `merged/` of the artifact, which is there already.
+
+    Onto the weights that the adapter was trained on: of qlora those that went through NF4. Raises as `merge.merge_folders` does; a
+    merged model without trimtab.json is not finished, and the artifact is whole without it.
+    """
+    from trimtab_runtime.merge import merge_folders
+
+    target = job.model / MERGED
+    target.mkdir(exist_ok=True)
+    merge_folders(job.channel("model"), job.model, target, "dequantised" if spec.method == "qlora" else "original", say, progress)
 
 
 def versions() -> dict[str, str]:

@@ -121,7 +121,13 @@ def merge(job: JobDir, say: Callable[[str], None], progress: Callable[[int, int]
             raise ValueError(f"onto is {onto!r}")
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise StagingError(f"{file} holds no readable request ({exc}): write it as merge.py describes") from exc
-    base, tuned, target = job.channel("model"), job.adapters / TUNED, job.model
+    merge_folders(job.channel("model"), job.adapters / TUNED, job.model, onto, say, progress)
+
+
+def merge_folders(
+    base: Path, tuned: Path, target: Path, onto: Onto, say: Callable[[str], None], progress: Callable[[int, int], None]
+) -> None:
+    """Write the model merged from the folders `base` and `tuned` into `target`, which is there, as `merge` does and raises."""
     facts = read_facts(tuned)
     adapter = read_adapter(tuned)
     nf4, quantised = (trained_dtype(facts), quantised_layers(base)) if onto == "dequantised" else (None, set[str]())

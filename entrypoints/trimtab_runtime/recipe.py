@@ -13,7 +13,7 @@ import torch
 
 from trimtab.errors import TrimtabError
 from trimtab.estimate import epoch_steps, optimiser_steps
-from trimtab.events import Checkpoint, Choice, EventLog, Phase, Step
+from trimtab.events import Checkpoint, Choice, EventLog, Phase, Progress, Step
 from trimtab.layout import DEVICE_VARIABLE, JobDir
 from trimtab.spec import TrainSpec
 from trimtab_runtime import artifact, checkpoint, prepare
@@ -202,6 +202,9 @@ def train(
         "seconds": round(before + time.monotonic() - loop_began, 1), "ended_by": ended_by or "all steps done",
     }  # fmt: skip
     artifact.write(job, spec, model, rows.ledger, metrics)
+    if spec.keep_merged and ending != "stopped":  # who stops a run gives it little time
+        events.write(Phase(name="merge", at=time.time()))
+        artifact.write_merged(job, spec, say, lambda at, of: events.write(Progress(name="merge", done=at, of=of)))
     say(f"artifact: {job.model}" + (f" ({ended_by})" if ended_by else ""))
     return ending
 

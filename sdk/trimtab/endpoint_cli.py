@@ -84,7 +84,7 @@ def deploy(
     given = {name: value for name, value in options.items() if value is not None}
     beside = cli_options.pairs(adapters, "--adapter", "law=process://trim-7f3a9c21")
     given["adapters"] = {name: named(words).artifact(cli_options.pairs(settings)) or words for name, words in beside.items()}
-    asked = deploy_arguments(what, backend, cli_options.pairs(settings)) | given
+    asked = deploy_arguments(what, backend, cli_options.pairs(settings), given) | given
     asked |= {"detach": detach, "api_key": cli_options.key(api_key_file)}
     if dry_run:
         print(json.dumps(serving.deploy_request(**asked), indent=2, ensure_ascii=False))

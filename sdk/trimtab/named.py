@@ -69,11 +69,14 @@ def refuse_foreign(settings: Mapping[str, Any], *known: Iterable[str]) -> None:
     refuse_unknown(settings, dict.fromkeys(name for names in known for name in names))
 
 
-def deploy_arguments(words: str | None, backend: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+def deploy_arguments(
+    words: str | None, backend: str | None, settings: Mapping[str, Any], options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The arguments of `endpoint.deploy` for a run, an artifact's folder or a model; None is what the backend's settings name.
 
     Without `backend` a run's model is served where it ran, anything else on this machine. A setting goes to the run's backend, to the
-    endpoint's, or to both. Raises SpecError for one that neither has, and what attaching to a run raises.
+    endpoint's, or to both; `options` are further arguments, such as merge=False. Raises SpecError for a setting that neither has, and
+    what attaching to a run raises.
     """
     what = named(words) if words else None
     backend = backend or (what.backend if what else "") or "process"
@@ -82,6 +85,10 @@ def deploy_arguments(words: str | None, backend: str | None, settings: Mapping[s
     found = own(settings, known) | {"backend": backend}
     if what is None:
         return found
+    if what.kind == "run":
+        from trimtab.run import Run
+
+        return found | Run.attach(what.words, **own(settings, what.settings)).to_deploy(backend, options)
     artifact = what.artifact(settings)
     return found | ({"base_model": what.words} if artifact is None else {"artifact": artifact, "title": what.words})
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trimtab.artifact import Artifact
 from trimtab.backends import check_name, load_backend
-from trimtab.backends.base import Backend, Removable, Reporting, Resumable, RunHandle, RunState, RunStatus
+from trimtab.backends.base import Backend, Merging, Removable, Reporting, Resumable, RunHandle, RunState, RunStatus
 from trimtab.errors import BackendError, RunFailed, RunNotFound, SpecError, WaitTimeout
 from trimtab.events import Event, Step
 from trimtab.ledger import Ledger
@@ -126,7 +126,20 @@ class Run:
         """
         from trimtab.endpoint import deploy
 
-        return deploy(self.artifact(), backend=backend or self.handle.backend, **{"title": str(self.handle)} | options)
+        return deploy(**self.to_deploy(backend, options) | options)
+
+    def to_deploy(self, backend: str | None = None, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The arguments of `trimtab.endpoint.deploy` that say what is served, and where.
+
+        A merged model that the run left where the endpoint can read it is served from there; nothing is fetched for it.
+        """
+        found: dict[str, Any] = {"backend": backend or self.handle.backend, "title": str(self.handle)}
+        alone = (options or {}).get("merge", True) and not (options or {}).get("adapters")
+        if alone and found["backend"] == self.handle.backend and isinstance(self.backend, Merging):
+            uri = self.backend.merged_uri(self.handle)
+            if uri:
+                return found | {"model_uri": uri}
+        return found | {"artifact": self.artifact()}
 
     def _reporting(self) -> Reporting:
         if isinstance(self.backend, Reporting):

@@ -21,6 +21,7 @@ from trimtab.secrets import looks_like_token
 SPEC_VERSION = 1
 
 PREPARATION_FIELDS = {"spec_version", "model_digest", "data_digest", "max_seq_len", "views", "questions", "replay", "epochs", "seed"}
+_BESIDE_THE_COURSE = {"max_minutes", "save_every_steps", "save_every_minutes", "keep_checkpoints", "keep_merged"}
 
 _MAX_PAIRS, _MAX_KEY, _MAX_VALUE = 100, 256, 2_500
 _PLATFORM_KEYS = re.compile(r"^(sagemaker_.*|_tuning_objective_metric)$")
@@ -85,6 +86,7 @@ class TrainSpec(_Spec):
     save_every_steps: int = Field(50, ge=1, description="checkpoint every so many steps")
     save_every_minutes: float = Field(5.0, gt=0, description="and at least this often")
     keep_checkpoints: int = Field(2, ge=1, le=1000, description="complete checkpoints to keep")
+    keep_merged: bool = Field(False, description="leave the merged model, too, to be served from where the artifact lies")
 
     @model_validator(mode="after")
     def _same_version(self) -> Self:
@@ -136,7 +138,11 @@ class TrainSpec(_Spec):
 
     def course_digest(self) -> str:
         """sha256 of the fields that decide what each step does: a run may go on under other limits of time, and save more often."""
-        return _digest(self.model_dump(mode="json", exclude={"max_minutes", "save_every_steps", "save_every_minutes", "keep_checkpoints"}))
+        return _digest(
+            self.model_dump(
+                mode="json", exclude={"max_minutes", "save_every_steps", "save_every_minutes", "keep_checkpoints", "keep_merged"}
+            )
+        )
 
     def preparation_digest(self) -> str:
         """sha256 of the fields that shape the packed rows: jobs that share it share their prepared data."""

@@ -140,7 +140,8 @@ class Asked:
         disk = self.settings.volume_gb
         if disk is None and not found.chosen.instance.gpus:  # those with GPUs have disks of their own
             elsewhere = model_bytes(channels["model"]) if in_s3(spec.train.model) else 0
-            disk = requests.volume_gb(elsewhere + sum(plan.bytes for plan in planned.values()))
+            merged = (elsewhere or planned["model"].bytes) if spec.train.keep_merged else 0
+            disk = requests.volume_gb(merged + elsewhere + sum(plan.bytes for plan in planned.values()))
         where = requests.Allocation(
             image=self.image or self._own_image(spec.device),
             instance=found.chosen.name,

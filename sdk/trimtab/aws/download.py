@@ -62,9 +62,17 @@ class _Piece:
 
 
 def download(
-    s3: Any, uri: str, folder: Path, *, owner: str | None = None, show: Callable[[int, int], None] = lambda done, of: None
+    s3: Any,
+    uri: str,
+    folder: Path,
+    *,
+    owner: str | None = None,
+    without: str = "",
+    show: Callable[[int, int], None] = lambda done, of: None,
 ) -> Received:
     """Fetch all objects under the prefix `uri` (`s3://BUCKET/PREFIX/`) into `folder`, under their keys without the prefix.
+
+    The folder that `without` names is left where it is.
 
     A folder that is there already is whole, and nothing is asked. `s3` is a boto3 client, `owner` the account that must own the bucket;
     `show` gets bytes fetched, and bytes in all. Keys that end in "/" and hold nothing (consoles make them for folders) are left out.
@@ -78,7 +86,8 @@ def download(
         bucket, prefix = parse_uri(uri)
         prefix = prefix if prefix.endswith("/") or not prefix else f"{prefix}/"
         with _Receiver(s3, bucket, owner, partial, show) as receiver:
-            return receiver.fetch(receiver.under(uri, prefix))
+            found = receiver.under(uri, prefix)
+            return receiver.fetch([each for each in found if not (without and each.name.startswith(f"{without}/"))])
 
 
 @contextmanager

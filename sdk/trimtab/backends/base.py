@@ -172,6 +172,15 @@ class Reporting(Protocol):
 
 
 @runtime_checkable
+class Merging(Protocol):
+    """A backend whose runs can leave a merged model where endpoints can read it."""
+
+    def merged_uri(self, handle: RunHandle) -> str:
+        """Where it lies; "" where the run left none."""
+        ...
+
+
+@runtime_checkable
 class Resumable(Protocol):
     """A backend that can start the same run again; training goes on from its newest complete checkpoint."""
 

@@ -41,6 +41,7 @@ from trimtab.backends.run_folder import refuse_absent
 from trimtab.data.sources import public_source
 from trimtab.errors import BackendError, RunNotFound
 from trimtab.events import Event
+from trimtab.layout import MERGED
 from trimtab.ledger import Ledger
 from trimtab.plan import Work
 from trimtab.spec import JobSpec
@@ -181,8 +182,20 @@ class SageMakerBackend(Asked):
             place, s3 = self._place_of(bucket), self.aws.client("s3")
             if not records.exists(s3, place, f"{key.rstrip('/')}/{MANIFEST}"):  # it is written last
                 return None
-            download(s3, uri, folder, owner=place.owner)
+            download(s3, uri, folder, owner=place.owner, without=MERGED)
         return folder if uri else None
+
+    def merged_uri(self, handle: RunHandle) -> str:
+        """Where in S3 the merged model lies that the run left beside its adapter; "" where it left none."""
+        lives = self._of(handle)
+        lives.look()
+        for life in reversed(lives.all):
+            uri = life.described.get("ModelArtifacts", {}).get("S3ModelArtifacts", "").rstrip("/")
+            if uri and life.described["TrainingJobStatus"] in ("Completed", "Stopped"):
+                bucket, key = parse_uri(uri)
+                there = records.exists(self.aws.client("s3"), self._place_of(bucket), f"{key}/{MERGED}/{MANIFEST}")
+                return f"{uri}/{MERGED}/" if there else ""
+        return ""
 
     def events(self, handle: RunHandle, start: int = 0) -> tuple[list[Event], int]:
         lives = self._of(handle)
