@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +207,27 @@ def test_the_cache_limits_the_context(base: Path, tmp_path: Path) -> None:
     engine = load(tree_of(tmp_path, base), ServeSpec(cache_gb=0.004, dtype="float32", engine="openvino"))
     assert 100 < engine.facts.context < 640
     assert f"context {engine.facts.context}: what the cache holds" in engine.facts.choices
+
+
+def test_a_disk_that_holds_no_copy_is_refused_before_any_is_written(base: Path, artifact: Path, tmp_path: Path) -> None:
+    """The model has one more layer, larger than disk and memory, and none of it on the disk."""
+    large = tmp_path / "large"
+    shutil.copytree(base, large)
+    raw = (base / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header, content = json.loads(raw[8 : 8 + length]), len(raw) - 8 - length
+    rows = 2 * (shutil.disk_usage(tempfile.gettempdir()).free + os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 4096
+    header["model.layers.9.mlp.up_proj.weight"] = {"dtype": "F32", "shape": [rows, 1024], "data_offsets": [content, content + rows * 4096]}
+    text = json.dumps(header).encode()
+    (large / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+    os.truncate(large / "model.safetensors", 8 + len(text) + content + rows * 4096)
+    four = make_adapter(tmp_path / "four", base, method="qlora")
+    needed = []
+    for adapters in {"plain": artifact}, {"four": four}:
+        with pytest.raises(EndpointError, match=r"loading needs ([\d.]+) GB in .* are free: make room there, or set TMPDIR") as refused:
+            load(tree_of(tmp_path, large, adapters), ServeSpec(engine="openvino", cache_gb=0.05))
+        needed.append(float(str(refused.value).split()[2]))
+    assert needed == pytest.approx([rows * 4096 / 1e9, 2 * rows * 4096 / 1e9], rel=0.01), "twice where layers go through 4 bits"
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from trimtab_runtime.choices import Choice
 from trimtab_runtime.engines import Emit, Facts, Reason, Request, check
 from trimtab_runtime.engines.adapters import Adapter, read_adapter
 from trimtab_runtime.engines.families import Sizes, sliding_window
+from trimtab_runtime.engines.four_bit import disk_bytes, round_trip
 from trimtab_runtime.engines.machine import cache_bytes, free_memory, processors
 from trimtab_runtime.engines.mapped import Mapped, map_folder
 from trimtab_runtime.engines.scratch import scratch
@@ -104,13 +105,14 @@ class OpenVinoEngine:
             "ENABLE_CPU_PINNING": False,  # pinned threads wait for whoever else runs on their processor
             "sampler_num_threads": threads,
         }
+        needed = disk_bytes(weights, dtype.value) if four_bit else sum(one.array.nbytes for one in weights.values())
+        needed += sum(a.nbytes + b.nbytes for adapter in adapters.values() for a, b in adapter.factors.values())
         loaded = []
         for group in sets:
             with scratch() as folder:
+                refuse_small_disk(folder, needed, shutil.disk_usage(folder).free)  # for the largest of them, before the first is loaded
                 used: Mapping[str, Mapped] = weights
                 if group is four_bit:
-                    from trimtab_runtime.engines.four_bit import round_trip
-
                     used = round_trip(weights, dtype.value, folder)
                     choices.append(f"{', '.join(group)}: on the base as 4-bit quantisation left it, which is what was trained on")
                 beside = [name for name in group if name in adapters]
@@ -194,7 +196,6 @@ def _pipeline(
     settings: dict[str, Any],
 ) -> Any:
     """Write the graph into `folder`, which may go afterwards, and load it from there."""
-    refuse_small_disk(folder, sum(one.array.nbytes for one in weights.values()), shutil.disk_usage(folder).free)
     write(config, weights, folder, adapters)
     tokenizer = genai.Tokenizer(folder)  # there is none: ids go in and come out
     return genai.ContinuousBatchingPipeline(folder, tokenizer, scheduler, "CPU", **settings)
