@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import platform
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +24,7 @@ from typing import Any, Literal
 
 from trimtab.compare_targets import Target, opened, targets
 from trimtab.endpoint import Endpoint
-from trimtab.errors import EndpointError, SpecError
+from trimtab.errors import EndpointError, SpecError, TrimtabError
 from trimtab.events import Event
 from trimtab.intervals import difference, share
 from trimtab.probes import KINDS, WORDS, Probes, is_right
@@ -41,7 +43,8 @@ FORMAT = """\
 
 @dataclass(frozen=True)
 class Question:
-    """`start` is for models without a chat template ("": made by rule); an answer with one of `accept` is right (none: not judged)."""
+    """`start` is for models without a chat template ("": made by rule). An answer with one of `accept` among its first 60 words is right
+    (none: not judged)."""
 
     question: str
     start: str = ""
@@ -94,11 +97,11 @@ class Score:
 @dataclass(frozen=True)
 class Difference:
     """Of `of` probes of one kind those that only `model` has right (`gained`) and only `against` (`lost`), and the interval of the
-    difference of their shares."""
+    difference of their shares. Both are places among the columns: labels are for people."""
 
     kind: str
-    model: str
-    against: str
+    model: int
+    against: int
     gained: int
     lost: int
     of: int
@@ -107,7 +110,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Column:
-    """One model's answers: to each question, and to each probe by its kind."""
+    """One model's answers: to each question, and to each probe by its kind. `problem` is why a model could not be asked, or not be ended;
+    one that could not be asked has no scores."""
 
     label: str
     where: str
@@ -116,6 +120,7 @@ class Column:
     answers: tuple[Answer, ...]
     probes: Mapping[str, tuple[Answer, ...]]
     scores: tuple[Score, ...]
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,9 +137,9 @@ class Comparison:
 
     @property
     def problems(self) -> int:
-        """Questions and probes without an answer."""
+        """Models that failed, and questions and probes without an answer."""
         answers = (one for column in self.columns for some in (column.answers, *column.probes.values()) for one in some)
-        return sum(bool(one.problem) for one in answers)
+        return sum(bool(one.problem) for one in self.columns) + sum(bool(one.problem) for one in answers)
 
 
 def compare(
@@ -151,25 +156,45 @@ def compare(
     """Ask all `models` the same: what they can be is told by `compare_targets.targets`.
 
     Runs and models are served on this machine, one after the other; endpoints are asked where they are, those at addresses with `api_key`.
-    `settings` are those of the runs' and endpoints' backends. A question that a model refuses stands as a problem in its place.
+    `settings` are those of the runs' and endpoints' backends. A question that a model refuses stands as a problem in its place; so do all
+    questions to a model that does not come up, unless that holds for every model.
 
-    Raises SpecError for nothing to ask or to compare, and what attaching and deploying raise.
+    Raises SpecError for nothing to ask or to compare, and what attaching and deploying raise where no model could be asked.
     """
     sampling = sampling or Sampling()
     asked = tuple(Question(one) if isinstance(one, str) else one for one in questions)
     judged = {kind: tuple((probes or {}).get(kind, ())) for kind in KINDS}
     if not asked and not any(judged.values()):
         raise SpecError("there is nothing to ask: give a question, such as  --question 'When was the mill built?'")
-    found = targets(models, settings or {})
+    found = numbered(targets(models, settings or {}))
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    columns = []
+    columns: list[Column] = []
+    failures: list[TrimtabError] = []
     for number, target in enumerate(found, start=1):
         say(f"{number}/{len(found)} {target.label}")
-        began = time.monotonic()
-        with opened(target, settings or {}, api_key, show) as endpoint:
-            ready = time.monotonic() - began if target.served_here else None
-            columns.append(_column(target, endpoint, ready, asked, judged, sampling, say))
+        began, column = time.monotonic(), None
+        try:
+            with opened(target, settings or {}, api_key, show) as endpoint:
+                ready = time.monotonic() - began if target.served_here else None
+                column = _column(target, endpoint, ready, asked, judged, sampling, say)
+        except TrimtabError as exc:  # the other models' answers are not lost for it
+            say(f"  {exc}")
+            failures += [exc] if column is None else []
+            column = replace(column or _unanswered(target, asked, judged, str(exc)), problem=str(exc))
+        columns.append(column)
+    if len(failures) == len(columns):
+        raise failures[0]
     return Comparison(at, sampling, asked, judged, tuple(columns), tuple(differences(found, columns)), versions())
+
+
+def numbered(found: Sequence[Target]) -> list[Target]:
+    """The models with a label of its own for each."""
+    given, taken, labels = Counter(one.label for one in found), {one.label for one in found}, list[str]()
+    for one in found:
+        free = (f"{one.label} ({number})" for number in itertools.count(1))
+        labels.append(one.label if given[one.label] == 1 else next(label for label in free if label not in taken))
+        taken.add(labels[-1])
+    return [replace(one, label=label) for one, label in zip(found, labels, strict=True)]
 
 
 def ask(endpoint: Endpoint, prompt: str, kind: Kind, *, model: str | None = None, sampling: Sampling, limit: int | None = None) -> Answer:
@@ -266,18 +291,28 @@ def _column(
     return Column(target.label, target.where, kind, ready_after, tuple(answers), judged, scores)
 
 
+def _unanswered(target: Target, questions: Sequence[Question], probes: Probes, problem: str) -> Column:
+    answers = tuple(Answer(one.question, problem=problem) for one in questions)
+    judged = {kind: tuple(Answer(one.prompt, problem=problem) for one in some) for kind, some in probes.items()}
+    return Column(target.label, target.where, "chat", None, answers, judged, ())
+
+
 def differences(found: Sequence[Target], columns: Sequence[Column]) -> Iterator[Difference]:
-    """A tuned model against its own base where that was asked, too, else every model against the first one."""
+    """A tuned model against its own base where that was asked, too, else every model against the first one that was given the same.
+
+    Models that chat and models that complete are given the same starts of sentences, and otherwise never the same: what they have right
+    then tells as much of the prompts as of the models.
+    """
     for place, (target, column) in enumerate(zip(found, columns, strict=True)):
-        own = next((at for at, other in enumerate(found) if other.is_base_of(target)), 0)
-        if own == place:
-            continue
+        bases = [at for at, other in enumerate(found) if other.is_base_of(target)]
+        others = [*bases, *(at for at in range(place) if not target.is_base_of(found[at]))]
         for kind, some in column.probes.items():
-            pairs = list(zip(some, columns[own].probes[kind], strict=True))
-            if pairs:
+            own = next((at for at in others if columns[at].scores and (kind == "starts" or columns[at].kind == column.kind)), None)
+            if some and column.scores and own is not None:
+                pairs = list(zip(some, columns[own].probes[kind], strict=True))
                 gained = sum(bool(mine.right) and not other.right for mine, other in pairs)
                 lost = sum(bool(other.right) and not mine.right for mine, other in pairs)
-                yield Difference(kind, column.label, columns[own].label, gained, lost, len(pairs), difference(gained, lost, len(pairs)))
+                yield Difference(kind, place, own, gained, lost, len(pairs), difference(gained, lost, len(pairs)))
 
 
 def to_json(found: Comparison) -> dict[str, Any]:

@@ -44,7 +44,8 @@ def compare(
 
     A MODEL is a run's handle, which means its base model and its tuned one (with #base or #tuned one of them); an endpoint's handle or
     address (with #NAME one of its models); or a model by alias, Hub id or folder. LABEL= before it is its title. Runs and models are served
-    on this machine meanwhile. Models that only complete text get the start of a sentence. Exit code 1 where an answer is missing.
+    on this machine meanwhile. Models that only complete text get the start of a sentence. An answer is right where one of those accepted
+    stands among its first 60 words, after the start of a sentence 30. Exit code 1 where an answer is missing.
 
     \b
     Example:
@@ -72,11 +73,13 @@ def compare(
             say=screen.say,
             show=screen.show,
         )
+    try:
+        if as_json:
+            print(json.dumps(to_json(found), ensure_ascii=False), flush=True)
+        else:
+            compare_table.show(found)
+    finally:  # each of the two is all there is of the answers where the other one cannot be written
         if page is not None:
             compare_page.write(found, page)
-            screen.say(f"page: {page}")
-    if as_json:
-        print(json.dumps(to_json(found), ensure_ascii=False))
-    else:
-        compare_table.show(found)
+            click.echo(f"page: {page}", err=True)
     return 1 if found.problems else 0

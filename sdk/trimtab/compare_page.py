@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
 from trimtab.compare import Answer, Column, Comparison, Difference, Question, Score
 from trimtab.errors import StagingError
+from trimtab.probes import WORDS
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff]")
 
@@ -100,16 +101,15 @@ def write(found: Comparison, file: Path) -> None:
     """Write the page, whole or not at all. Raises StagingError where it cannot be written."""
     text = page(found).encode("utf-8", errors="replace")
     try:
-        descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+        beside = file.parent / f".{file.name}.{secrets.token_hex(8)}"  # not mkstemp's: who may read it is told by the umask
         try:
-            with os.fdopen(descriptor, "wb") as opened:
+            with beside.open("xb") as opened:
                 opened.write(text)
                 opened.flush()
                 os.fsync(opened.fileno())
-            Path(name).chmod(0o644)
-            Path(name).replace(file)
+            beside.replace(file)
         finally:
-            Path(name).unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
     except OSError as exc:
         raise StagingError(
             f"{file} cannot be written ({exc.strerror}): check the folder and the space left, or choose another file"
@@ -166,6 +166,7 @@ def _head(found: Comparison) -> Iterator[str]:
         ready = "" if column.ready_after is None else f"{column.ready_after:.1f} s"
         rate = _median([answer.rate for answer in column.answers if answer.rate is not None])
         way = "chat" if column.kind == "chat" else "start of a sentence"
+        way = f'<span class="badge warn">{_text(column.problem)}</span>' if column.problem else way
         where = "" if column.where == column.label else f'<div class="where">{_text(_public(column.where))}</div>'
         speed = "" if rate is None else f"{rate:.1f}"
         yield f'<tr style="{_mark(place)}"><th scope="row"><span class="dot"></span>{_text(column.label)}{where}</th><td>{way}</td>'
@@ -176,7 +177,8 @@ def _head(found: Comparison) -> Iterator[str]:
 def _question(found: Comparison, number: int, question: Question) -> Iterator[str]:
     yield f'<section><h2><span class="number">{number + 1}</span>{_text(question.question)}</h2>'
     if question.accept:
-        yield f'<p class="soft" style="margin:-.5rem 0 .8rem">accepted: {_text(" or ".join(question.accept))}</p>'
+        accepted = f"accepted in the first {WORDS['questions']} words: {_text(' or '.join(question.accept))}"
+        yield f'<p class="soft" style="margin:-.5rem 0 .8rem">{accepted}</p>'
     yield '<div class="cards">'
     for place, column in enumerate(found.columns):
         yield from _card(place, column, column.answers[number])
@@ -223,7 +225,9 @@ def times(answer: Answer) -> str:
 
 def _scores(found: Comparison) -> Iterator[str]:
     yield "<section><h2>Probes: accepted answers</h2>"
-    yield '<p class="soft" style="margin:-.5rem 0 .8rem">The thin line is the interval that holds the true share with 95 % confidence.</p>'
+    words = f"among the first {WORDS['questions']} words of an answer, or the first {WORDS['starts']} after the start of a sentence"
+    yield f'<p class="soft" style="margin:-.5rem 0 .8rem">Right is what has an accepted answer {words}.'
+    yield " The thin line is the interval that holds the true share with 95 % confidence.</p>"
     for kind, probes in found.probes.items():
         if not probes:
             continue
@@ -231,15 +235,14 @@ def _scores(found: Comparison) -> Iterator[str]:
         yield f'<th style="width:35%">{TITLES[kind]}</th><th class="n">right</th>'
         yield '<th style="width:40%">share</th><th class="n">95 %</th></tr></thead><tbody>'
         for place, column in enumerate(found.columns):
-            yield _score(place, column.label, next(score for score in column.scores if score.kind == kind))
+            yield from (_score(place, column.label, score) for score in column.scores if score.kind == kind)
         yield "</tbody></table></div>"
     if found.differences:
         yield '<h2 style="margin-top:1.6rem">Differences, probe by probe</h2><div class="wide"><table><thead><tr>'
         yield "<th>Model</th><th>against</th><th></th>"
         yield '<th class="n">gained</th><th class="n">lost</th><th class="n">difference</th><th>95 %</th></tr></thead><tbody>'
-        places = {column.label: place for place, column in enumerate(found.columns)}
         for one in found.differences:
-            yield _difference(places[one.model], one)
+            yield _difference(found.columns, one)
         yield "</tbody></table></div>"
     yield "</section>"
 
@@ -254,14 +257,15 @@ def _score(place: int, label: str, score: Score) -> str:
     )
 
 
-def _difference(place: int, one: Difference) -> str:
+def _difference(columns: Sequence[Column], one: Difference) -> str:
     low, high = one.interval
     shown = f"{(one.gained - one.lost) / one.of:+.0%}".replace("-", "−")
     bar = f'<div class="bar zero"><b style="left:{(low + 1) / 2:.2%};width:{(high - low) / 2:.2%}"></b><i></i></div>'
     sure = "" if low <= 0 <= high else f' <span class="badge {"right" if low > 0 else "wrong"}">{"better" if low > 0 else "worse"}</span>'
     span = f"{low:+.0%} to {high:+.0%}".replace("-", "−")
+    model, against = (_text(columns[place].label) for place in (one.model, one.against))
     return (
-        f'<tr style="{_mark(place)}"><th scope="row"><span class="dot"></span>{_text(one.model)}</th><td>{_text(one.against)}</td>'
+        f'<tr style="{_mark(one.model)}"><th scope="row"><span class="dot"></span>{model}</th><td>{against}</td>'
         f'<td class="soft">{TITLES[one.kind].lower()}</td><td class="n">{one.gained}</td><td class="n">{one.lost}</td>'
         f'<td class="n">{shown}{sure}</td><td>{bar}<span class="soft" style="font-size:.8rem">{span}</span></td></tr>'
     )

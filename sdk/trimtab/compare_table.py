@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from trimtab.compare import Answer, Column, Comparison
 from trimtab.compare_page import TITLES, plain, times
+from trimtab.probes import WORDS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,9 +34,12 @@ def scores(found: Comparison) -> Iterator[str]:
     """Right answers to the probes, each with its interval, and the differences between models."""
     width = max(len(plain(column.label)) for column in found.columns)
     for kind in (kind for kind, some in found.probes.items() if some):
-        yield f"{TITLES[kind]}: accepted answers, and the interval that holds the true share with 95 % confidence"
+        yield f"{TITLES[kind]}: accepted in the first {WORDS[kind]} words, and the interval that holds the true share with 95 % confidence"
         for column in found.columns:
-            score = next(score for score in column.scores if score.kind == kind)
+            score = next((score for score in column.scores if score.kind == kind), None)
+            if score is None:
+                yield f"  {plain(column.label):<{width}}  {plain(column.problem)}"
+                continue
             low, high = score.interval
             counts = f"{score.right:>4} of {score.of}  {score.right / score.of:>4.0%}"
             yield f"  {plain(column.label):<{width}}  {counts}  {low:.0%} to {high:.0%}"
@@ -43,7 +47,7 @@ def scores(found: Comparison) -> Iterator[str]:
             low, high = one.interval
             sure = "" if low <= 0 <= high else "  better" if low > 0 else "  worse"
             counts = f"{one.gained} gained, {one.lost} lost: {(one.gained - one.lost) / one.of:+.0%}, {low:+.0%} to {high:+.0%}{sure}"
-            yield f"  {plain(one.model)} against {plain(one.against)}: {counts}"
+            yield f"  {plain(found.columns[one.model].label)} against {plain(found.columns[one.against].label)}: {counts}"
         yield ""
 
 

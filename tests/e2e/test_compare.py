@@ -13,6 +13,7 @@ from trimtab import weights
 from trimtab.compare_cli import compare
 from trimtab.compare_targets import targets
 from trimtab.endpoint import Endpoint, deploy
+from trimtab.errors import EndpointError, StagingError
 
 # PEFT 0.21 asks transformers 5.23 for a name that is about to go
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -43,7 +44,8 @@ def completing(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterato
     for file in model.iterdir():
         if file.name != "chat_template.jinja":
             (folder / file.name).write_bytes(file.read_bytes())
-    with deploy(base_model=folder, engine="transformers") as endpoint:
+    with deploy(base_model=folder, engine="transformers") as endpoint, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIMTAB_API_KEY", endpoint.api_key or "x")
         yield endpoint
 
 
@@ -70,8 +72,6 @@ def test_a_tuned_chat_model_and_a_plain_one_answer_side_by_side(
         "--html",
         str(tmp_path / "page.html"),
         "--json",
-        "--api-key",
-        completing.api_key or "x",
     ]
     assert compare.main(words, standalone_mode=False) == 0
     told = json.loads(capsys.readouterr().out)
@@ -91,7 +91,7 @@ def test_a_tuned_chat_model_and_a_plain_one_answer_side_by_side(
             assert 0 < answer["first"] <= answer["seconds"]
         assert column["probes"]["starts"][0]["prompt"] == "The keeper"
         assert [(one["kind"], one["of"]) for one in column["scores"]] == [("starts", 1), ("general", 9)]
-    assert {one["against"] for one in told["differences"]} == {"plain"}
+    assert [(one["kind"], one["model"], one["against"]) for one in told["differences"]] == [("starts", 1, 0)], "the others differ by prompt"
     assert plain["answers"][0]["text"] != tuned["answers"][0]["text"]
     page = (tmp_path / "page.html").read_text()
     assert "Explain &lt;b&gt;mills&lt;/b&gt;." in page
@@ -99,9 +99,39 @@ def test_a_tuned_chat_model_and_a_plain_one_answer_side_by_side(
 
 
 def test_a_question_that_a_model_refuses_stands_as_a_problem(completing: Endpoint, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [completing.url, "-q", "word " * 5000, "-q", "Who keeps the key?", "--max-tokens", "4", "--api-key", completing.api_key or "x"]
+    words = [completing.url, "-q", "word " * 5000, "-q", "Who keeps the key?", "--max-tokens", "4"]
     assert compare.main(words, standalone_mode=False) == 1
     printed = capsys.readouterr().out
     assert "no answer" in printed
     assert "context" in printed
     assert "Who keeps the key?" in printed
+
+
+def test_a_model_that_does_not_come_up_costs_no_other_models_answers(
+    completing: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone, broken = "http://127.0.0.1:9", tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    (tmp_path / "probes.json").write_text(json.dumps(PROBES))
+    words = ["-q", "Who keeps the key?", "--max-tokens", "4", "--probes", str(tmp_path / "probes.json"), "--json"]
+    assert compare.main([completing.url, gone, str(broken), completing.url + "#base", *words], standalone_mode=False) == 1
+    plain, *failed, again = json.loads(capsys.readouterr().out)["columns"]
+    for column in (plain, again):
+        assert column["answers"][0]["text"]
+        assert (column["problem"], column["answers"][0]["problem"]) == ("", "")
+        assert column["scores"]
+    for column in failed:
+        assert column["problem"]
+        assert {one["problem"] for one in (*column["answers"], *column["probes"]["general"])} == {column["problem"]}
+        assert column["scores"] == []
+    with pytest.raises(EndpointError):  # nobody answers
+        compare.main([gone, str(broken), *words], standalone_mode=False)
+
+
+def test_answers_are_printed_also_where_the_page_cannot_be_written(
+    completing: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(StagingError, match="cannot be written"):  # a folder stands there
+        compare.main([completing.url, "-q", "Who?", "--max-tokens", "4", "--json", "--html", str(tmp_path)], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["columns"][0]["answers"][0]["text"]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.compare import Answer, Question, as_prompt, compare, judge, read_questions
-from trimtab.compare_targets import targets
+from trimtab.compare import Answer, Column, Kind, Question, Score, as_prompt, compare, differences, judge, numbered, read_questions
+from trimtab.compare_targets import Target, targets
 from trimtab.errors import SpecError
 
 
@@ -50,6 +50,28 @@ def test_models_are_told_apart_by_how_they_are_named() -> None:
         targets([], {})
     with pytest.raises(SpecError, match="nothing to ask"):
         compare(["smollm2-135m-instruct"])
+
+
+def test_repeated_labels_are_numbered() -> None:
+    def labels(*given: str) -> list[str]:
+        return [one.label for one in numbered([Target("endpoint", label, "http://127.0.0.1:9") for label in given])]
+
+    assert labels("X", "Y") == ["X", "Y"]
+    assert labels("X", "Y", "X") == ["X (1)", "Y", "X (2)"]
+    assert labels("X", "X (1)", "X") == ["X (2)", "X (1)", "X (3)"]
+    same = [one.label for one in numbered(targets(["X=http://127.0.0.1:9#a", "X=http://127.0.0.1:9#b"], {}))]
+    assert len(set(same)) == 2
+
+
+def test_only_models_that_were_given_the_same_are_set_against_each_other() -> None:
+    def column(kind: Kind, right: bool, scores: tuple[Score, ...] = (Score("questions", 0, 1, (0, 1)),)) -> Column:
+        answers = (Answer("?", right=right),)
+        return Column("X", "x", kind, None, (), {"starts": answers, "questions": answers, "general": ()}, scores)
+
+    found = [Target("endpoint", "X", f"http://127.0.0.1:{number}") for number in range(4)]
+    columns = [column("chat", False, ()), column("completion", False), column("chat", True), column("completion", True)]
+    pairs = [(one.kind, one.model, one.against, one.gained) for one in differences(found, columns)]
+    assert pairs == [("starts", 2, 1, 1), ("starts", 3, 1, 1), ("questions", 3, 1, 1)]
 
 
 def test_question_files_are_read_or_refused_with_the_place(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.compare import Answer, Column, Comparison, Difference, Question, Sampling, Score, to_json
+from trimtab.compare_cli import compare
 from trimtab.compare_page import page, plain, write
 from trimtab.compare_table import lines
 from trimtab.errors import StagingError
@@ -33,7 +35,7 @@ def column(label: str, text: str, right: bool, kind: str = "chat") -> Column:
 @pytest.fixture
 def found() -> Comparison:
     columns = (column(HOSTILE, HOSTILE, False), column("tuned", "A mill grinds.", True, "completion"))
-    differences = (Difference("questions", "tuned", HOSTILE, 10, 0, 10, (0.5, 1.0)),)
+    differences = (Difference("questions", 1, 0, 10, 0, 10, (0.5, 1.0)),)
     questions = (Question("What is a mill?", "", ("grinds", HOSTILE)), Question(f"And a kiln? {HOSTILE}"))
     return Comparison("2026-11-22T15:00:00+00:00", Sampling(), questions, PROBES, columns, differences, {"trimtab": "0.1.0"})
 
@@ -103,6 +105,39 @@ def test_the_page_is_written_whole_or_not_at_all(found: Comparison, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.html", "full"]
     broken = replace(found, versions={"lone surrogate": "\ud800"})
     write(broken, tmp_path / "compare.html")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_who_may_read_the_page_is_told_by_the_umask(found: Comparison, tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write(found, tmp_path / "compare.html")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "compare.html").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_rows_of_models_with_one_label_are_told_apart(found: Comparison) -> None:
+    twice = replace(found, columns=tuple(replace(one, label="X") for one in found.columns))
+    rows = [line for line in page(twice).splitlines() if ">better<" in line]
+    assert len(rows) == 1
+    assert rows[0].startswith('<tr style="--mark:var(--m1)">')
+
+
+def test_a_model_that_failed_has_its_reason_and_no_score(found: Comparison) -> None:
+    failed = replace(found.columns[0], label="gone", scores=(), problem="the server died")
+    one = replace(found, columns=(failed, found.columns[1]), differences=())
+    assert "the server died" in Seen(page(one)).text
+    assert "10 of 10" in page(one)
+    assert any(line.split() == ["gone", "the", "server", "died"] for line in lines(one))
+    assert one.problems == found.problems + 1
+
+
+def test_how_much_of_an_answer_is_looked_at_is_said(found: Comparison) -> None:
+    assert "accepted in the first 60 words: grinds" in page(found)
+    assert "first 60 words of an answer, or the first 30" in page(found)
+    assert "accepted in the first 60 words" in "\n".join(lines(found))
+    assert "first 60 words" in " ".join((compare.help or "").split())
 
 
 def test_a_pipe_gets_plain_lines_that_steer_no_terminal(found: Comparison) -> None:
