@@ -1,4 +1,7 @@
-"""A small engine on transformers: token ids in, token ids out, many at once.
+"""A small engine on transformers: token ids in, token ids out, many at once. It makes and judges answers where there is no server.
+
+A server's engines are behind another interface, `engines.Engine`, which requests join and leave between steps; one of them,
+`engines.transformers`, steps this class.
 
 Made for a CPU: rows are left padded, what all prompts of a batch begin with is computed once, keys and values go into
 buffers made once (concatenating them took half of a step's time), and finished rows leave the batch.
@@ -46,7 +49,9 @@ class Step:
 
 
 class Engine:
-    """One base model, and the adapters trained on it where there are any, answering on this machine's processors.
+    """One base model, and the adapters trained on it where there are any, answering whole batches on this machine's processors.
+
+    Not the protocol `engines.Engine` of the server's engines.
 
     `names` are the models that can be asked: the adapters' (first, the default) and "base".
     """

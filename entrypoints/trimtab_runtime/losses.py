@@ -32,7 +32,7 @@ from trimtab.errors import StagingError, WeightsError
 from trimtab.layout import JobDir
 from trimtab_runtime import manifest
 from trimtab_runtime.engines.machine import free_memory
-from trimtab_runtime.merge import TUNED, Adapter, read_adapter, read_facts, shards_of, trained_dtype
+from trimtab_runtime.merge import TUNED, Adapter, read_adapter, read_facts, refuse_tied_head, shards_of, trained_dtype
 from trimtab_runtime.methods.lora import linear_layers
 from trimtab_runtime.methods.qlora import dequantised_nf4
 from trimtab_runtime.prepare import read_records
@@ -71,6 +71,7 @@ def losses(job: JobDir, say: Callable[[str], None], progress: Callable[[int, int
     """Raises StagingError where the documents hold no text, and what merge.py raises for the adapter."""
     base, tuned = job.channel("model"), job.adapters / TUNED
     facts, adapter = read_facts(tuned), read_adapter(tuned)
+    refuse_tied_head(adapter, base)
     tokenizer = Tokenizer(tuned if (tuned / "tokenizer.json").is_file() else base)
     texts = [record["text"] for record in read_records(job.channel("documents") / "documents.jsonl", ("title", "text"))]
     held, left_out = held_out(texts, tokenizer)
@@ -174,7 +175,7 @@ def variant(base: Path, adapter: Adapter, name: str, nf4: torch.dtype | None, dt
     model = model.to(dtype) if dtype else model
     if name == "unmerged":
         for layer, (b, a) in adapter.factors.items():
-            layers[layer].register_forward_hook(beside(b.to(model.dtype), a.to(model.dtype), adapter.scale))
+            layers[layer].register_forward_hook(beside(b.to(model.dtype), a.to(model.dtype), adapter.scales[layer]))
     return model.eval()
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from trimtab.errors import SpecError, StagingError, WeightsError
 from trimtab.layout import JobDir
-from trimtab_runtime import artifact, manifest
+from trimtab_runtime import adapter_config, artifact, manifest
 from trimtab_runtime.choices import cpu_flags, pick_dtype
 from trimtab_runtime.shards import read_header, rewrite
 
@@ -38,20 +38,13 @@ _NEEDED = {"config.json", _INDEX, *artifact.TOKENIZER_FILES, "chat_template.json
 _NEEDED |= {"vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"}  # of tokenizers that are not in one file
 _LICENCE = re.compile(r"(licen[cs]e|notice|use_policy)([\W_].*)?", re.IGNORECASE)
 
-# settings of adapter_config.json that leave  W + alpha / r * B A  what it is; every other one must be unset
-_HARMLESS = {
-    *("task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "ensure_weight_tying"),
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("loftq_config", "eva_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
-}
-
 
 @dataclass(frozen=True)
 class Adapter:
-    """B [out, r] and A [r, in] of each adapted layer, by its name in the model, and the `scale` of their product."""
+    """B [out, r] and A [r, in] of each adapted layer, by its name in the model, and the scale of each product."""
 
     factors: dict[str, tuple[Tensor, Tensor]]
-    scale: float
+    scales: dict[str, float]
 
     def merged(self, layer: str, weight: Tensor, nf4: torch.dtype | None = None) -> Tensor:
         """The layer's weight [out, in] with the adapter in it, in the type of `weight`; first to NF4 and back where `nf4` says in which
@@ -67,7 +60,7 @@ class Adapter:
             if (b.shape[0], a.shape[1]) != tuple(weight.shape):
                 shape = f"{b.shape[0]} x {a.shape[1]}"
                 raise WeightsError(f"the adapter's {layer} is {shape}, the base model's {tuple(weight.shape)}: it belongs to another model")
-            found = torch.addmm(found, b.float(), a.float(), alpha=self.scale)
+            found = torch.addmm(found, b.float(), a.float(), alpha=self.scales[layer])
         rounded = found.to(weight.dtype)
         if not torch.isfinite(rounded).all():
             raise WeightsError(
@@ -78,21 +71,17 @@ class Adapter:
 
 def read_adapter(folder: Path) -> Adapter:
     """Raises SpecError, naming the setting, for an adapter that is more than a product of two matrices beside a weight."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    settings = adapter_config.read_settings(folder)
+    if why := adapter_config.refusal(settings):
+        raise SpecError(f"an adapter with {why} cannot be merged in this version: serve it beside its base model (merge=False)")
+    scaling = adapter_config.scaling(settings)
     try:
-        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
         tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+    except (OSError, SafetensorError) as exc:
         raise WeightsError(f"{folder.name} holds no readable adapter ({exc}): copy the artifact there again") from exc
-    if config.get("peft_type") != "LORA":
-        raise SpecError(f"an adapter of peft_type {config.get('peft_type')} cannot be merged: serve it beside its base model (merge=False)")
-    if config.get("init_lora_weights") not in (True, False, "gaussian"):
-        raise _unknown("init_lora_weights", config["init_lora_weights"])  # such as pissa, which changes the base's weights, too
-    for name, value in config.items():
-        if name not in {*_HARMLESS, "peft_type", "init_lora_weights"} and value not in (None, False, "none", {}, []):
-            raise _unknown(name, value)
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = _LAYER.fullmatch(name)
@@ -101,11 +90,8 @@ def read_adapter(folder: Path) -> Adapter:
         found.setdefault(match[1], {})[match[2]] = tensor
     if odd := sorted(layer for layer, parts in found.items() if set(parts) != {"A", "B"}):
         raise WeightsError(f"the adapter has only one of two matrices for {odd[0]}: copy the artifact there again")
-    return Adapter({layer: (parts["B"], parts["A"]) for layer, parts in found.items()}, alpha / rank)
-
-
-def _unknown(name: str, value: object) -> SpecError:
-    return SpecError(f"an adapter with {name} = {value!r} cannot be merged in this version: serve it beside its base model (merge=False)")
+    scales = {layer: scaling.scale(layer, parts["A"].shape[0]) for layer, parts in found.items()}
+    return Adapter({layer: (parts["B"], parts["A"]) for layer, parts in found.items()}, scales)
 
 
 def merge(job: JobDir, say: Callable[[str], None], progress: Callable[[int, int], None]) -> None:
@@ -132,6 +118,7 @@ def merge_folders(
     adapter = read_adapter(tuned)
     nf4, quantised = (trained_dtype(facts), quantised_layers(base)) if onto == "dequantised" else (None, set[str]())
     shards = shards_of(base)
+    refuse_tied_head(adapter, base)
     owners = layers_by_tensor({name for shard in shards for name in read_header(shard)}, {*adapter.factors, *quantised})
     total = sum(shard.stat().st_size for shard in shards)
     say(f"merge: {len(adapter.factors)} adapted layers onto the {onto} weights")
@@ -197,6 +184,18 @@ def quantised_layers(base: Path) -> set[str]:
     config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         return set(linear_layers(AutoModelForCausalLM.from_config(config)))
+
+
+def refuse_tied_head(adapter: Adapter, base: Path) -> None:
+    """Raise SpecError for an adapter of a head that is the embeddings once more: merged, it would change those, too."""
+    if "lm_head" not in adapter.factors:
+        return
+    settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    if settings.get("tie_word_embeddings") or not any("lm_head.weight" in read_header(shard) for shard in shards_of(base)):
+        raise SpecError(
+            "the adapter changes lm_head, which this base model shares with its embeddings (tie_word_embeddings), so that it cannot be "
+            'merged: serve it beside its base model with the transformers engine (merge=False, engine="transformers")'
+        )
 
 
 def layers_by_tensor(stored: set[str], layers: Iterable[str]) -> dict[str, str]:

@@ -235,7 +235,9 @@ def test_a_disk_that_holds_no_copy_is_refused_before_any_is_written(base: Path, 
     [
         ({"use_dora": True}, "use_dora"),
         ({"peft_type": "IA3"}, "IA3"),
-        ({"bias": "all"}, "biases"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+        ({"a_setting_of_tomorrow": 3}, "a_setting_of_tomorrow"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ],
 )

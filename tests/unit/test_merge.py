@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -18,6 +18,10 @@ from support.tiny_adapter import make_adapter, make_lively_model
 from trimtab.errors import SpecError, StagingError, WeightsError
 from trimtab.layout import JobDir
 from trimtab_runtime.engine import Engine
+from trimtab_runtime.engines.adapters import read_adapter as read_beside
+from trimtab_runtime.engines.adapters import refusal
+from trimtab_runtime.engines.mapped import map_folder
+from trimtab_runtime.engines.openvino_graph import build
 from trimtab_runtime.merge import merge, read_adapter
 from trimtab_runtime.methods.qlora import dequantised_nf4
 from trimtab_runtime.shards import read_header, rewrite
@@ -198,10 +202,8 @@ def test_an_adapter_that_is_not_a_plain_product_is_refused_by_the_setting(artifa
     config = json.loads((artifact / "adapter_config.json").read_text())
     shutil.copytree(artifact, tmp_path / "tuned")
     for name, value in {
-        "use_rslora": True,
         "use_dora": True,
         "bias": "all",
-        "rank_pattern": {"q_proj": 8},
         "modules_to_save": ["lm_head"],
         "init_lora_weights": "pissa",
         "a_setting_of_tomorrow": 3,
@@ -212,6 +214,44 @@ def test_an_adapter_that_is_not_a_plain_product_is_refused_by_the_setting(artifa
     (tmp_path / "tuned" / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "PREFIX_TUNING"}))
     with pytest.raises(SpecError, match="PREFIX_TUNING"):
         read_adapter(tmp_path / "tuned")
+
+
+def test_scales_and_ranks_of_each_layer_are_pefts(base: Path, tmp_path: Path) -> None:
+    """As both readers take them: what is merged, and what the OpenVINO engine puts beside the base."""
+    torch.manual_seed(6)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "up_proj", "down_proj"], init_lora_weights=False, use_rslora=True,
+        rank_pattern={"down_proj": 2}, alpha_pattern={"q_proj": 3, r"layers\.1\.mlp\.up_proj": 5},
+    )  # fmt: skip
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    (tmp_path / "trimtab.json").write_text("{}")
+    theirs, ours, beside = by_peft(base, tmp_path, nf4=False), read_adapter(tmp_path), read_beside(tmp_path, "a")
+    before = {name: tensor.float() for name, tensor in tensors(base).items()}
+    assert set(ours.factors) == set(beside.factors)
+    assert len(set(ours.scales.values())) == 4
+    for layer in ours.factors:
+        start, wanted = before[f"{layer}.weight"], theirs[f"{layer}.weight"]
+        a, b = (torch.from_numpy(factor) for factor in beside.factors[layer])
+        torch.testing.assert_close(ours.merged(layer, start), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(start + b @ a, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_is_the_embeddings_is_not_merged_and_not_left_out(base: Path, artifact: Path, tmp_path: Path) -> None:
+    tuned = tmp_path / "tuned"
+    shutil.copytree(artifact, tuned)
+    width, vocabulary = 192, json.loads((base / "config.json").read_text())["vocab_size"]
+    head = {
+        "base_model.model.lm_head.lora_A.weight": torch.ones(4, width),
+        "base_model.model.lm_head.lora_B.weight": torch.ones(vocabulary, 4),
+    }
+    save_file(load_file(artifact / "adapter_model.safetensors") | head, tuned / "adapter_model.safetensors")
+    with pytest.raises(SpecError, match=r"changes lm_head, which this base model shares with its embeddings .*merge=False"):
+        merged_into(tmp_path / "job", base, tuned, "original")
+    with pytest.raises(WeightsError, match="changes lm_head, which this engine does not adapt: choose  --engine transformers"):
+        build(json.loads((base / "config.json").read_text()), map_folder(base), [read_beside(tuned, "a")])
+    settings = json.loads((tuned / "adapter_config.json").read_text())
+    assert refusal(settings | {"target_modules": ["q_proj", "lm_head"]}) == "it adapts lm_head"
 
 
 def test_another_models_adapter_and_one_that_diverged_are_refused(base: Path, artifact: Path, tmp_path: Path) -> None:

@@ -70,7 +70,10 @@ Emit = Callable[[int, list[int], Reason | None], None]
 
 
 class Engine(Protocol):
-    """Answers many requests at once. Only one thread calls it."""
+    """Answers many requests at once, which join and leave between steps. Only one thread calls it.
+
+    Not `trimtab_runtime.engine.Engine`, which completes whole batches on transformers: that one has no server.
+    """
 
     facts: Facts
 

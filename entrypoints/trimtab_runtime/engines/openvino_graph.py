@@ -69,6 +69,7 @@ class _Graph:
         self.variables: list[Variable] = []
         self.columns: ov.Node | None = None  # which columns of the adapters' first products are each token's own
         self.whose: ov.Node | None = None
+        self.adapted: set[str] = set()  # layers to which an adapter was added
 
     def model(self) -> ov.Model:
         tokens: ov.Node = self.ids
@@ -83,6 +84,8 @@ class _Graph:
         for layer in range(self.sizes.layers):
             hidden = self._layer(f"model.layers.{layer}", hidden, cosine, sine)
         hidden = self._norm("model.norm.weight", hidden, self.sizes.hidden)
+        if left := sorted({name for adapter in self.adapters for name in adapter.factors} - self.adapted):
+            raise WeightsError(f"an adapter changes {left[0]}, which this engine does not adapt: choose  --engine transformers")
         head = table if self.sizes.tied else self._weight("lm_head.weight", (self.sizes.vocabulary, self.sizes.hidden))
         logits = self._logits(hidden, head)
         logits.output(0).set_names({"logits"})
@@ -192,6 +195,7 @@ class _Graph:
             width = self.weights[f"{name}.bias"].array.size
             found = ops.add(found, self._weight(f"{name}.bias", (width,), (1, 1, width)))
         if self.columns is not None and any(name in adapter.factors for adapter in self.adapters):
+            self.adapted.add(name)
             first, second = _stack(self.adapters, name)
             narrow = ops.multiply(ops.matmul(hidden, _floats(first), False, True), self.columns)
             found = ops.add(found, ops.matmul(narrow, _floats(second), False, True))
