@@ -7,12 +7,14 @@ Exit codes: 0 done; 1 failed, the cause first in output/failure; 2 usage; 143 st
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from pathlib import Path
 
 from trimtab.errors import SpecError, TrimtabError
 from trimtab.events import EventLog, Finished, Phase, Progress
-from trimtab.layout import EVENTS_VARIABLE, JobDir
+from trimtab.layout import EVENTS_VARIABLE, PIPE_VARIABLE, JobDir
 from trimtab.spec import TrainSpec
 from trimtab_runtime.channels import staged, unfold
 
@@ -39,7 +41,6 @@ def main(arguments: list[str]) -> int:
     }
     job = JobDir.from_environment()
     if arguments == ["serve"]:
-        _before_torch()
         from trimtab_runtime.serve import serve
 
         return serve(job)
@@ -49,6 +50,8 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    if os.environ.get(PIPE_VARIABLE):
+        threading.Thread(target=_end_with_client, daemon=True).start()
     began = time.monotonic()
     try:
         job.make()
@@ -132,6 +135,7 @@ def _merge(job: JobDir, events: EventLog) -> int:
 
 
 def _losses(job: JobDir, events: EventLog) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take the processor from those that compute
     _before_torch()
     from trimtab_runtime.losses import losses
 
@@ -150,6 +154,16 @@ def _before_torch() -> None:
     from trimtab_runtime.xeon.allocator import keep_large_blocks
 
     _say(f"allocator: {keep_large_blocks()}")
+
+
+def _end_with_client() -> None:
+    """Wait until the client has gone, and end with all that was started for it: nobody will want what this makes."""
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 def _spec(job: JobDir) -> TrainSpec:

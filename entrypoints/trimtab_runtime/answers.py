@@ -6,9 +6,8 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 
-from trimtab.errors import EndpointError
 from trimtab_runtime.engines import Reason, Request
-from trimtab_runtime.engines.process import EngineGone, EngineProcess
+from trimtab_runtime.engines.process import EngineProcess
 from trimtab_runtime.forms import Answered, Finish, Form
 from trimtab_runtime.http import Connection
 from trimtab_runtime.metrics import Metrics
@@ -145,7 +144,7 @@ class Answer:
         elif piece:
             stream.client.write(stream.form.piece(piece, self._tokens, self._id))
 
-    def failed(self, problem: EndpointError | EngineGone) -> None:
+    def failed(self, problem: Exception) -> None:
         if not self.done.done():
             self.done.set_exception(problem)
 

@@ -21,8 +21,9 @@ from trimtab_runtime.engines.process import EngineGone, EngineProcess
 from trimtab_runtime.forms import Form, OpenAI, Tgi
 from trimtab_runtime.http import JSON, Connection, Incoming, Refusal
 from trimtab_runtime.metrics import CONTENT_TYPE, Metrics
-from trimtab_runtime.prompts import Prompts
+from trimtab_runtime.prompts import Prompt, Prompts, Written
 
+NO_BODY = 1024  # bytes that some send although there is nothing to say
 COME_BACK, STARTING = 1, 2  # seconds told to who may try again: while it is full, while there is no engine
 
 
@@ -62,14 +63,19 @@ class App:
         own = {name: name for name in facts.names} if facts else {}
         return own | {alias: name for alias, name in self._aliases.items() if alias not in own and name in own}
 
-    def admit(self, head: Incoming) -> None:
-        """Before a body is read: the key. Whoever has none learns nothing of what there is, but for GET /ping."""
+    def admit(self, head: Incoming) -> int | None:
+        """Before a body is read: the key. Whoever has none learns nothing of what there is, but for GET /ping.
+
+        Returns how many bytes of a body are read, None for as many as the server takes.
+        """
+        limit = None if head.method == "POST" else NO_BODY
         if self._key is None or (head.path == "/ping" and head.method == "GET"):
-            return
+            return limit
         scheme, _, given = head.headers.get("authorization", "").partition(" ")
         if not hmac.compare_digest(f"{scheme.capitalize()} {given.strip()}".encode(), self._key):
             self.metrics.requests[self._route(head), 401] += 1
             raise Refusal(401, "this needs the endpoint's API key: send it as  Authorization: Bearer KEY")
+        return limit
 
     async def answer(self, asked: Incoming, client: Connection) -> None:
         """Answer one request, count it, and leave one line in the log: path, status, seconds. Never what was asked or answered."""
@@ -118,7 +124,7 @@ class App:
 
     async def _metrics(self, _: Incoming, client: Connection) -> int:
         engine = self.engine
-        ready, waiting = engine.state == "ready" and not self.ending, engine.waiting + self._encoding
+        ready, waiting = engine.state == "ready" and not engine.hangs and not self.ending, engine.waiting + self._encoding
         text = self.metrics.text(ready=ready, running=engine.running, waiting=waiting, cache=engine.cache, restarts=engine.restarts)
         client.send(200, text.encode(), CONTENT_TYPE)
         return 200
@@ -133,7 +139,7 @@ class App:
         own = body.own
         name = self._name(body.model)
         form = Tgi(body.inputs if own.return_full_text else "", own.seed)
-        return await self._generate(client, name, [body.inputs], own, own.max_new_tokens, form, stream=bool(body.stream))
+        return await self._generate(client, name, [Written(body.inputs)], own, own.max_new_tokens, form, stream=bool(body.stream))
 
     async def _chat(self, asked: Incoming, client: Connection) -> int:
         body = parse(Chat, decode(asked.body))
@@ -154,7 +160,7 @@ class App:
         self,
         client: Connection,
         name: str,
-        prompts: Sequence[str | list[dict[str, str]]],
+        prompts: Sequence[Prompt],
         how: Sampling,
         limit: int | None,
         form: Form,
@@ -183,16 +189,17 @@ class App:
             client.send(200, json.dumps(form.whole(whole, given)).encode(), JSON)
         return 200
 
-    async def _requests(self, name: str, prompts: Sequence[str | list[dict[str, str]]], how: Sampling, limit: int | None) -> list[Request]:
+    async def _requests(self, name: str, prompts: Sequence[Prompt], how: Sampling, limit: int | None) -> list[Request]:
         """What the engine is asked, a request for each prompt, if there is room. Raises EndpointError for what does not fit the model."""
         facts = self._open()
-        taken = self.engine.running + self.engine.waiting + self._encoding
-        if taken >= self._spec.max_running + self._spec.max_waiting:
+        taken, places = self.engine.running + self.engine.waiting + self._encoding, self._spec.max_running + self._spec.max_waiting
+        if len(prompts) > places:
+            raise EndpointError(f"{len(prompts)} prompts in one body are more than the {places} that are taken at once: send fewer")
+        if taken + len(prompts) > places:
             raise Refusal(429, f"{taken} prompts are being answered or wait already: try again in a moment", COME_BACK)
         self._encoding += len(prompts)
         try:
-            read = self.prompts
-            ids = [await (read.text(name, prompt) if isinstance(prompt, str) else read.chat(name, prompt)) for prompt in prompts]
+            ids = [await self.prompts.ids(name, prompt, facts.context) for prompt in prompts]
         finally:
             self._encoding -= len(prompts)
         room = facts.context - max(map(len, ids))
@@ -204,7 +211,7 @@ class App:
                 model=name,
                 max_new_tokens=new,
                 temperature=how.drawn_at,
-                top_p=1.0 if how.top_p is None else how.top_p,
+                top_p=how.share,
                 top_k=max(0, how.top_k or 0),
                 seed=None if how.seed is None else (how.seed + row) % 2**63,  # equal prompts in one body are drawn apart
             )
@@ -221,6 +228,8 @@ class App:
             raise Refusal(503, self.ending, STARTING)
         if self.engine.state != "ready" or facts is None:
             raise EngineGone(self.engine.cause or "the model is loading")
+        if self.engine.hangs:
+            raise EngineGone("the engine does not get on")
         return facts
 
     def _name(self, asked: str | None) -> str:

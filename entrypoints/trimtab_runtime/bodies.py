@@ -14,7 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from trimtab.errors import EndpointError
 
 MAX_PROMPTS = 256
+MAX_MESSAGES = 2048
 DEFAULT_NEW_TOKENS = 200
+
+# engines compute in float32, where smaller numbers are 0 or make logits infinite; both name the likeliest token
+_COLDEST = 1e-4
+_LEAST_SHARE = 1e-6
 
 # what OpenAI's clients send although nobody asked for it, with the value that changes nothing
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -39,6 +44,27 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_n_tokens": (0,),
     "min_p": (0,),
     "grammar": (),
+    "ignore_eos": (False,),
+    "min_tokens": (0,),
+    "min_new_tokens": (0,),
+    "adapter_id": (),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "num_beams": (1,),
+    "no_repeat_ngram_size": (0,),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "add_special_tokens": (True,),
+    "prompt_logprobs": (0,),
+    "top_logprobs": (0,),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
 }
 
 _Text = Annotated[str, Field(min_length=1)]
@@ -68,14 +94,22 @@ class Sampling(_Body):
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None  # 0 and -1: all; OpenAI has none, other servers add it as here
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: _Stop = None
+    stop_sequences: _Stop = None  # as LMI's clients call it
 
     @property
     def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) and self.stop else list(self.stop or [])
+        given = [[one] if isinstance(one, str) else one for one in (self.stop, self.stop_sequences) if one]
+        return [text for texts in given for text in texts]
 
     @property
     def drawn_at(self) -> float:
-        return self.temperature or 0.0
+        """The temperature, 0 for the likeliest token."""
+        return _felt(self.temperature or 0.0)
+
+    @property
+    def share(self) -> float:
+        """`top_p`, as small as an engine can compute with."""
+        return 1.0 if self.top_p is None else max(self.top_p, _LEAST_SHARE)
 
 
 class Parameters(Sampling):
@@ -89,7 +123,7 @@ class Parameters(Sampling):
     def drawn_at(self) -> float:
         if self.do_sample is False:
             return 0.0
-        return self.temperature if self.temperature is not None else float(bool(self.do_sample))
+        return _felt(self.temperature if self.temperature is not None else float(bool(self.do_sample)))
 
 
 class Inputs(_Body):
@@ -140,7 +174,7 @@ class _OpenAI(Sampling):
 
 
 class Chat(_OpenAI):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class Completions(_OpenAI):
@@ -149,6 +183,10 @@ class Completions(_OpenAI):
     @property
     def prompts(self) -> list[str]:
         return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+
+
+def _felt(temperature: float) -> float:
+    return temperature if temperature >= _COLDEST else 0.0
 
 
 _B = TypeVar("_B", bound=_Body)

@@ -37,6 +37,7 @@ class Limits:
     idle_seconds: float = 75.0  # between requests
     unread_seconds: float = 20.0  # an answer of which the client takes nothing
     linger_seconds: float = 2.0  # to read why, while it still sends
+    in_a_row: int = 16  # requests of one client that are refused before the others have their turn
     connections: int = 512
 
 
@@ -65,11 +66,14 @@ class Refusal(Exception):
 
 
 class Server:
-    """Accepts connections. `admit` sees a request before its body (raises Refusal); `answer` answers it, each in a task of its own."""
+    """Accepts connections. `answer` answers a request, each in a task of its own.
+
+    `admit` sees it before its body: it raises Refusal, or returns how many bytes the body may have, None for what `limits` say.
+    """
 
     def __init__(
         self,
-        admit: Callable[[Incoming], None],
+        admit: Callable[[Incoming], int | None],
         answer: Callable[[Incoming, Connection], Awaitable[None]],
         say: Callable[[str], None],
         limits: Limits | None = None,
@@ -132,6 +136,7 @@ class Connection(asyncio.Protocol):
         self._lingering = False  # all is said; what the client still sends is thrown away, so that it can read why
         self._reading = False  # in the middle of a request
         self._ahead = 0
+        self._refused = 0  # requests in a row
         self._refusal: Refusal | None = None
         self._begun = self._chunked = False
 
@@ -163,22 +168,39 @@ class Connection(asyncio.Protocol):
             self._reading, self.since = True, time.monotonic()
         try:
             self._h11.receive_data(data)
-            if self.task is None:
-                self._advance()
         except h11.RemoteProtocolError as exc:
-            self._refuse(Refusal(exc.error_status_hint, f"this is no HTTP request: {exc}"))
+            self._refuse(_nonsense(exc))
+        self._go_on()
 
     def pause_writing(self) -> None:
         self.blocked = True
 
     def resume_writing(self) -> None:
         self.blocked = False
+        self._go_on()
 
     # a request
 
+    def _go_on(self) -> None:
+        """Read on, as far as what has come goes. Who takes no answers, or has been refused often, sends no more meanwhile."""
+        if self.task is not None or self._transport.is_closing():
+            return
+        self._refused = 0
+        try:
+            self._advance()
+        except h11.RemoteProtocolError as exc:
+            self._refuse(_nonsense(exc))
+        if self.task is None and self.blocked and not self._lingering:
+            self._transport.pause_reading()
+        elif self._refused >= self._limits.in_a_row:
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._go_on)
+        else:
+            self._transport.resume_reading()
+
     def _advance(self) -> None:
-        """Read on, as far as what has come goes."""
-        while self.task is None and not self._transport.is_closing():
+        most = self._limits.in_a_row
+        while self.task is None and not (self._transport.is_closing() or self._lingering or self.blocked) and self._refused < most:
             event = self._h11.next_event()
             if isinstance(event, h11.Request):
                 self._begin(event)
@@ -186,14 +208,15 @@ class Connection(asyncio.Protocol):
                 self._size += len(event.data)
                 if self._refusal is None:
                     self._body += event.data
-                    if self._size > self._limits.body_bytes:
+                    if self._size > self._most:
                         self._refusal = self._too_big()
-                elif self._size > self._limits.discarded_bytes:
+                elif self._size > self._discarded:
                     return self._refuse(self._refusal)
             elif isinstance(event, h11.EndOfMessage):
                 self._reading, self._ahead = False, len(self._h11.trailing_data[0])
                 if self._refusal is not None:
-                    return self._refuse(self._refusal)
+                    self._refuse(self._refusal)
+                    continue
                 incoming = Incoming(self._head.method, self._head.path, self._head.headers, bytes(self._body))
                 self._body.clear()
                 self.task = asyncio.ensure_future(self._server.answer(incoming, self))
@@ -204,7 +227,7 @@ class Connection(asyncio.Protocol):
                 elif self._h11.they_are_waiting_for_100_continue:
                     if self._refusal is not None:
                         return self._refuse(self._refusal)
-                    self._transport.write(self._h11.send(h11.InformationalResponse(status_code=100, headers=[])) or b"")
+                    self._put(self._h11.send(h11.InformationalResponse(status_code=100, headers=[])) or b"")
                 return None
         return None
 
@@ -213,22 +236,30 @@ class Connection(asyncio.Protocol):
         path = event.target.decode("latin-1").partition("?")[0]
         self._head = Incoming(event.method.decode("latin-1"), path, headers, b"")
         self._body, self._size, self._refusal = bytearray(), 0, None
+        self._most = self._discarded = self._limits.body_bytes
         try:
             if event.http_version not in (b"1.0", b"1.1"):
                 raise Refusal(505, "this server speaks HTTP/1.1")
-            self._server.admit(self._head)
-            if int(headers.get("content-length", 0)) > self._limits.body_bytes:
+            limit = self._server.admit(self._head)
+            if limit is None:
+                self._discarded = self._limits.discarded_bytes
+            else:
+                self._most = min(self._most, limit)
+            if int(headers.get("content-length", 0)) > self._most:
                 raise self._too_big()
         except Refusal as refusal:
             self._refusal = refusal
 
     def _too_big(self) -> Refusal:
         self._body.clear()
-        return Refusal(413, f"the body is over {self._limits.body_bytes >> 20} MB: send less text")
+        if self._most < self._limits.body_bytes:
+            return Refusal(413, f"this request takes no body, and this one has over {self._most} bytes: leave it out")
+        return Refusal(413, f"the body is over {self._most >> 20} MB: send less text")
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer instead of the application. Where the request did not end, the connection does."""
         self._reading = False
+        self._refused += 1
         if self._h11.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self.refuse(refusal)
             self._next()
@@ -249,13 +280,11 @@ class Connection(asyncio.Protocol):
         if self._h11.our_state not in (h11.DONE, h11.MUST_CLOSE):
             self.drop()
             return
-        try:
-            self._next()
-        except h11.RemoteProtocolError as exc:
-            self._refuse(Refusal(exc.error_status_hint, f"this is no HTTP request: {exc}"))
+        self._next()
+        self._go_on()
 
     def _next(self) -> None:
-        """The answer is written: go on to the next request, or close."""
+        """The answer is written: be ready for the next request, or close."""
         self.since = time.monotonic()
         self._begun = False
         if self._h11.their_state in (h11.IDLE, h11.SEND_BODY, h11.ERROR) and self._transport.can_write_eof():
@@ -267,7 +296,6 @@ class Connection(asyncio.Protocol):
             return
         self._h11.start_next_cycle()
         self._reading = bool(self._h11.trailing_data[0])
-        self._advance()
 
     # an answer
 
@@ -361,3 +389,7 @@ class Connection(asyncio.Protocol):
         if self._server.closing or status in (408, 505):
             headers.append(("Connection", "close"))
         return self._h11.send(h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase.encode())) or b""
+
+
+def _nonsense(exc: h11.RemoteProtocolError) -> Refusal:
+    return Refusal(exc.error_status_hint, f"this is no HTTP request: {exc}")

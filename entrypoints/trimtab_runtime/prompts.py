@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trimtab.errors import EndpointError, SpecError
@@ -13,7 +14,19 @@ from trimtab_runtime.tokenizer import LONG, Tokenizer
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
+_AROUND = 64  # characters that a template puts around a message, about
+
 Conversation = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text in which its writer has put control tokens: they are what they spell."""
+
+    text: str = field(repr=False)
+
+
+Prompt = str | Written | Conversation
 
 
 class Prompts:
@@ -32,17 +45,19 @@ class Prompts:
     def tokenizer(self, name: str) -> Tokenizer:
         return self._here[name]
 
-    async def text(self, name: str, text: str) -> list[int]:
-        """Ids of a text, with the model's first token where it wants one. What spells a control token stays letters."""
-        if len(text) < LONG:
-            return _text(self._here[name], text)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: _text(self._tokenizer_there(name), text))
+    async def ids(self, name: str, prompt: Prompt, context: int) -> list[int]:
+        """Token ids of a text, with the model's first token where it wants one, or of a conversation up to where the assistant speaks.
 
-    async def chat(self, name: str, messages: Conversation) -> list[int]:
-        """Ids of a conversation up to where the assistant speaks. Raises EndpointError without a chat template, or where it refuses."""
-        if sum(len(message["content"]) for message in messages) < LONG:
-            return _chat(self._here[name], messages)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: _chat(self._tokenizer_there(name), messages))
+        What spells a control token in a `str` or in a message stays letters; in `Written` it is that token. Raises EndpointError for
+        what cannot fit `context` tokens, before it is encoded, for a conversation without a chat template, and where that refuses.
+        """
+        size, work = _size(prompt)
+        tokenizer = self._here[name]
+        if size > context * tokenizer.longest:
+            raise EndpointError(f"the prompt's {size:,} characters cannot fit the context of {context:,} tokens: shorten the prompt")
+        if work < LONG:
+            return _ids(tokenizer, prompt)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: _ids(self._tokenizer_there(name), prompt))
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -60,16 +75,31 @@ class Prompts:
         return {name: loaded[digest] for name, (digest, _) in self._folders.items()}
 
 
-def _text(tokenizer: Tokenizer, text: str) -> list[int]:
-    ids = tokenizer.text(text)
-    return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+def _size(prompt: Prompt) -> tuple[int, int]:
+    """Characters that become tokens, and as many as take as long to encode."""
+    if isinstance(prompt, Written):
+        prompt = prompt.text
+    if isinstance(prompt, str):
+        return len(prompt), len(prompt)
+    size = sum(len(message["content"].strip()) for message in prompt)  # a template may strip them
+    return size, sum(len(message["content"]) + _AROUND for message in prompt)
+
+
+def _ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, Written):
+        ids = tokenizer.text(prompt.text, control=True)
+    elif isinstance(prompt, str):
+        ids = tokenizer.text(prompt)
+    else:
+        return _chat(tokenizer, prompt)
+    return ids if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
 def _chat(tokenizer: Tokenizer, messages: Conversation) -> list[int]:
     if tokenizer.chat_template is None:
         raise EndpointError("this model has no chat template, it only completes text: use generate() or /v1/completions")
     try:
-        return tokenizer.chat(messages, generation_prompt=True)[0]
+        return tokenizer.prompt(messages)
     except SpecError as exc:
         raise EndpointError(f"{exc}; change the messages' roles or their order") from exc
 

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -44,12 +45,17 @@ def serve(job: JobDir) -> int:
     with contextlib.suppress(OSError):
         job.failure.unlink(missing_ok=True)
     lines: list[str] = []
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # prompts are encoded by one thread
     try:
         spec = ServeSpec.from_text(os.environ.get(SERVE_VARIABLE) or "{}")
         with _listen(job, spec, key := _key(job)) as listener:
             return asyncio.run(_serve(job, spec, key, listener, lines))
     except TrimtabError as exc:
         _fail(job, str(exc), lines)
+        return 1
+    except Exception as exc:  # noqa: BLE001  the border: whatever it is, the platform gets the reason and the log where it came from
+        say("".join(traceback.format_tb(exc.__traceback__)), file=sys.stderr)
+        _fail(job, f"the server has a fault: {type(exc).__name__}: {exc}", lines)
         return 1
     finally:
         with contextlib.suppress(OSError):
@@ -60,13 +66,20 @@ async def _serve(job: JobDir, spec: ServeSpec, key: str | None, listener: socket
     loop = asyncio.get_running_loop()
     end: asyncio.Future[tuple[str, float]] = loop.create_future()  # why, and how many seconds running answers get
 
+    signalled: list[int] = []
+
     def ask_to_end(why: str, grace: float) -> None:
-        if end.done():
-            raise SystemExit(0)  # asked twice
-        end.set_result((why, grace))
+        if not end.done():
+            end.set_result((why, grace))
+
+    def heed(number: int) -> None:
+        signalled.append(number)
+        if len(signalled) > 1:
+            raise SystemExit(0)  # who asks twice does not want to wait
+        ask_to_end("the server is ending", spec.grace_seconds)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ask_to_end, "the server is ending", spec.grace_seconds)
+        loop.add_signal_handler(number, heed, number)
     if os.environ.get(PIPE_VARIABLE):
         gone = ("its client has gone", min(spec.grace_seconds, WITH_CLIENT))
         threading.Thread(target=_watch_stdin, args=(lambda: loop.call_soon_threadsafe(ask_to_end, *gone),), daemon=True).start()

@@ -7,8 +7,13 @@ never the control token. Templates follow Hugging Face's chat template conventio
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+import secrets
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,11 +36,14 @@ class Tokenizer:
     """Token ids of plain text, and of conversations with the places the assistant wrote."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises SpecError where the folder lacks tokenizer.json or names no end-of-sequence token."""
+        """Raises SpecError where the folder lacks tokenizer.json or names no end-of-sequence token, or a file of the two is damaged."""
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise SpecError(f"{folder} has no tokenizer.json: save the model with a fast tokenizer (tokenizer.save_pretrained)")
-        self._fast = FastTokenizer.from_file(str(file))
+        try:
+            self._fast = FastTokenizer.from_file(str(file))
+        except Exception as exc:  # the library raises nothing narrower
+            raise SpecError(f"{file} is damaged ({exc}): copy the model's files again") from exc
         self._fast.no_truncation()
         self._fast.no_padding()
         config = _json(folder / "tokenizer_config.json")
@@ -52,21 +60,51 @@ class Tokenizer:
         separator = self._fast.token_to_id("<|endoftext|>")  # between documents of pre-training, where a chat model's eos ends turns
         self.document_start: int = next(one for one in (self.bos_id, separator, eos_id) if one is not None)
         template_file = folder / "chat_template.jinja"
-        template = template_file.read_text(encoding="utf-8") if template_file.is_file() else config.get("chat_template")
+        template = _read(template_file) if template_file.is_file() else config.get("chat_template")
         self.chat_template: str | None = template if isinstance(template, str) else None
         self.vocabulary = self._fast.get_vocab_size(with_added_tokens=True)
         single = (self._fast.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         self.byte_ids: frozenset[int] = frozenset(id for id in single if id is not None)  # SentencePiece's tokens of single bytes
 
-    def text(self, text: str) -> list[int]:
-        """Ids of text in which nothing is a control token."""
-        self._fast.encode_special_tokens = True
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self._fast.get_vocab(with_added_tokens=True)))
+
+    def text(self, text: str, *, control: bool = False) -> list[int]:
+        """Ids of text in which nothing is a control token; with `control` what spells one is one."""
+        self._fast.encode_special_tokens = not control
         ids: list[int] = self._encode(text).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._fast.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation up to where the assistant speaks, as `apply_chat_template` gives them.
+
+        But a control token that a message spells stays letters. Raises SpecError as `chat` does.
+        """
+        if self.chat_template is None:
+            raise SpecError("this model has no chat template: it completes text")
+        spelled = re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))) or r"(?!)")
+        mark = f"\x02{secrets.token_hex(8)}-"  # stands for such letters, which the template then handles like others
+        hidden = [
+            {**one, "content": spelled.sub(lambda found: f"{mark}{self._control.index(found[0])}\x03", one["content"])} for one in messages
+        ]
+        texts = re.split(f"{mark}([0-9]+)\x03", self._render(hidden, True))
+        if len(texts) == 1:
+            self._fast.encode_special_tokens = False
+            whole: list[int] = self._encode(texts[0]).ids
+            return whole
+        between = self._all(texts[::2], control=True)
+        letters = self._all([self._control[int(index)] for index in texts[1::2]], control=False)
+        return [id for pair in itertools.zip_longest(between, letters, fillvalue=[]) for ids in pair for id in ids]
+
+    def _all(self, texts: Sequence[str], *, control: bool) -> list[list[int]]:
+        self._fast.encode_special_tokens = not control
+        return [encoding.ids for encoding in self._fast.encode_batch(list(texts), add_special_tokens=False)]
 
     def chat(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
         """Ids of a conversation, and for each whether the assistant wrote it (its end-of-turn token included).
@@ -78,27 +116,35 @@ class Tokenizer:
         # marks stand for the contents, so that it is known where the template puts them
         marks = [f"\x02{index}\x03" for index in range(len(messages))]
         rest = self._render([{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)], generation_prompt)
+        place = 0
         parts: list[tuple[str, bool, bool]] = []  # text, whether it is a content, whether the assistant wrote it
         wrote = False
         for message, mark in zip(messages, marks, strict=True):
-            before, found, rest = rest.partition(mark)
-            if not found:
+            found = rest.find(mark, place)
+            if found < 0:
                 raise SpecError(f"the chat template leaves out or reorders a {message.get('role')} message: change the roles")
-            parts += self._closing(before, wrote)
+            parts += self._closing(rest[place:found], wrote)
+            place = found + len(mark)
             wrote = message["role"] == "assistant"
             parts.append((message["content"].strip(), True, wrote))
-        parts += self._closing(rest, wrote)
+        parts += self._closing(rest[place:], wrote)
         if any(word in text for text, content, _ in parts if content for word in self._control):
             return self._piecewise(parts)
         # as the template's own tokenizer does it: the whole conversation at once
         self._fast.encode_special_tokens = False
         encoding = self._encode("".join(text for text, _, _ in parts))
         written, place = [], 0
-        for text, _, mine in parts:
-            if mine and text:
+        for text, _, own in parts:
+            if own and text:
                 written.append((place, place + len(text)))
             place += len(text)
-        return encoding.ids, [any(end > first and start < last for first, last in written) for start, end in encoding.offsets]
+        lasts = [last for _, last in written]
+
+        def mine(start: int, end: int) -> bool:
+            span = bisect_right(lasts, start)  # the first that goes beyond it
+            return span < len(written) and end > written[span][0]
+
+        return encoding.ids, [mine(start, end) for start, end in encoding.offsets]
 
     def _closing(self, text: str, wrote: bool) -> list[tuple[str, bool, bool]]:
         """The template's text behind a content: up to its first control token it ends the turn, and is whose turn it was."""
@@ -126,13 +172,15 @@ class Tokenizer:
     def _template(self) -> Template:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.filters["tojson"] = _tojson
         return environment.from_string(self.chat_template or "")
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         try:
             tokens = {name: value for name, value in self._special.items() if value}
             return self._template.render(messages=messages, add_generation_prompt=generation_prompt, **tokens)
-        except TemplateError as exc:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as exc:
             raise SpecError(f"the model's chat template refuses this conversation: {exc}") from exc
 
 
@@ -140,10 +188,25 @@ def _refuse(message: str) -> str:
     raise TemplateError(message)
 
 
+def _tojson(value: object, indent: int | None = None) -> str:
+    """As transformers has it: no HTML escapes, letters as they are."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise SpecError(f"{file} cannot be read ({exc}): copy the model's files again") from exc
+
+
 def _json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    value = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        value = json.loads(_read(file))
+    except (ValueError, RecursionError) as exc:
+        raise SpecError(f"{file} is not JSON ({exc}): copy the model's files again") from exc
     return value if isinstance(value, dict) else {}
 
 

@@ -35,9 +35,10 @@ class Served:
         self.cancelled = 0
         self.server = Server(self.admit, self.answer, self.log.append, SHORT)
 
-    def admit(self, head: Incoming) -> None:
+    def admit(self, head: Incoming) -> int | None:
         if head.path == "/secret":
             raise Refusal(401, "no")
+        return 10 if head.path == "/ping" else None
 
     async def answer(self, asked: Incoming, client: Connection) -> None:
         try:
@@ -200,6 +201,53 @@ def test_who_may_not_ask_is_told_after_its_body() -> None:
             found = await reader.readuntil(b"\r\n\r\n{}")
             assert found.startswith(b"HTTP/1.1 401 Unauthorized\r\n")
             assert found.count(b"HTTP/1.1 200 OK\r\n") == 1
+
+    serving(test)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_nobody_looks_at_is_not_kept(chunked: bool) -> None:
+    async def test(served: Served, port: int) -> None:
+        length = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: 4000"
+        async with connected(port) as (reader, writer):
+            writer.write(b"GET /ping HTTP/1.1\r\nHost: a\r\n%b\r\n\r\n" % length + (b"fa0\r\n" if chunked else b"") + b"a" * 3900)
+            await writer.drain()
+            (connection,) = served.server.connections
+            while connection._refusal is None:
+                await asyncio.sleep(0.01)
+            assert len(connection._body) == 0
+            writer.write(b"a" * 100 + (b"\r\n0\r\n\r\n" if chunked else b"") + PING)
+            found = await reader.readuntil(b"\r\n\r\n{}")
+            assert found.startswith(b"HTTP/1.1 413 ")
+            assert b"takes no body" in found
+
+    serving(test)
+
+
+def test_thousands_of_requests_in_a_row_are_refused_one_by_one() -> None:
+    async def test(served: Served, port: int) -> None:
+        refused = b"GET /secret HTTP/1.1\r\nHost: a\r\n\r\n"
+        async with connected(port) as (reader, writer):
+            writer.write(refused * 5000 + PING.replace(b"Host", b"Connection: close\r\nHost"))
+            found = await reader.read(-1)
+        assert found.count(b"HTTP/1.1 401 ") == 5000
+        assert found.endswith(b"\r\n\r\n{}")
+
+    serving(test)
+
+
+def test_who_takes_no_answers_is_not_read_on() -> None:
+    async def test(served: Served, port: int) -> None:
+        async with connected(port) as (reader, writer):
+            reader._transport.pause_reading()  # type: ignore[attr-defined]
+            writer.write(b"GET /secret HTTP/1.1\r\nHost: a\r\n\r\n" * 200_000)
+            while not served.server.connections:
+                await asyncio.sleep(0)
+            most = 0
+            while served.server.connections:  # until it has taken nothing for too long
+                most = max([most, *(one.unsent for one in served.server.connections)])
+                await asyncio.sleep(0)
+            assert 0 < most < 200_000, "a few answers beyond what the transport holds"
 
     serving(test)
 

@@ -22,6 +22,9 @@ from trimtab.errors import EndpointError
 from trimtab_runtime.engines import Facts, Reason, Request
 
 COMMAND = (sys.executable, "-P", "-m", "trimtab_runtime.engines.worker")
+PATIENCE = 60.0  # seconds that an engine at work may say nothing, and for each token of the prompts it works on
+PER_TOKEN = 0.1
+MOST_PATIENCE = 600.0
 LAST_LINES = 20  # of the engine's log, told when it ends
 _LINE = 500  # characters of each
 _LEAVE = 3.0  # seconds from closing its standard input to SIGKILL
@@ -36,8 +39,8 @@ class Listener(Protocol):
         """More tokens, and why it ended, None while it goes on."""
         ...
 
-    def failed(self, problem: EndpointError | EngineGone) -> None:
-        """No more comes: the engine refused the request (EndpointError) or ended while it worked on it."""
+    def failed(self, problem: Exception) -> None:
+        """No more comes: the engine refused the request (EndpointError), ended while it worked on it (EngineGone), or `new` raised this."""
         ...
 
 
@@ -46,9 +49,13 @@ class EngineGone(Exception):
 
 
 class EngineProcess:
-    """One engine as the server sees it. `run` keeps it alive; all else is called in the same event loop."""
+    """One engine as the server sees it. `run` keeps it alive; all else is called in the same event loop.
 
-    def __init__(self, max_running: int, say: Callable[[str], None], command: Sequence[str] = COMMAND) -> None:
+    An engine says something after each step, or twice a second where steps are short. One that works and says nothing for as long as a
+    step can take hangs: it is not ready, and is killed when it says nothing for as long again.
+    """
+
+    def __init__(self, max_running: int, say: Callable[[str], None], command: Sequence[str] = COMMAND, patience: float = PATIENCE) -> None:
         self.max_running, self._say, self._command = max_running, say, command
         self.state: State = "loading"
         self.facts: Facts | None = None
@@ -56,11 +63,14 @@ class EngineProcess:
         self.restarts = 0
         self.cause = ""  # why it ended last
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
-        self._running: dict[int, Listener] = {}
+        self._running: dict[int, tuple[Request, Listener]] = {}
         self._waiting: dict[int, tuple[Request, Listener]] = {}
         self._child: asyncio.SubprocessTransport | None = None
         self._closing = False
         self._told = ""  # what it said of its own failure
+        self._patience = patience
+        self._silent = 0.0  # seconds that it has owed a word
+        self._owes = False  # it was told something after its last word
 
     @property
     def running(self) -> int:
@@ -69,6 +79,11 @@ class EngineProcess:
     @property
     def waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether it has said nothing for longer than a step takes."""
+        return self._silent > self._allowed()
 
     def ask(self, request: Request, listener: Listener) -> None:
         """Have it answered, now or in its turn. Raises EngineGone while there is no engine."""
@@ -87,7 +102,7 @@ class EngineProcess:
 
     def break_off(self, why: str) -> None:
         """Tell all who wait that nothing more comes."""
-        lost = [*self._running.values(), *(listener for _, listener in self._waiting.values())]
+        lost = [listener for _, listener in [*self._running.values(), *self._waiting.values()]]
         self._running.clear()
         self._waiting.clear()
         for listener in lost:
@@ -119,7 +134,7 @@ class EngineProcess:
 
     async def _live(self, ready: Callable[[Facts], None]) -> None:
         """One life of it, from start to end; `cause` says why it ended."""
-        self._told, self.cache = "", 0.0
+        self._told, self.cache, self._silent, self._owes = "", 0.0, 0.0, False
         self._pipes = _Pipes(lambda line: self._heard(json.loads(line), ready), self._log)
         try:
             # in a session of its own, so that whatever it starts in turn can be ended with it
@@ -130,7 +145,11 @@ class EngineProcess:
             return
         try:
             if not self._closing:
-                await self._pipes.silent
+                watching = asyncio.ensure_future(self._watch(self._child))
+                try:
+                    await self._pipes.silent
+                finally:
+                    watching.cancel()
                 await asyncio.wait([self._pipes.over], timeout=_LEAVE)
         finally:
             _kill(self._child)
@@ -139,25 +158,47 @@ class EngineProcess:
             self._child.close()
             self.cause = self._told or ended(-signal.SIGKILL if code is None else code, peak, next(reversed(self.last_lines), ""))
 
+    async def _watch(self, child: asyncio.SubprocessTransport) -> None:
+        """Kill it when it hangs. What counts is time in which this process was awake, too: both may have been stopped."""
+        pause = min(1.0, self._patience / 4)
+        while True:
+            await asyncio.sleep(pause)
+            self._silent = self._silent + pause if self._running or self._owes else 0.0
+            if self._silent > 2 * self._allowed():
+                self._told = (
+                    f"the engine said nothing for {self._silent:.0f} s in the middle of its work and was killed: look at its last lines"
+                )
+                _kill(child)
+                return
+
+    def _allowed(self) -> float:
+        """Seconds that a step may take: an engine may read all prompts in one."""
+        tokens = sum(len(request.ids) for request, _ in self._running.values())
+        return min(self._patience * (1 + PER_TOKEN / PATIENCE * tokens), max(self._patience, MOST_PATIENCE))
+
     def _heard(self, message: dict[str, Any], ready: Callable[[Facts], None]) -> None:
+        self._silent, self._owes = 0.0, False
         if "new" in message:
             running, ends = self._running, False
             for id, ids, reason in message["new"]:
-                listener = running.get(id)
-                if listener is None:
+                if id not in running:
                     continue
+                listener = running[id][1]
                 if reason is not None:
                     del running[id]
                     ends = True
-                listener.new(ids, reason)
+                try:
+                    listener.new(ids, reason)
+                except Exception as exc:  # noqa: BLE001  its own, not the others'
+                    self.cancel(id)
+                    listener.failed(exc)
             self.cache = message.get("cache", self.cache)
             if ends:
                 self._fill()
         elif "refused" in message:
             id, why = message["refused"]
-            listener = self._running.pop(id, None)
-            if listener is not None:
-                listener.failed(EndpointError(why))
+            if id in self._running:
+                self._running.pop(id)[1].failed(EndpointError(why))
                 self._fill()
         elif "facts" in message:
             values = message["facts"]
@@ -168,7 +209,7 @@ class EngineProcess:
             self._told = str(message["failed"])
 
     def _send(self, request: Request, listener: Listener) -> None:
-        self._running[request.id] = listener
+        self._running[request.id] = (request, listener)
         self._write({"ask": asdict(request)})
 
     def _fill(self) -> None:
@@ -179,6 +220,7 @@ class EngineProcess:
     def _write(self, message: dict[str, Any]) -> None:
         stdin = None if self._child is None else self._child.get_pipe_transport(0)
         if isinstance(stdin, asyncio.WriteTransport) and not stdin.is_closing():
+            self._owes = True
             stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
     def _log(self, line: bytes) -> None:

@@ -20,6 +20,7 @@ from trimtab_runtime.engines import Emit, Facts, Reason, Request, check
 from trimtab_runtime.engines.machine import processors
 from trimtab_runtime.engines.tree import Tree
 from trimtab_runtime.sampling import Sampling
+from trimtab_runtime.xeon.allocator import keep_large_blocks
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -39,6 +40,7 @@ class TransformersEngine:
     def load(cls, tree: Tree, spec: ServeSpec, dtype: Choice, reasons: Sequence[str] = ()) -> TransformersEngine:
         """Load a model and its adapters. Raises WeightsError for what transformers cannot load."""
         torch.set_num_threads(processors())
+        keep_large_blocks()
         model = Model(tree.model, tree.adapters, _DTYPES[dtype.value], trust_remote_code=spec.trust_remote_code)
         loaded = model.model(model.names[0])
         context = min(model.context, spec.max_context or model.context)

@@ -70,6 +70,8 @@ def main() -> int:
     _end_with_parent()
     # no library may look for a hub, or tell one that it is used
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the server, which then ends this
     try:
         try:
@@ -128,6 +130,9 @@ def run(engine: Engine, channel: Channel) -> None:
                 engine.add(request)
             except EndpointError as exc:
                 channel.say(refused=[request.id, str(exc)])
+            except Exception as exc:  # noqa: BLE001  a library's: this request's end, no other's; its words may quote it
+                print("".join(traceback.format_tb(exc.__traceback__)) + type(exc).__name__, file=sys.stderr, flush=True)
+                channel.say(refused=[request.id, f"the engine cannot take this request ({type(exc).__name__}): ask with other settings"])
         busy = engine.step(emit)
         if time.monotonic() - told_at > USAGE_SECONDS or not busy:
             told_at = time.monotonic()
