@@ -207,7 +207,7 @@ class HostingAsked:
         container = Container(
             settings.container,
             settings.image or self._image(serving.device),
-            containers.environment(settings.container, serving.spec, name, one.gpus),
+            containers.environment(settings.container, serving.spec, name, need.gpus(one)),
             containers.ami_of("trimtab-gpu" if one.gpus and settings.container == "trimtab" else settings.container),
         )
         uri = settings.model_uri or serving.uri or (planned.uri(self.place) if planned else "")
