@@ -151,6 +151,13 @@ def test_a_model_larger_than_its_tmp_is_served(
     assert not folder.exists()
 
 
+def test_an_adapter_of_a_4_bit_base_is_to_be_merged(client: DockerClient, xeon_serve_image: str, model: Path, tmp_path: Path) -> None:
+    """The image has neither torch nor bitsandbytes; merged, the same adapter needs neither."""
+    four = make_adapter(tmp_path / "four", model, method="qlora")
+    with pytest.raises(EndpointError, match=r"was trained on a 4-bit base, .* not installed here: merge it \(leave out --no-merge\)"):
+        deploy(four, model, backend="docker", image=xeon_serve_image, client=client, merge=False)
+
+
 def test_the_request_is_what_is_sent(
     served: Endpoint, home: Path, client: DockerClient, xeon_serve_image: str, model: Path, artifact: Path
 ) -> None:

@@ -18,7 +18,10 @@ from trimtab_runtime.engines.tree import Tree, architecture, read_json, read_tre
 
 MODULES = {"openvino": ("openvino", "openvino_genai"), "vllm": ("vllm",), "transformers": ("torch", "transformers", "peft")}
 BEST = {"xeon": ("openvino", "vllm", "transformers"), "gpu": ("vllm",)}  # those that compute on it, the best first
-_WHY = {"xeon": "the fastest measured on xeon (benchmarks/README.md)", "gpu": "the one that computes on GPUs"}
+_WHY = {
+    "xeon": "the fastest measured with few clients, and the first to start (benchmarks/README.md)",
+    "gpu": "the one that computes on GPUs",
+}
 _QUANTISES = ("torch", "transformers", "bitsandbytes")  # what puts a base through 4 bits as training did
 _REMEDY = {
     "openvino": "pip install 'trimtab[serve]'",
