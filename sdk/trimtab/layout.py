@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT_VARIABLE = "TRIMTAB_ROOT"
 MERGED = "merged"  # the folder of an artifact with the merged model, where a run was asked to leave one
 EVENTS_VARIABLE = "TRIMTAB_EVENTS"  # log: events are printed, too, for a place that keeps the log and shows no files
+PIPE_VARIABLE = "TRIMTAB_UNTIL_STDIN_CLOSES"  # end with the process that holds the other end of standard input
 SERVE_VARIABLE = "TRIMTAB_SERVE"  # how to serve: a ServeSpec as one line of JSON
 DEVICE_VARIABLE = "TRIMTAB_DEVICE"  # xeon or gpu: what a run was asked to compute on; the images set their own
 

@@ -31,7 +31,7 @@ from trimtab.catalog import catalog, in_s3
 from trimtab.command import REMEDY, inherited, refuse_missing_runtime, runtime_command, runtime_environment
 from trimtab.errors import SpecError, StagingError
 from trimtab.events import Event, read_from
-from trimtab.layout import JobDir
+from trimtab.layout import PIPE_VARIABLE, JobDir
 from trimtab.ledger import Ledger
 from trimtab.model_folder import note_in_s3
 from trimtab.spec import JobSpec, TrainSpec
@@ -191,7 +191,7 @@ def link_model(model: BaseModel, folder: Path) -> None:
 
 
 def run_verb(verb: str, job: JobDir, show: Callable[[Event], None], *, doing: str = "the data could not be prepared") -> None:
-    """Run one of the runtime's commands in the tree and show its events; ended when interrupted.
+    """Run one of the runtime's commands in the tree and show its events. It ends when this is interrupted, and with this process.
 
     Raises StagingError: what it was `doing`, and the runtime's reason.
     """
@@ -201,8 +201,8 @@ def run_verb(verb: str, job: JobDir, show: Callable[[Event], None], *, doing: st
         child = subprocess.Popen(
             runtime_command(sys.executable, verb),
             cwd=job.root,
-            env={**inherited(os.environ), **runtime_environment(job.root)},
-            stdin=subprocess.DEVNULL,
+            env={**inherited(os.environ), **runtime_environment(job.root), PIPE_VARIABLE: "1"},
+            stdin=subprocess.PIPE,  # closes when we die, however that is
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is ours to pass on
@@ -219,7 +219,7 @@ def run_verb(verb: str, job: JobDir, show: Callable[[Event], None], *, doing: st
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        child.communicate()
     if child.returncode:
         raise StagingError(f"{doing}: {_why(verb, child.returncode, job, log)}")
 
