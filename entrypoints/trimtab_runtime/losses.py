@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -42,7 +43,8 @@ from trimtab_runtime.tokenizer import Tokenizer
 
 WINDOW = 512  # tokens of a passage
 MOST = 32_768  # held-out tokens that are looked at; of longer text the first passages of each document
-TRAINED = 4_096  # tokens of the run's own rows
+TRAINED = 512  # tokens of the run's own rows: they are shown, and decide nothing
+_TOGETHER = 1_024  # places that go through a model at once: a short passage alone leaves the processor waiting for weights
 _PIECE = 128  # places whose predictions over the vocabulary are in memory at once
 
 
@@ -92,13 +94,13 @@ def losses(job: JobDir, say: Callable[[str], None], progress: Callable[[int, int
         for name in names:
             model = variant(base, adapter, name, nf4, dtype)  # one at a time: a large one fits only once
             scored = []
-            for place, passage in enumerate(held):
-                scored.append(score(model, passage, trained_states[place] if trained_states else None))
+            for place, (passage, hidden) in enumerate(zip(held, states(model, held), strict=True)):
+                scored.append(score(model, passage, hidden, trained_states[place] if trained_states else None))
                 progress(next(count), total)
             trained_states = trained_states or [one.hidden for one in scored]
             seen = [0.0, 0]
-            for passage in own:
-                one = score(model, passage, None)
+            for passage, hidden in zip(own, states(model, own), strict=True):
+                one = score(model, passage, hidden, None)
                 seen = [seen[0] + one.nats, seen[1] + one.tokens]
                 progress(next(count), total)
             places = sum(one.tokens for one in scored)
@@ -129,22 +131,30 @@ def held_out(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[list[Passage],
 
 
 def trained(rows: PackedRows) -> list[Passage]:
-    """Samples of the run's own documents, spread over its rows, about `TRAINED` learned tokens in all; nothing that was rehearsed."""
-    found: list[Passage] = []
-    seen, step = 0, max(1, len(rows) // 16)
-    for index in (place for first in range(step) for place in range(first, len(rows), step)):
-        row = rows[index]
-        begin = 0
-        for length in row.lengths:
-            ids = row.tokens[begin : begin + length][:WINDOW].tolist()
-            counts = (row.learned & (row.teacher < 0))[begin : begin + length][1:WINDOW].tolist()
-            begin += length
-            if any(counts):
-                found.append(Passage(-1, ids, counts))
-                seen += sum(counts)
-        if seen >= TRAINED:
-            break
+    """Samples of the run's own documents, one of each of its rows in turn, about `TRAINED` learned tokens in all; nothing rehearsed."""
+    step = max(1, len(rows) // 16)
+    order = [place for first in range(step) for place in range(first, len(rows), step)]
+    found, seen = list[Passage](), 0
+    samples: list[Iterator[Passage]] = [samples_of(rows, index) for index in order]
+    while samples:
+        turn, samples = samples, []
+        for row in turn:
+            if seen < TRAINED and (sample := next(row, None)):
+                found.append(sample)
+                seen += sum(sample.counts)
+                samples.append(row)
     return found
+
+
+def samples_of(rows: PackedRows, index: int) -> Iterator[Passage]:
+    """The samples of one row of which something was learned that was not rehearsed, as far as a window reaches."""
+    row = rows[index]
+    begin, learned = 0, row.learned & (row.teacher < 0)
+    for length in row.lengths:
+        counts = learned[begin : begin + length][1:WINDOW].tolist()
+        if any(counts):
+            yield Passage(-1, row.tokens[begin : begin + length][:WINDOW].tolist(), counts)
+        begin += length
 
 
 def compute_dtype(parameters: int, room: int) -> tuple[torch.dtype | None, str]:
@@ -184,19 +194,38 @@ def beside(b: Tensor, a: Tensor, scale: float) -> Callable[[nn.Module, tuple[Ten
     return lambda _, inputs, output: output + functional.linear(functional.linear(inputs[0], a), b) * scale
 
 
-def score(model: PreTrainedModel, passage: Passage, trained: Tensor | None) -> Scores:
-    """The passage under a model, and how far its predictions are from those made of the `trained` one's hidden states."""
-    ids = torch.tensor([passage.ids])
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+def batches(passages: Sequence[Passage]) -> Iterator[list[Passage]]:
+    """The passages in their order, as many together as take at most `_TOGETHER` places when all are as long as the longest."""
+    batch: list[Passage] = []
+    for passage in passages:
+        if batch and (len(batch) + 1) * max(len(one.ids) for one in (*batch, passage)) > _TOGETHER:
+            yield batch
+            batch = []
+        batch.append(passage)
+    if batch:
+        yield batch
+
+
+def states(model: PreTrainedModel, passages: Sequence[Passage]) -> Iterator[Tensor]:
+    """The last hidden states [n - 1, width] of each passage. What fills up a shorter one stands behind it, where it cannot look."""
+    for batch in batches(passages):
+        ids = pad_sequence([torch.tensor(one.ids) for one in batch], batch_first=True)
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        yield from (row[: len(one.ids) - 1].clone() for row, one in zip(hidden, batch, strict=True))
+
+
+def score(model: PreTrainedModel, passage: Passage, hidden: Tensor, trained: Tensor | None) -> Scores:
+    """A passage by its hidden states under a model, and how far its predictions are from those made of the `trained` one's."""
+    ids = torch.tensor(passage.ids)
     head = model.get_output_embeddings()
     counts = torch.tensor(passage.counts)
     nats, agree, divergence = 0.0, 0, 0.0
     for places in counts.nonzero().squeeze(1).split(_PIECE):
         said = head(hidden[places]).float().log_softmax(-1)
-        nats -= said.gather(1, ids[0, places + 1][:, None]).double().sum().item()
+        nats -= said.gather(1, ids[places + 1][:, None]).double().sum().item()
         if trained is not None:
             wanted = head(trained[places]).float().log_softmax(-1)
             agree += int((said.argmax(-1) == wanted.argmax(-1)).sum())
-            divergence += float((wanted.exp() * (wanted - said)).double().sum())
+            divergence += float(functional.kl_div(said, wanted, reduction="none", log_target=True).sum(-1).double().sum())
     tokens = int(counts.sum())
     return Scores(nats, tokens, agree if trained is not None else tokens, divergence, hidden)

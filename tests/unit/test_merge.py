@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from support.tiny_adapter import make_adapter, make_lively_model
 from trimtab.errors import SpecError, StagingError, WeightsError
@@ -134,7 +134,11 @@ def test_it_answers_as_base_and_adapter_do(base: Path, artifact: Path, tmp_path:
 
 
 def test_the_losses_are_those_of_the_models_that_serve(base: Path, artifact: Path, tmp_path: Path) -> None:
-    from trimtab_runtime.losses import Passage, score, variant
+    from trimtab_runtime.losses import Passage, Scores, score, states, variant
+
+    def scored(model: PreTrainedModel, passage: Passage, trained: torch.Tensor | None) -> Scores:
+        (hidden,) = states(model, [passage])
+        return score(model, passage, hidden, trained)
 
     adapter = read_adapter(artifact)
     served = Engine.load(base, artifact)
@@ -145,16 +149,16 @@ def test_the_losses_are_those_of_the_models_that_serve(base: Path, artifact: Pat
         for onto in ("original", "dequantised")
     }
     with torch.inference_mode():
-        trained = score(variant(base, adapter, "unmerged", torch.float32, torch.float32), passage, None).hidden
+        trained = scored(variant(base, adapter, "unmerged", torch.float32, torch.float32), passage, None).hidden
         for name, whole in wholes.items():
-            found = score(variant(base, adapter, name, torch.float32, torch.float32), passage, trained)
+            found = scored(variant(base, adapter, name, torch.float32, torch.float32), passage, trained)
             said, wanted = (model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for model in (whole, wholes["unmerged"]))
             nats = -said.gather(1, torch.tensor(ids[1:])[:, None]).sum().item()
             assert found.nats == pytest.approx(nats, rel=1e-4), name
             assert found.divergence == pytest.approx((wanted.exp() * (wanted - said)).sum().item(), abs=2e-3), name
             assert found.agree == int((said.argmax(-1) == wanted.argmax(-1)).sum()), name
             assert found.tokens == len(ids) - 1
-    counted = score(whole, Passage(0, ids, [place < 3 for place in range(len(ids) - 1)]), None)
+    counted = scored(whole, Passage(0, ids, [place < 3 for place in range(len(ids) - 1)]), None)
     assert counted.tokens == 3
     assert counted.nats < found.nats
 
