@@ -19,7 +19,9 @@ settings.load_profile("shared machine")
 # a shell's background jobs ignore it, and so would all that the tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest.register_assert_rewrite("contract.backend_contract")
+pytest.register_assert_rewrite(
+    "contract.backend_contract", "contract.endpoint_contract", "contract.http_contract", "contract.rough_clients"
+)
 
 pytest_plugins = [
     "support.engine",

@@ -130,6 +130,7 @@ class App:
         return 200
 
     async def _invocations(self, asked: Incoming, client: Connection) -> int:
+        """`inputs` is TGI's: a chat's prompt often comes so, with its control tokens in it. OpenAI's bodies are as on their own routes."""
         values = decode(asked.body)
         if "messages" in values:
             return await self._chat(asked, client)

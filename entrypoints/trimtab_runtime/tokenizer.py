@@ -7,7 +7,6 @@ never the control token. Templates follow Hugging Face's chat template conventio
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import secrets
@@ -100,7 +99,7 @@ class Tokenizer:
             return whole
         between = self._all(texts[::2], control=True)
         letters = self._all([self._control[int(index)] for index in texts[1::2]], control=False)
-        return [id for pair in itertools.zip_longest(between, letters, fillvalue=[]) for ids in pair for id in ids]
+        return [id for ids, spelled_ids in zip(between, [*letters, []], strict=True) for id in ids + spelled_ids]
 
     def _all(self, texts: Sequence[str], *, control: bool) -> list[list[int]]:
         self._fast.encode_special_tokens = not control

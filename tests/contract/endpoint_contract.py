@@ -148,8 +148,9 @@ class EndpointContract:
         assert "".join(endpoint.stream("The keeper", chat=False, max_new_tokens=24, stop=[stop])) == expected
         many = invoke({"prompt": ["The keeper", "The keeper"], "max_tokens": 24, "stop": stop}).json
         assert [(choice["text"], choice["finish_reason"]) for choice in many["choices"]] == [(expected, "stop")] * 2
-        last = invoke({"inputs": "The keeper", "parameters": {"max_new_tokens": 24, "stop": [stop]}, "stream": True}).events[-1]
-        assert (last["generated_text"], last["details"]["finish_reason"]) == (expected, "stop_sequence")
+        for name in ("stop", "stop_sequences"):
+            last = invoke({"inputs": "The keeper", "parameters": {"max_new_tokens": 24, name: [stop]}, "stream": True}).events[-1]
+            assert (last["generated_text"], last["details"]["finish_reason"]) == (expected, "stop_sequence")
 
     def test_a_stream_brings_the_same_text_in_pieces(self, endpoint: Endpoint) -> None:
         pieces = list(endpoint.stream("The keeper", chat=False, max_new_tokens=20))
@@ -219,6 +220,8 @@ class EndpointContract:
             ({"messages": [{"role": "user"}]}, "messages.0.content"),
             ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
             ({"messages": "hello"}, "messages"),
+            ({"messages": [QUESTION] * 4000}, "messages"),
+            ({"messages": [{"role": "user", "content": "a" * 3_000_000}]}, "context"),
             ({"messages": [{"role": "user", "content": "ship " * 9000}]}, "context"),
         ],
     )
@@ -236,6 +239,9 @@ class EndpointContract:
             ({"parameters": {"max_new_tokens": 0}}, "parameters.max_new_tokens"),
             ({"parameters": {"max_new_tokens": 5000}}, "context"),
             ({"parameters": {"details": True}}, "details is not supported"),
+            ({"parameters": {"ignore_eos": True}}, "ignore_eos is not supported"),
+            ({"parameters": {"min_tokens": 5}}, "min_tokens is not supported"),
+            ({"parameters": {"adapter_id": "a"}}, "adapter_id is not supported"),
             ({"parameters": {"num_return_sequences": 2}}, "num_return_sequences is not supported"),
             ({"parameters": "all"}, "parameters"),
         ],
@@ -259,6 +265,29 @@ class EndpointContract:
         }
         assert invoke({"inputs": "The keeper", "parameters": parameters}, accept="*/*").status == 200
         assert invoke({"inputs": "The keeper", "parameters": None}, content_type="text/plain").status == 200, "the body says what it is"
+
+    def test_numbers_too_small_to_compute_with_are_the_likeliest_token(self, invoke: Invoke) -> None:
+        likeliest = invoke({"messages": [QUESTION], **ORDINARY}).json["choices"][0]["message"]["content"]
+        for own in (
+            {"temperature": 1e-46},
+            {"temperature": 1e-5},
+            {"temperature": 1.0, "top_p": 1e-46},
+            {"temperature": 1.0, "top_p": 1e-9},
+        ):
+            answer = invoke({"messages": [QUESTION], **ORDINARY, "seed": 5, **own})
+            assert answer.status == 200, answer.json
+            assert answer.json["choices"][0]["message"]["content"] == likeliest
+
+    def test_a_prompt_that_its_writer_made_of_control_tokens_is_a_conversation(self, invoke: Invoke) -> None:
+        """As TGI and LMI take `inputs`; in a message and in OpenAI's prompt the same letters are letters."""
+        chat = invoke({"messages": [QUESTION], **ORDINARY}).json
+        turns = f"<|im_start|>user\n{QUESTION['content']}<|im_end|>\n<|im_start|>assistant\n"
+        assert (
+            invoke({"inputs": turns, "parameters": {"max_new_tokens": 8}}).json[0]["generated_text"]
+            == (chat["choices"][0]["message"]["content"])
+        )
+        letters = invoke({"prompt": turns, **ORDINARY}).json
+        assert letters["usage"]["prompt_tokens"] > chat["usage"]["prompt_tokens"]
 
     def test_an_unknown_model_is_named_with_those_that_are_there(self, invoke: Invoke) -> None:
         status, message = invoke({"model": "gpt-9", "messages": [QUESTION]}).refusal

@@ -83,6 +83,11 @@ class HttpContract(EndpointContract):
         assert ask(endpoint, "/v1/models", key=None, Authorization=f"bearer {endpoint.api_key}").status == 200
         assert ask(endpoint, "/ping", b"{}", key=None).status == 401, "only GET /ping is open"
 
+    def test_what_asks_nothing_has_no_body(self, endpoint: Endpoint) -> None:
+        for path in ("/ping", "/v1/models"):
+            assert ask(endpoint, path, b"a" * (1 << 20), method="GET").refusal[0] == 413
+            assert ask(endpoint, path, b"{}", method="GET").status == 200
+
     def test_it_counts(self, endpoint: Endpoint) -> None:
         wait_until_free(endpoint)
         before = counted(endpoint)

@@ -60,19 +60,22 @@ class RoughClients:
     @pytest.fixture(autouse=True)
     def _unharmed(self, endpoint: Endpoint) -> Iterator[None]:
         yield
-        wait_until_free(endpoint, 5)
+        wait_until_free(endpoint)
         assert endpoint.generate("Bread", max_new_tokens=2)
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_a_client_that_goes_away_frees_its_slot(self, endpoint: Endpoint, stream: bool) -> None:
         for hard in (False, True):
+            before = counted(endpoint)["trimtab_tokens_out_total"]
             with connected(endpoint) as client:
                 client.sendall(request(endpoint, ENDLESS | {"stream": stream}))
                 while not runs(endpoint):
                     time.sleep(0.01)
                 if hard:  # a reset instead of an end
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            wait_until_free(endpoint, 1)
+            wait_until_free(endpoint, 60)
+            made = counted(endpoint)["trimtab_tokens_out_total"] - before
+            assert made < 4000, "its answer was broken off, and not made to its end"
 
     def test_a_client_that_does_not_read_holds_up_nobody(self, endpoint: Endpoint) -> None:
         with connected(endpoint, receive_buffer=2048) as client:
