@@ -51,6 +51,17 @@ def test_a_request_must_be_signed(plane: ControlPlane) -> None:
     assert _send(plane, "POST", "/", {}, target | SIGNED) == (200, {"TrainingJobSummaries": []})
 
 
+def test_a_folder_of_its_own_goes_with_it(tmp_path: Path) -> None:
+    with ControlPlane(runner=None) as plane:
+        (plane.work / "job").mkdir()
+        (plane.work / "job" / "model").write_text("weights")
+        work = plane.work
+    assert not work.exists()
+    with ControlPlane(runner=None, work=tmp_path):
+        pass
+    assert tmp_path.exists()
+
+
 def test_what_is_no_operation_and_no_json_is_refused(plane: ControlPlane, sagemaker: Any) -> None:
     with refused("UnknownOperationException"):
         sagemaker.list_apps()

@@ -42,9 +42,12 @@ def localstack(localstack_venv: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def control_plane(localstack: str) -> Iterator[ControlPlane]:
-    """The session's control plane: jobs run in containers, with graces that no test waits for."""
-    with ControlPlane(aws_url=localstack, runner="docker", settings=QUICK) as plane:
+def control_plane(localstack: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """The session's control plane: jobs run in containers, with graces that no test waits for.
+
+    It works in pytest's folder: what a run that is killed leaves there, a later one removes.
+    """
+    with ControlPlane(aws_url=localstack, runner="docker", settings=QUICK, work=tmp_path_factory.mktemp("plane")) as plane:
         yield plane
 
 
@@ -53,8 +56,10 @@ def amazon(localstack: str, control_plane: ControlPlane) -> Iterator[dict[str, s
     """The variables with which every client, here and in other processes, reaches this session's AWS."""
     variables = {
         "AWS_ENDPOINT_URL": localstack,
-        "AWS_ENDPOINT_URL_SAGEMAKER": control_plane.url,
-        "AWS_ENDPOINT_URL_SERVICE_QUOTAS": control_plane.url,
+        **{
+            f"AWS_ENDPOINT_URL_{name}": control_plane.url
+            for name in ("SAGEMAKER", "SAGEMAKER_RUNTIME", "SERVICE_QUOTAS", "APPLICATION_AUTO_SCALING")
+        },
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_REGION": "us-east-1",
