@@ -14,8 +14,9 @@ from typing import Any, Literal, Self
 from trimtab.artifact import Artifact
 from trimtab.deployers import load_deployer, settings_of
 from trimtab.deployers.base import PREFIX, Deployer, EndpointHandle, EndpointRecord, EndpointState, Remote
-from trimtab.errors import EndpointError, SpecError
+from trimtab.errors import EndpointError, SpecError, TrimtabError
 from trimtab.events import Event
+from trimtab.plan import Finding
 from trimtab.serving import Serving, serving
 from trimtab.spec import ServeSpec, refuse_unknown
 from trimtab.transport import HttpTransport, Transport
@@ -249,7 +250,16 @@ def deploy(
         ready_timeout=_patience(deployer, wanted) if ready_timeout is None else ready_timeout,
         show=show,
     )
-    return Endpoint("", _transport=deployer.transport(handle), _place=_Place(deployer, handle, ours=not detach))
+    try:
+        return Endpoint("", _transport=deployer.transport(handle), _place=_Place(deployer, handle, ours=not detach))
+    except BaseException as exc:  # Ctrl-C too: nobody would know of it
+        try:
+            deployer.end(handle)
+        except TrimtabError as left:
+            raise EndpointError(
+                f"{str(exc) or 'interrupted'}\n{handle} is still there ({left}): end it with  trimtab close {handle}"
+            ) from exc
+        raise
 
 
 def deploy_request(
@@ -267,6 +277,18 @@ def deploy_request(
     """What `deploy` with the same arguments would ask of the place, as JSON values without the key. Nothing is merged or started."""
     deployer, wanted = _wanted(backend, artifact, base_model, make=False, **options)
     return deployer.render(wanted, new_id(), host=host, port=port, api_key=api_key, detach=detach)
+
+
+def deploy_findings(
+    artifact: Artifact | str | Path | None = None, base_model: str | Path | None = None, *, backend: str = "process", **options: Any
+) -> list[Finding]:
+    """What the place has and lacks for `deploy` with the same arguments, as far as it tells; none of a place that has no account.
+
+    What is not there (`ok` False) stops a `deploy` before anything is sent. Nothing is merged or started.
+    """
+    given = {name: value for name, value in options.items() if name not in ("host", "port", "api_key", "detach", "ready_timeout")}
+    deployer, wanted = _wanted(backend, artifact, base_model, make=False, **given)
+    return deployer.findings(wanted) if isinstance(deployer, Remote) else []
 
 
 def endpoints(backend: str, **settings: Any) -> list[EndpointRecord]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +34,7 @@ class Serving:
     `files` are all of it: by its place in the endpoint's tree ("model/config.json") the file on this machine. `model` is the folder of a
     merged model or of a base alone, `base` the base's folder where `adapters` (folders by name) are served beside it. Of a base
     alone whose weights stay in S3 `uri` is where, and `files` are all but its weights. `digest` names all of it by contents, `bytes` is its
-    size, `title` is for lists.
+    size, `title` is for lists. Of a model that is not merged yet `foreseen` are its base's files, by the same names: `bytes` is theirs.
     """
 
     model: Path | None
@@ -47,6 +47,7 @@ class Serving:
     bytes: int
     device: Literal["xeon", "gpu"] = "xeon"
     uri: str = ""
+    foreseen: Mapping[str, Path] = field(default_factory=dict)
 
     def refuse_remote(self) -> None:
         """Raise SpecError for weights that are not on this machine."""
@@ -101,7 +102,11 @@ def serving(
 
         digest = merge_digest(tuned, base, pick_of(tuned, base)[0])
         folder, found = _merged(tuned, base, show) if make else _unmade(digest, base)
-        return _of(spec, title, device, digest, {"model": found | code}, model=folder)
+        made = _of(spec, title, device, digest, {"model": found | code}, model=folder)
+        if all(path.exists() for path in found.values()):
+            return made
+        foreseen = {f"model/{name}": path for name, path in _files(base).items()}
+        return replace(made, foreseen=foreseen, bytes=sum(path.stat().st_size for path in foreseen.values()))
     named = ({} if tuned is None else {TUNED: tuned}) | beside
     places = {"input/data/model": _files(base) | code} | {_place(name): _adapter_files(found) for name, found in named.items()}
     digest = _digest("beside", base.digest, *(f"{name} {found.digest}" for name, found in named.items()))

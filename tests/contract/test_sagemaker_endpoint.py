@@ -29,7 +29,7 @@ def account(localstack: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     place = tmp_path_factory.mktemp("endpoints")
     command = [sys.executable, "-m", "trimtab_runtime"]
     with (
-        ControlPlane(aws_url=localstack, runner="process", command=command, settings=IN_PROCESSES) as plane,
+        ControlPlane(aws_url=localstack, runner="process", command=command, settings=IN_PROCESSES, work=place / "plane") as plane,
         pytest.MonkeyPatch.context() as patch,
     ):
         variables = reaching(localstack, plane.url)
@@ -113,6 +113,17 @@ def test_what_is_asked_is_what_is_shown(account: Account, model: Path, artifact:
     )
     theirs = json.dumps({name: {**body, "Tags": []} for name, body in sent.items()}).replace(served.handle.id, "ID")
     assert json.loads(ours) == json.loads(theirs)
+
+
+def test_a_model_that_is_not_merged_yet_is_shown_all_the_same(
+    account: Account, model: Path, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
+    shown = deploy_request(artifact, model, backend="sagemaker", role=ROLE)
+    assert list(shown["requests"]) == ["CreateModel", "CreateEndpointConfig", "CreateEndpoint"]
+    assert shown["upload"]["bytes"] >= (model / "model.safetensors").stat().st_size
+    assert any("is not merged yet" in said for said in shown["choices"])
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_base_model_alone_ends_at_its_handle(account: Account, model: Path) -> None:

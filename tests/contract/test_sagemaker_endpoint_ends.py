@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import platform
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import pytest
 
-from support.faulty_proxy import FaultyProxy, cut_answer, hang, lost_answer, refused_json
+from support.faulty_proxy import FaultyProxy, cut_answer, hang, late, lost_answer, refused_json
 from support.hosting import ROLE, handle, until
 from trimtab.aws import endpoint_life, guardian
-from trimtab.aws.session import Aws
 from trimtab.deployers.base import EndpointState
-from trimtab.endpoint import Endpoint, new_id
+from trimtab.deployers.sagemaker import SageMakerDeployer
+from trimtab.endpoint import Endpoint, deploy, new_id
 from trimtab.errors import EndpointError
+from trimtab.events import Choice
 from trimtab.serving import serving
 from trimtab.spec import ServeSpec
 
@@ -45,15 +51,20 @@ def _soon(monkeypatch):
 
 @pytest.fixture
 def slow_model(lively_model, tmp_path):
-    """It comes up after four seconds."""
-    return _with(lively_model, tmp_path / "slow-model", "slow.json")
+    """It does not come up before the file `released` is there."""
+    return _with(lively_model, tmp_path / "slow-model", "slow.json", json.dumps(str(tmp_path / "released")))
 
 
-def _with(model, folder, name):
+@pytest.fixture
+def release(tmp_path):
+    return (tmp_path / "released").touch
+
+
+def _with(model, folder, name, text="{}"):
     folder.mkdir()
     for path in model.iterdir():
         (folder / path.name).symlink_to(path.resolve())
-    (folder / name).write_text("{}")
+    (folder / name).write_text(text)
     return folder
 
 
@@ -95,12 +106,17 @@ def test_what_does_not_come_up_is_told_with_its_last_lines_and_leaves_nothing(ac
     ],
     ids=["permission", "quota", "trouble"],
 )  # fmt: skip
-def test_nothing_stays_when_one_request_is_refused(account, deployer_of, base_alone, hosting_plane, monkeypatch, operation, fault, said):
+def test_nothing_stays_when_one_request_is_refused(
+    account, deployer_of, base_alone, hosting_plane, monkeypatch, tmp_path, operation, fault, said
+):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     hosting_plane.fault(operation=operation, **fault)
+    id = new_id()
     with pytest.raises(EndpointError, match=said.format(operation=operation)):
-        deployer_of().start(base_alone, new_id())
+        deployer_of().start(base_alone, id)
     hosting_plane.faults.clear()
+    if "times" in fault:  # what became of the request was never said
+        _let_it_look_once(account, tmp_path, id)
     assert account.left() == []
 
 
@@ -145,23 +161,27 @@ def proxy(hosting_plane, hosting_amazon, monkeypatch):
         yield found
 
 
-def test_a_network_that_is_away_while_it_comes_up_is_waited_for(account, deployer_of, slow_model, proxy, monkeypatch):
+def test_a_network_that_is_away_while_it_comes_up_is_waited_for(account, deployer_of, slow_model, release, proxy, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     proxy.fault(hang(0.1), on="DescribeEndpoint", times=6, after=2)
     deployer, id = deployer_of(), new_id()
-    deployer.start(serving(base_model=slow_model), id)
-    assert proxy.count("DescribeEndpoint") > 8
+    with _when(lambda: proxy.count("DescribeEndpoint") > 8, release):
+        deployer.start(serving(base_model=slow_model), id)
     deployer.end(handle(id))
 
 
-def test_credentials_that_end_while_it_comes_up_are_told_and_nothing_stays(account, deployer_of, slow_model, proxy, tmp_path, monkeypatch):
+def test_credentials_that_end_while_it_comes_up_are_told_and_nothing_stays(
+    account, deployer_of, slow_model, release, proxy, tmp_path, monkeypatch
+):
     """The client can delete nothing any more; the guardian can when they are renewed."""
     monkeypatch.setattr("trimtab.deployers.sagemaker.SOON", 0.2)
     said = "The security token included in the request is expired"
-    proxy.fault(refused_json(400, "ExpiredTokenException", said), on=lambda seen: seen.operation != "CreateModel", times=4, after=3)
+    fault = refused_json(400, "ExpiredTokenException", said)
+    proxy.fault(fault, on=lambda seen: seen.operation not in ("CreateModel", "ListTags"), times=4, after=3)
     id = new_id()
     with pytest.raises(EndpointError, match="renew them with  aws sso login"):
         deployer_of().start(serving(base_model=slow_model), id)
+    release()
     _let_it_look_once(account, tmp_path, id)
 
 
@@ -180,7 +200,7 @@ def test_an_answer_that_breaks_off_is_told_as_that(account, deployer_of, base_al
     deployer.end(handle(id))
 
 
-def test_one_that_is_too_slow_is_taken_back_by_its_guardian(account, deployer_of, slow_model, tmp_path, monkeypatch):
+def test_one_that_is_too_slow_is_taken_back_by_its_guardian(account, deployer_of, slow_model, release, tmp_path, monkeypatch):
     """SageMaker deletes nothing that is being created; the client does not wait for it."""
     monkeypatch.setattr("trimtab.deployers.sagemaker.SOON", 0.2)
     id = new_id()
@@ -188,6 +208,7 @@ def test_one_that_is_too_slow_is_taken_back_by_its_guardian(account, deployer_of
         deployer_of().start(serving(base_model=slow_model), id, ready_timeout=0.5)
     assert account.guardians(id)
     assert f"Endpoints {id}" in account.left(id)
+    release()
     _let_it_look_once(account, tmp_path, id)
 
 
@@ -225,29 +246,56 @@ def test_an_endpoint_ends_with_its_client_however_it_dies(account, deployer_of, 
     _let_it_look_once(account, tmp_path, id)
 
 
-def test_a_client_killed_while_it_deploys_leaves_nothing(account, deployer_of, hosting_amazon, slow_model, tmp_path):
+def test_a_client_killed_while_it_deploys_leaves_nothing(account, deployer_of, hosting_amazon, slow_model, release, tmp_path):
     process, id = _client(hosting_amazon, slow_model, tmp_path, "attached")
     until(lambda: f"Endpoints {id}" in account.left(id))
     _kill(process)
+    release()
     _let_it_look_once(account, tmp_path, id)
 
 
-def test_ctrl_c_while_it_deploys_leaves_nothing(account, deployer_of, hosting_amazon, slow_model, tmp_path):
+def test_ctrl_c_while_it_deploys_leaves_nothing(account, deployer_of, hosting_amazon, slow_model, release, tmp_path):
     process, id = _client(hosting_amazon, slow_model, tmp_path, "attached")
     until(lambda: f"Endpoints {id}" in account.left(id))
-    _kill(process, signal.SIGINT)
-    assert account.left(id) == []
+    process.send_signal(signal.SIGINT)
+    release()
+    _kill(process, signal.SIGCONT)  # nothing but a wait
+    until(lambda: not [name for name in account.left(id) if not name.startswith("guardian")])
+    account.end_guardians(id)
+
+
+def test_what_an_interrupted_request_makes_later_is_deleted(account, deployer_of, base_alone, proxy, monkeypatch):
+    monkeypatch.setattr(guardian, "AGAIN", 3.0)
+    proxy.fault(late(2.0), on="CreateModel")
+    id = new_id()
+    with (
+        _when(lambda: proxy.count("CreateModel") > 0, lambda: os.kill(os.getpid(), signal.SIGINT)),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        deployer_of().start(base_alone, id)
+    until(lambda: f"Models {id}" in account.left(id))  # after the client has removed all that it found
+    until(lambda: account.left(id) == [])
+
+
+@contextlib.contextmanager
+def _when(true, then):
+    """Inside, `then` is done as soon as it is true."""
+    thread = threading.Thread(target=lambda: (until(true), then()))
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def test_a_detached_endpoint_outlives_its_client_until_its_time_is_over(account, deployer_of, hosting_amazon, lively_model, tmp_path):
+    before = time.time()
     process, id = _client(hosting_amazon, lively_model, tmp_path, "detach", "0.2")
     assert process.wait(60) == 0
     process.stdout.close()
-    (record,) = [record for record in deployer_of().endpoints() if record.handle.id == id]
-    assert record.state is EndpointState.SERVING
-    assert 11 < (record.expires - record.created).total_seconds() < 13
     assert account.guardians(id)
     until(lambda: f"Endpoints {id}" not in account.left(id))
+    assert time.time() > before + 12
     _let_it_look_once(account, tmp_path, id)
 
 
@@ -259,33 +307,75 @@ def test_a_detached_endpoint_without_a_limit_needs_no_guardian(account, deployer
     deployer.end(handle(id))
 
 
-def test_a_guardian_goes_on_while_aws_is_away(account, hosting_plane, tmp_path, monkeypatch):
+def test_a_guardian_goes_on_while_aws_is_away_with_credentials_that_were_renewed(account, hosting_plane, tmp_path, monkeypatch):
     client, id = account.client("sagemaker"), new_id()
     client.create_model(ModelName=id, PrimaryContainer={"Image": "image"}, ExecutionRoleArn=f"arn:aws:iam::000000000000:role/{ROLE}")
     client.close()
     monkeypatch.setattr(guardian, "SHORTEST", 0.2)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    hosting_plane.fault(operation="DeleteModel", code="ServiceUnavailable", times=2)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+
+    def renew(key):
+        (tmp_path / "credentials").write_text(f"[default]\naws_access_key_id={key}\naws_secret_access_key=test\n")
+
+    def say(line):
+        said.append(line)
+        renew("test")
+
     said = []
-    with Aws("us-east-1") as aws:
-        guardian.delete(aws, guardian.Charge(id, "us-east-1", None, None, ""), said.append, again=0.1)
+    renew("111111111111")  # another account, where nothing of it is
+    hosting_plane.fault(operation="DeleteModel", code="ServiceUnavailable", times=2)
+    assert guardian.delete(guardian.Charge(id, "us-east-1", None, None, "", again=0.1), say)
     assert ["not deleted yet" in line for line in said] == [True, True, False, False]
+    assert account.left(id) == []
 
 
-def test_who_closes_the_expired_ends_those_of_others_too(account, deployer_of, base_alone, tmp_path):
+def test_a_guardian_that_is_told_to_end_deletes_what_it_holds(account, deployer_of, base_alone, tmp_path):
+    deployer, id = deployer_of(), new_id()
+    deployer.start(base_alone, id)
+    (pid,) = account.guardians(id)
+    os.kill(pid, signal.SIGTERM)  # a logout, a shutdown
+    _let_it_look_once(account, tmp_path, id)
+    deployer.end(handle(id))
+
+
+def test_credentials_that_end_by_themselves_are_told(deployer_of, hosting_amazon, monkeypatch):
+    assert deployer_of()._short_lived() == []
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "token")
+    (choice,) = deployer_of()._short_lived()
+    assert "nothing here can end the endpoint: use a profile" in choice.reason
+
+
+def test_one_that_should_end_with_its_client_and_does_not_is_found(account, deployer_of, base_alone, tmp_path):
+    mine, elsewhere, id, told = deployer_of(), deployer_of(home=tmp_path / "elsewhere"), new_id(), []
+    mine.start(base_alone, id, show=told.append)
+    assert "12 h" in [event.value for event in told if isinstance(event, Choice)]
+    (record,) = mine.endpoints()
+    assert (record.reason, record.orphan) == ("", "")
+    assert record.expires - record.created == timedelta(hours=12)
+    account.end_guardians(id)  # the machine was switched off
+    words = f"it should end with its client on {platform.node()}"
+    until(lambda: mine.look(handle(id)).orphan == f"{words}, and nothing that does that is there any more")
+    (record,) = elsewhere.endpoints()
+    assert (record.reason, record.orphan) == (words, "")
+    mine.end(handle(id))
+
+
+def test_one_that_is_past_its_time_is_found_from_any_machine(account, deployer_of, base_alone, tmp_path):
     spec = ServeSpec(ttl_minutes=0.05)
-    theirs, mine, id = deployer_of(home=tmp_path / "other"), deployer_of(), new_id()
+    theirs, mine, id, kept = deployer_of(home=tmp_path / "other"), deployer_of(), new_id(), new_id()
     theirs.start(replace(base_alone, spec=spec), id, detach=True)
     account.end_guardians(id)  # their machine is switched off
-    until(lambda: mine.look(handle(id)).expires < datetime.now(UTC))
-    kept = new_id()
     mine.start(base_alone, kept)
-    assert [record.handle.id for record in mine.close_expired()] == [id]
-    assert account.left(id) == []
-    mine.end(handle(kept))
+    until(lambda: mine.look(handle(id)).orphan.startswith("its time was over at "))
+    assert [record.handle.id for record in mine.endpoints() if record.orphan] == [id]
+    for each in (id, kept):
+        mine.end(handle(each))
 
 
-def test_what_is_left_of_an_endpoint_is_found_and_removed(account, deployer_of, base_alone, monkeypatch):
+def test_what_is_left_of_an_endpoint_is_found_when_it_is_not_just_being_made(account, deployer_of, base_alone, monkeypatch):
     deployer, id = deployer_of(), new_id()
     deployer.start(base_alone, id, detach=True)
     client = account.client("sagemaker")
@@ -293,7 +383,58 @@ def test_what_is_left_of_an_endpoint_is_found_and_removed(account, deployer_of, 
     client.close()
     until(lambda: f"Endpoints {id}" not in account.left(id))
     (record,) = deployer.endpoints()
-    assert (record.state, record.orphan) == (EndpointState.ENDED, "a configuration without an endpoint")
-    assert deployer.close_expired() == []  # another client may be making it just now
-    monkeypatch.setattr("trimtab.deployers.sagemaker.YOUNG", timedelta(0))
-    assert [found.handle.id for found in deployer.close_expired()] == [id]
+    assert (record.state, record.orphan) == (EndpointState.ENDED, "")
+    assert record.reason == "only its configuration is there, and its endpoint may be about to come"
+    monkeypatch.setattr("trimtab.aws.hosting_standing.YOUNG", timedelta(0))
+    (record,) = deployer.endpoints()
+    assert record.orphan == "a configuration without an endpoint"
+    deployer.end(record.handle)
+
+
+def test_what_is_refused_before_it_does_not_keep_an_endpoint(account, deployer_of, base_alone, hosting_plane, monkeypatch):
+    id = new_id()
+    deployer_of(max_instances=2).start(base_alone, id)
+    hosting_plane.fault(operation="ListTags", code="AccessDeniedException", times=-1)
+    hosting_plane.fault(operation="DeregisterScalableTarget", code="AccessDeniedException", times=-1)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    hosting_plane.fault(operation="DeleteEndpoint", code="ThrottlingException")
+    with pytest.raises(EndpointError, match=r"lacks the permission sagemaker:ListTags"):
+        deployer_of().end(handle(id))
+    assert [name for name in account.left(id) if not name.startswith("guardian")] == []  # the target goes with its endpoint
+    hosting_plane.faults.clear()
+    hosting_plane.fault(operation="ListTags", code="AccessDeniedException", times=-1)
+    deployer_of().end(handle(id))  # what it had is not known, and nothing is left
+    account.end_guardians(id)
+
+
+def test_a_handle_that_is_not_shown_leaves_no_endpoint(account, hosting_amazon, lively_model, tmp_path, monkeypatch):
+    class Mute(SageMakerDeployer):
+        def transport(self, handle):
+            raise EndpointError("no way to it")
+
+    settings = {"backend": "sagemaker", "role": ROLE, "home": tmp_path, "poll_seconds": 0.1, "detach": True}
+    with monkeypatch.context() as patch:
+        patch.setattr("trimtab.deployers.sagemaker.SageMakerDeployer", Mute)
+        with pytest.raises(EndpointError, match="no way to it"):
+            deploy(None, lively_model, **settings)
+    assert [name for name in account.left() if not name.startswith("guardian")] == []
+
+
+def test_one_that_was_just_made_is_asked_about_with_one_question(account, deployer_of, base_alone, hosting_plane, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    deployer, id = deployer_of(), new_id()
+    deployer.start(base_alone, id)
+    deployer.transport(handle(id))
+    hosting_plane.fault(operation="DescribeEndpoint", code="ServiceUnavailable", times=2)
+    before = len(hosting_plane.requests)
+    assert deployer.look(handle(id)).usd_per_hour == pytest.approx(0.107)
+    assert {name for name, _ in hosting_plane.requests[before:]} == {"DescribeEndpoint"}
+    deployer.end(handle(id))
+
+
+@pytest.mark.parametrize(("operation", "what"), [("CreateEndpointConfig", "model"), ("CreateEndpoint", "endpoint configuration")])
+def test_what_is_not_known_everywhere_yet_is_asked_for_again(account, deployer_of, base_alone, hosting_plane, operation, what):
+    deployer, id = deployer_of(), new_id()
+    hosting_plane.fault(operation=operation, code="ValidationException", message=f'Could not find {what} "{id}".', times=2)
+    deployer.start(base_alone, id)
+    deployer.end(handle(id))

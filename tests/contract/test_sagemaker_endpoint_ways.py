@@ -9,7 +9,7 @@ import pytest
 from support.hosting import ROLE, handle, until
 from trimtab.aws.upload import Sent, upload
 from trimtab.deployers.base import EndpointHandle, EndpointState
-from trimtab.endpoint import Endpoint, deploy, deploy_request, new_id
+from trimtab.endpoint import Endpoint, deploy, deploy_findings, deploy_request, new_id
 from trimtab.errors import BackendUnavailable, EndpointError, SpecError
 from trimtab.events import Phase, Progress
 from trimtab.serving import serving
@@ -158,6 +158,13 @@ def test_a_model_of_jumpstart_is_served_when_its_licence_is_accepted(account, de
     ):
         refused.start(refused.elsewhere(ServeSpec(), "gpu"), id)
     deployer = deployer_of(jumpstart=name, accept_eula="yes")
+    shown = {}
+    for isolated, settings in ((True, {}), (False, {}), (False, {"network_isolation": "yes"})):
+        asked = deployer_of(jumpstart=name, accept_eula="yes", **settings)
+        asked._hub_model = replace(asked._hub_model, isolated=isolated)
+        body = asked.render(asked.elsewhere(ServeSpec(), "gpu"), id)["requests"]["CreateModel"]
+        shown[isolated, *settings] = body["EnableNetworkIsolation"]
+    assert list(shown.values()) == [True, False, True]
     deployer.start(deployer.elsewhere(ServeSpec(), "gpu"), id)
     (model,) = [request for operation, request in hosting_plane.requests if operation == "CreateModel" and request["ModelName"] == id]
     source = model["PrimaryContainer"]["ModelDataSource"]["S3DataSource"]
@@ -174,16 +181,26 @@ def test_a_model_of_jumpstart_is_served_when_its_licence_is_accepted(account, de
         deployer_of(jumpstart="llama-9").check("gpu")
 
 
-def test_what_the_account_lacks_is_found_before_anything_is_sent(account, deployer_of, base_alone, hosting_plane):
+def test_what_the_account_lacks_is_found_before_anything_is_sent(account, deployer_of, base_alone, lively_model, hosting_plane):
     hosting_plane.set_quota("ml.c7i.large for endpoint usage", 1)
+    deployer, before = deployer_of(instances=2, prefix="lacking"), len(hosting_plane.requests)
     try:
-        findings = {finding.name: finding for finding in deployer_of(instances=2).findings(base_alone)}
+        settings = {"backend": "sagemaker", "role": ROLE, "prefix": "lacking", "instances": 2, "detach": True}
+        findings = {finding.name: finding for finding in deploy_findings(None, lively_model, **settings)}
+        with pytest.raises(
+            EndpointError, match=r"the account lacks:\n  quota ml.c7i.large for endpoint usage: 1, and the endpoint takes 2"
+        ):
+            deployer.start(base_alone, new_id())
     finally:
         hosting_plane.set_quota("ml.c7i.large for endpoint usage", 20)
     assert findings["identity"].ok
     quota = findings["quota ml.c7i.large for endpoint usage"]
     assert (quota.ok, quota.detail) == (False, "1, and the endpoint takes 2")
     assert "request-service-quota-increase" in quota.remedy
+    assert not [name for name, _ in hosting_plane.requests[before:] if name.startswith("Create")]
+    s3, bucket = deployer.aws.client("s3"), deployer.place.bucket
+    if bucket in [each["Name"] for each in s3.list_buckets()["Buckets"]]:
+        assert "Contents" not in s3.list_objects_v2(Bucket=bucket, Prefix="lacking/")
 
 
 def test_a_model_elsewhere_needs_no_base_model_here(account, hosting_amazon, lively_model, tmp_path):
@@ -201,9 +218,6 @@ def test_what_cannot_be_served_there_says_why(deployer_of, base_alone):
     beside = replace(base_alone, base=base_alone.model, adapters={"tuned": base_alone.model})
     with pytest.raises(SpecError, match="one folder, and adapters beside their base are two"):
         deployer_of().render(beside, "trim-ep-00000000")
-    unmade = replace(base_alone, files={"model/config.json": base_alone.model / "nothing.json"})
-    with pytest.raises(SpecError, match=r"not merged yet.*trimtab merge HANDLE"):
-        deployer_of().render(unmade, "trim-ep-00000000")
     with pytest.raises(EndpointError, match="leave api_key out"):
         deployer_of().start(base_alone, "trim-ep-00000000", api_key="secret")
     with pytest.raises(SpecError, match="needs GPUs"):

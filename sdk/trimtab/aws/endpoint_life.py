@@ -7,6 +7,7 @@ guardian's (guardian.py).
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,8 @@ from trimtab.aws.session import Aws
 from trimtab.errors import EndpointError, TrimtabError
 
 APPEARING = 10.0  # seconds in which what was asked for may still appear
+CONSISTENT = 30.0  # seconds in which what was made a moment ago may not be known everywhere
+BEARABLE = 30.0  # seconds of failures that pass, one after another, before they are told
 LOG_TAIL = 15  # lines
 BUSY = ("Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting")
 
@@ -46,28 +49,34 @@ class Standing:
 
 
 class Creation:
-    """The making of one endpoint. `made` names, by operation, what is or may be there and is ours."""
+    """The making of one endpoint. `made` names, by operation, what is or may be there and is ours.
+
+    `unseen` tells that something of it may still appear: what became of a request was never said, or what it made was not seen yet.
+    """
 
     def __init__(self, aws: Aws, id: str, bodies: Mapping[str, Mapping[str, Any]]) -> None:
         self._aws, self._id, self._bodies = aws, id, bodies
         self._tag = {"Key": SUBMISSION_TAG, "Value": uuid.uuid4().hex}
         self.made: list[str] = []
+        self.unseen = False
 
     def send(self, operation: str) -> None:
         """Create one of the four. Raises EndpointError when it is not there afterwards; a name that another has is not ours to remove."""
         body = self._bodies[operation]
         body = {**body, "Tags": [*body["Tags"], self._tag]}
         self.made.append(operation)
+        self.unseen = True  # an interruption may come at any moment from here on
         try:
-            with asking(f"to create the {_said(operation)} {self._id}", action=f"sagemaker:{operation}", error=EndpointError):
-                getattr(self._aws.client("sagemaker"), _method(operation))(**body)
+            self._ask(operation, body)
         except EndpointError as exc:
             cause = exc.__cause__ or exc
             taken = "already existing" in str(cause) or error_code(cause) == "ResourceInUse"
             if not taken and not is_passing(cause):
+                self.unseen = False
                 self.made.remove(operation)  # it was refused
                 raise
             there = self._is_ours(operation, 0.0 if taken else APPEARING)
+            self.unseen = not (there or taken)
             if there:  # only the answer was lost
                 return
             if taken and there is False:
@@ -76,6 +85,20 @@ class Creation:
                     f"there is a {_said(operation)} {self._id} already, and it is another one's: repeat the command, it takes a new name"
                 ) from exc
             raise
+        self.unseen = operation in ("CreateEndpoint", "CreateInferenceComponent")  # which are looked for before they are deleted
+
+    def _ask(self, operation: str, body: Mapping[str, Any]) -> None:
+        """Send it, again while AWS does not yet know everywhere what was made a moment ago ("CreateEndpoint", API reference)."""
+        until, pause = time.monotonic() + CONSISTENT, 0.5
+        while True:
+            try:
+                with asking(f"to create the {_said(operation)} {self._id}", action=f"sagemaker:{operation}", error=EndpointError):
+                    getattr(self._aws.client("sagemaker"), _method(operation))(**body)
+                return
+            except EndpointError as exc:
+                if not (len(self.made) > 1 and is_absent(exc) and self._id in str(exc.__cause__) and time.monotonic() + pause < until):
+                    raise
+            time.sleep(pause := pause * 2)
 
     def scale(self) -> None:
         """Register what scales, with its policies and its alarm. Raises EndpointError."""
@@ -184,22 +207,52 @@ def _remedy(reason: str) -> str:
     return "mend what it names and deploy again"
 
 
-def remove(aws: Aws, id: str, patience: float, poll: float = 2.0) -> None:
+def remove(aws: Aws, id: str, patience: float, poll: float = 2.0, *, scales: str | None = None) -> None:
     """Delete all that an endpoint consists of, in order: what scales it, its component, itself, its configuration, its model.
 
-    Waits until it can be deleted and is gone. Quiet for what is gone already. Raises EndpointError, or TimeoutError after `patience`
-    seconds; what is not deleted by then stays, and a repetition goes on.
+    `scales` is what does: "variant", "component", "" for nothing; None: its tags are asked. Whatever is refused before it, the endpoint
+    itself is deleted. Waits until it can be and is gone. Quiet for what is gone already. Raises EndpointError for the first step that was
+    refused, or TimeoutError after `patience` seconds; what is not deleted by then stays, and a repetition goes on.
     """
-    until = time.monotonic() + patience
-    if scaled := _tag_of(aws, id, SCALES_TAG):
-        target = target_of(id, component=scaled == "component")
-        _quietly(aws, "application-autoscaling", "DeregisterScalableTarget", f"to stop scaling {id}", **target)
-        if scaled == "component":
+    until, refused = time.monotonic() + patience, list[Exception]()
+
+    @contextlib.contextmanager
+    def anyway() -> Iterator[None]:
+        try:
+            yield
+        except (TrimtabError, TimeoutError) as exc:
+            refused.append(exc)
+
+    blind = None
+    if scales is None:
+        try:
+            scales = _tag_of(aws, id, SCALES_TAG)
+        except TrimtabError as exc:
+            blind = exc
+    for kind in ("variant", "component"):
+        if blind or scales == kind:
+            with anyway():
+                target = target_of(id, component=kind == "component")
+                _quietly(aws, "application-autoscaling", "DeregisterScalableTarget", f"to stop scaling {id}", **target)
+    if blind or scales == "component":
+        with anyway():
             _quietly(aws, "cloudwatch", "DeleteAlarms", f"to delete the alarm of {id}", AlarmNames=[alarm_name(id)])
+        with anyway():
             _end(aws, lambda: look_at_component(aws, id), "DeleteInferenceComponent", {"InferenceComponentName": id}, until, poll)
-    _end(aws, lambda: look(aws, id), "DeleteEndpoint", {"EndpointName": id}, until, poll)
-    _quietly(aws, "sagemaker", "DeleteEndpointConfig", f"to delete the configuration {id}", EndpointConfigName=id)
-    _quietly(aws, "sagemaker", "DeleteModel", f"to delete the model {id}", ModelName=id)
+    if blind and refused:  # nobody knows whether these were needed
+        refused.insert(0, blind)
+    try:
+        _end(aws, lambda: look(aws, id), "DeleteEndpoint", {"EndpointName": id}, until, poll)
+    except (TrimtabError, TimeoutError):
+        if not refused:
+            raise
+    else:  # an endpoint needs both as long as it is there
+        with anyway():
+            _quietly(aws, "sagemaker", "DeleteEndpointConfig", f"to delete the configuration {id}", EndpointConfigName=id)
+        with anyway():
+            _quietly(aws, "sagemaker", "DeleteModel", f"to delete the model {id}", ModelName=id)
+    if refused:
+        raise refused[0]
 
 
 def _tag_of(aws: Aws, id: str, key: str) -> str:
@@ -226,26 +279,56 @@ def arn_prefix(aws: Aws) -> str:
 
 
 def _end(aws: Aws, look: Callable[[], Standing | None], operation: str, named: dict[str, str], until: float, poll: float) -> None:
-    """Delete it as soon as that can be, and wait until it is gone."""
-    while (standing := look()) is not None:
-        if standing.status not in BUSY:
+    """Delete it as soon as that can be, and wait until it is gone. Bears failures that pass."""
+    name = next(iter(named.values()))
+    bearable = time.monotonic() + BEARABLE
+    while True:
+        status, refused = "", None
+        try:
+            if (standing := look()) is None:
+                return
+            status = standing.status
+        except EndpointError as exc:  # how it stands is not known: it may be to be deleted all the same
+            refused = exc
+        if status not in BUSY:
             try:
-                _quietly(aws, "sagemaker", operation, f"to delete the {_said(operation)} {next(iter(named.values()))}", **named)
+                was = _quietly(aws, "sagemaker", operation, f"to delete the {_said(operation)} {name}", **named)
+                if refused is not None and not was:
+                    return
             except EndpointError as exc:
                 if "in-progress" not in str(exc.__cause__):  # another changes it just now
-                    raise
+                    refused = refused or exc
+        if refused is None:
+            bearable = time.monotonic() + BEARABLE
+        elif not is_passing(refused.__cause__ or refused) or time.monotonic() >= bearable:
+            raise refused
         if time.monotonic() >= until:
-            raise TimeoutError(standing.status)
-        time.sleep(poll if standing.status in BUSY else min(poll, 0.2))
+            raise refused or TimeoutError(status)
+        time.sleep(poll if status in BUSY else min(poll, 0.2) if refused is None else poll)
 
 
-def _quietly(aws: Aws, service: str, operation: str, what: str, **members: Any) -> None:
+def patiently(look: Callable[[], Standing | None], poll: float) -> Standing | None:
+    """How it stands, asked again while what fails may pass."""
+    until = time.monotonic() + BEARABLE
+    while True:
+        try:
+            return look()
+        except EndpointError as exc:
+            if not is_passing(exc.__cause__ or exc) or time.monotonic() + poll >= until:
+                raise
+        time.sleep(poll)
+
+
+def _quietly(aws: Aws, service: str, operation: str, what: str, **members: Any) -> bool:
+    """Whether there was such a thing."""
     try:
         with asking(what, action=f"{service}:{operation}", error=EndpointError):
             getattr(aws.client(service), _method(operation))(**members)
     except EndpointError as exc:
         if not is_absent(exc):
             raise
+        return False
+    return True
 
 
 def is_absent(exc: TrimtabError) -> bool:

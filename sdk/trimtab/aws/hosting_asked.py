@@ -17,6 +17,7 @@ from trimtab.aws import hosting_request as hosting
 from trimtab.aws.asked import ROLE_VARIABLE
 from trimtab.aws.containers import Container
 from trimtab.aws.hosting_request import HostingSettings
+from trimtab.aws.hosting_standing import Facts
 from trimtab.aws.instances import find
 from trimtab.aws.models_in_s3 import PlannedModel, plan_model
 from trimtab.aws.place import S3Place, default_bucket, parse_uri
@@ -31,6 +32,7 @@ from trimtab.plan import Finding
 from trimtab.serving import TUNED, Serving
 from trimtab.spec import ServeSpec
 
+LAST_RESORT = 720.0  # minutes after which an endpoint ends that was to end with its client
 PROVISION = 1800.0  # seconds that SageMaker may take to find the machines, beside download and start
 _TRIMTAB = "trimtab.json"  # of a merged model
 
@@ -92,6 +94,7 @@ class HostingAsked:
         self.home = Path(home or os.environ.get("TRIMTAB_HOME") or Path.home() / ".trimtab").expanduser().absolute()
         self.profile = profile
         self.aws = Aws(region, profile)
+        self._facts: dict[str, Facts] = {}  # of endpoints that were seen, by their ids
 
     def check(self, device: str) -> None:
         """Raises BackendUnavailable or SpecError for what cannot be served there, before anything is fetched or merged."""
@@ -139,7 +142,7 @@ class HostingAsked:
 
         Raises SpecError for what SageMaker would refuse, all of it at once.
         """
-        bodies, chosen, planned = self.rendered(serving, id)
+        bodies, chosen, planned = self.rendered(serving, id, detach=detach)
         return {
             "handle": str(EndpointHandle(self.name, id)),
             "requests": bodies,
@@ -148,7 +151,9 @@ class HostingAsked:
             "usd_per_hour": self._usd(bodies),
         }
 
-    def rendered(self, serving: Serving, id: str) -> tuple[dict[str, dict[str, Any]], list[Choice], PlannedModel | None]:
+    def rendered(
+        self, serving: Serving, id: str, *, detach: bool = False
+    ) -> tuple[dict[str, dict[str, Any]], list[Choice], PlannedModel | None]:
         """The bodies by operation, what was chosen and why, and the model's files where they are this machine's."""
         settings = replace(self.settings, role=self._role)
         if serving.adapters or serving.base is not None:
@@ -159,6 +164,8 @@ class HostingAsked:
         if settings.jumpstart is not None:
             granted, chosen, planned = self._of_hub(serving, self._hub_model)
             names = [settings.jumpstart]
+            if settings.network_isolation is None:
+                settings = replace(settings, network_isolation=self._hub_model.isolated)
         else:
             planned = None if serving.uri or serving.model is None else self._planned(serving)
             names = list(dict.fromkeys([TUNED if f"model/{_TRIMTAB}" in serving.files else "base", serving.spec.name or ""]))
@@ -171,8 +178,12 @@ class HostingAsked:
             models=names,
             owner=platform.node() or "unknown",
             container=granted.container.kind,
-            ttl_minutes=serving.spec.ttl_minutes,
+            ttl_minutes=self.minutes(serving, detach),
+            detach=detach,
         )
+        if not detach and serving.spec.ttl_minutes is None:
+            limit = f"{LAST_RESORT / 60:g} h"
+            chosen = [*chosen, Choice(name="ttl", value=limit, reason="it ends with this process, and then in any case: another with  ttl")]
         if settings.volume_kms_key and granted.gpus:
             raise SpecError(f"{granted.instance} has disks of its own, which its hardware encrypts: leave volume_kms_key out")
         bodies = hosting.requests(settings, id, granted, tagged)
@@ -182,11 +193,8 @@ class HostingAsked:
     def _planned(self, serving: Serving, show: Callable[[int], None] = lambda read: None) -> PlannedModel:
         assert serving.model is not None
         files = {name.removeprefix("model/"): path for name, path in serving.files.items() if name.startswith("model/")}
-        if not all(path.exists() for path in files.values()):  # as a dry run finds it
-            raise SpecError(
-                f"{serving.title} is not merged yet, and the request names the model by its contents: make it with  trimtab merge HANDLE  "
-                "and repeat the command"
-            )
+        if serving.foreseen:  # as a dry run finds it
+            return PlannedModel("model", serving.digest, len(files), serving.bytes, ())
         return plan_model(files, serving.model, show=show)
 
     def _granted(self, serving: Serving, planned: PlannedModel | None, name: str) -> tuple[hosting.Allocation, list[Choice]]:
@@ -222,6 +230,9 @@ class HostingAsked:
             volume_gb=None if one.gpus else hosting_instances.volume_gb(size),
         )
         choices = [("instance", one.name, chosen.reason), ("patience", "", patience.reason)]
+        if serving.foreseen:
+            said = "is not merged yet: sizes are its base's, and the name of its place in S3 will be by contents, not by what is merged"
+            choices.append(("model", serving.title, said))
         if settings.container == "tgi":
             choices.append(("container", "tgi", "as asked; TGI is in maintenance mode, so prefer vllm for what is new"))
         return granted, [Choice(name=which, value=value, reason=reason) for which, value, reason in choices]
@@ -272,16 +283,26 @@ class HostingAsked:
         """Seconds that a start may take: to find machines, and what the download and the container's start may take."""
         return patience_of(self.rendered(serving, "trim-ep-00000000")[0])
 
+    def minutes(self, serving: Serving, detach: bool) -> float | None:
+        """When it ends by itself, in minutes; None: never. One that is to end with its client ends even where nothing of that is left."""
+        return serving.spec.ttl_minutes or (None if detach else LAST_RESORT)
+
     def findings(self, serving: Serving) -> list[Finding]:
         """What the account has and lacks for it: role, permissions, bucket, image, quota, as far as AWS tells."""
-        bodies, _, _ = self.rendered(serving, "trim-ep-00000000")
+        return self._lacking(self.rendered(serving, "trim-ep-00000000")[0], serving)
+
+    def _lacking(self, bodies: Mapping[str, Mapping[str, Any]], serving: Serving) -> list[Finding]:
         variant, uri = bodies["CreateEndpointConfig"]["ProductionVariants"][0], self.settings.model_uri or serving.uri or None
+        try:
+            instance = find(variant["InstanceType"])
+        except SpecError:  # JumpStart's own, which the table does not have
+            return [Finding("instance", None, f"{variant['InstanceType']} is not in trimtab's table, so nothing was asked about it")]
         needs = account.Needs(
             role=self._role,
             bucket=self.place.bucket,
             prefix=self.place.prefix,
             image=bodies["CreateModel"]["PrimaryContainer"]["Image"],
-            instance=find(variant["InstanceType"]),
+            instance=instance,
             count=self.settings.bounds[1],
             makes_bucket=self.bucket is None,
             kms_key=self.kms_key,
@@ -300,7 +321,7 @@ def patience_of(bodies: Mapping[str, Mapping[str, Any]]) -> float:
 
 def _facts(serving: Serving) -> tuple[ModelFacts | None, int | None]:
     """Sizes and longest context, from the model's own configuration where it is on this machine."""
-    path = serving.files.get("model/config.json")
+    path = (serving.foreseen or serving.files).get("model/config.json")
     if path is None or not path.is_file():
         return None, None
     try:

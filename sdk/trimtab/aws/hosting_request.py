@@ -18,7 +18,8 @@ from trimtab.aws.request import listing, number, pairs, tags_of, yes_or_no
 from trimtab.errors import SpecError
 
 ENDPOINT_TAG, TITLE_TAG, OWNER_TAG, TTL_TAG = "trimtab-endpoint", "trimtab-title", "trimtab-owner", "trimtab-ttl-minutes"
-CONTAINER_TAG, MODELS_TAG, SCALES_TAG = "trimtab-container", "trimtab-models", "trimtab-scales"
+CONTAINER_TAG, MODELS_TAG, SCALES_TAG, ENDS_TAG = "trimtab-container", "trimtab-models", "trimtab-scales", "trimtab-ends"
+WITH_CLIENT = "with-client"
 VARIANT = "AllTraffic"
 OF_VARIANT, OF_COMPONENT = "sagemaker:variant:DesiredInstanceCount", "sagemaker:inference-component:DesiredCopyCount"
 
@@ -50,7 +51,7 @@ class HostingSettings:
     subnets: tuple[str, ...] = ()
     security_groups: tuple[str, ...] = ()
     volume_kms_key: str | None = None
-    network_isolation: bool = True
+    network_isolation: bool | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -104,6 +105,16 @@ class HostingSettings:
         return self.bounds != (self.instances, self.instances)
 
     @property
+    def isolated(self) -> bool:
+        """Whether the container reaches no network, which is so unless something else is asked for."""
+        return self.network_isolation is not False
+
+    @property
+    def scaled(self) -> str:
+        """What scales it: "variant", "component", or "" for nothing."""
+        return "" if not self.scales else "component" if self.to_zero else "variant"
+
+    @property
     def to_zero(self) -> bool:
         """Whether it may have no instance; SageMaker does that for inference components only."""
         return self.bounds[0] == 0
@@ -132,12 +143,22 @@ def model_source(uri: str) -> dict[str, Any]:
 
 
 def tags(
-    settings: HostingSettings, id: str, *, title: str, models: Sequence[str], owner: str, container: str, ttl_minutes: float | None
+    settings: HostingSettings,
+    id: str,
+    *,
+    title: str,
+    models: Sequence[str],
+    owner: str,
+    container: str,
+    ttl_minutes: float | None,
+    detach: bool = True,
 ) -> list[dict[str, str]]:
-    """Those of all that belongs to an endpoint: whose it is, what it serves, how it is asked, when it ends."""
+    """Those of all that belongs to an endpoint: what it serves, how it is asked, on which machine its client is, with what it ends."""
     own = {ENDPOINT_TAG: id, TITLE_TAG: title, MODELS_TAG: " ".join(models), OWNER_TAG: owner, CONTAINER_TAG: container}
     if settings.scales:
-        own[SCALES_TAG] = "component" if settings.to_zero else "variant"
+        own[SCALES_TAG] = settings.scaled
+    if not detach:
+        own[ENDS_TAG] = WITH_CLIENT
     if ttl_minutes is not None:
         own[TTL_TAG] = f"{ttl_minutes:g}"
     return tags_of({**settings.tags, **own})
@@ -153,7 +174,7 @@ def requests(settings: HostingSettings, id: str, granted: Allocation, tagged: li
         "ModelName": id,
         "PrimaryContainer": container,
         "ExecutionRoleArn": settings.role,
-        "EnableNetworkIsolation": settings.network_isolation,
+        "EnableNetworkIsolation": settings.isolated,
         "VpcConfig": vpc,
         "Tags": tagged,
     }
@@ -180,7 +201,7 @@ def requests(settings: HostingSettings, id: str, granted: Allocation, tagged: li
     found = {"CreateModel": _given(model), "CreateEndpointConfig": config, "CreateEndpoint": _endpoint(id, tagged)}
     if settings.to_zero:
         variant["ManagedInstanceScaling"] = {"Status": "ENABLED", "MinInstanceCount": 0, "MaxInstanceCount": high}
-        config |= {"ExecutionRoleArn": settings.role, "EnableNetworkIsolation": settings.network_isolation, "VpcConfig": vpc}
+        config |= {"ExecutionRoleArn": settings.role, "EnableNetworkIsolation": settings.isolated, "VpcConfig": vpc}
         found["CreateInferenceComponent"] = _component(settings, id, granted, starting, tagged)
     else:
         variant |= {"ModelName": id, "InitialVariantWeight": 1.0}

@@ -13,6 +13,7 @@ from trimtab.errors import EndpointError
 from trimtab.events import Event
 
 if TYPE_CHECKING:
+    from trimtab.plan import Finding
     from trimtab.serving import Serving
     from trimtab.spec import ServeSpec
     from trimtab.transport import Transport
@@ -132,6 +133,10 @@ class Remote(Protocol):
 
     def patience(self, serving: Serving) -> float:
         """Seconds that a start may take where nothing else is asked for."""
+        ...
+
+    def findings(self, serving: Serving) -> list[Finding]:
+        """What the account has and lacks for it, as far as it tells."""
         ...
 
     def elsewhere(self, spec: ServeSpec, device: Literal["xeon", "gpu"], title: str = "") -> Serving | None:

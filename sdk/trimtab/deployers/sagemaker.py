@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
-from trimtab.aws import endpoint_life
+from trimtab.aws import endpoint_life, guardian, hosting_standing
 from trimtab.aws import hosting_request as hosting
 from trimtab.aws.endpoint_life import Creation, Standing
 from trimtab.aws.guardian import Charge, Guardian
 from trimtab.aws.hosting_asked import HostingAsked, patience_of
-from trimtab.aws.hosting_standing import records
+from trimtab.aws.hosting_standing import Facts, log_of, records
 from trimtab.aws.invoking import SageMakerTransport
 from trimtab.aws.upload import upload
-from trimtab.deployers.base import EndpointHandle, EndpointRecord, EndpointState
+from trimtab.deployers.base import EndpointHandle, EndpointRecord
 from trimtab.errors import EndpointError, TrimtabError
-from trimtab.events import Event, Phase, Progress
+from trimtab.events import Choice, Event, Phase, Progress
 from trimtab.serving import Serving
 
 SOON = 20.0  # seconds that an interrupted client waits for the end; then its guardian does
 LONG = 3 * 3600.0  # seconds that an end may take: what is being created cannot be deleted before
-YOUNG = timedelta(minutes=15)  # models and configurations may have no endpoint yet
 
 _guardians: dict[str, Guardian] = {}  # of endpoints that end with this process, by their ids
 
@@ -51,12 +48,16 @@ class SageMakerDeployer(HostingAsked):
     ) -> EndpointHandle:
         """Create it and return when it is in service. Whatever goes wrong, Ctrl-C too, leaves nothing but the model in S3.
 
-        What SageMaker will not delete yet is left to a guardian, a process that does it as soon as that can be.
+        What the account lacks is told before anything is sent. What SageMaker will not delete yet is left to a guardian, a process that
+        does it as soon as that can be. One that is not detached ends after `LAST_RESORT` minutes where no ttl is given.
         """
         if api_key is not None:
             raise EndpointError("SageMaker checks who asks by IAM, and an endpoint has no key: leave api_key out")
-        bodies, chosen, planned = self.rendered(serving, id)
-        for choice in chosen:
+        bodies, chosen, planned = self.rendered(serving, id, detach=detach)
+        if lacking := [str(finding) for finding in self._lacking(bodies, serving) if finding.ok is False]:
+            raise EndpointError("\n".join(["nothing was sent, because the account lacks:", *(f"  {each}" for each in lacking)]))
+        minutes = self.minutes(serving, detach)
+        for choice in [*chosen, *(self._short_lived() if minutes else [])]:
             show(choice)
         if planned is not None:
             whole = max(1, planned.bytes // 10**6)
@@ -67,31 +68,48 @@ class SageMakerDeployer(HostingAsked):
                 lambda done, of: show(Progress(name="upload, MB", done=done // 10**6, of=whole)),
             )
         until = time.monotonic() + (patience_of(bodies) if ready_timeout is None else ready_timeout)
-        ttl = serving.spec.ttl_minutes
-        guardian = _guardians[id] = Guardian(
-            Charge(id, self.aws.region, self.profile, None if ttl is None else time.time() + ttl * 60, str(self._log(id)))
-        )
+        limit = None if minutes is None else time.time() + minutes * 60
+        charge = Charge(id, self.aws.region, self.profile, limit, str(log_of(self.home, id)), self.settings.scaled, guardian.AGAIN)
+        guard = _guardians[id] = Guardian(charge)
         creation = Creation(self.aws, id, bodies)
         try:
             for operation in ("CreateModel", "CreateEndpointConfig", "CreateEndpoint"):
                 creation.send(operation)
-            self._await("endpoint", id, until, show)
+            self._await("endpoint", id, until, show, creation)
             if "CreateInferenceComponent" in bodies:
                 creation.send("CreateInferenceComponent")
-                self._await("component", id, until, show)
+                self._await("component", id, until, show, creation)
             creation.scale()
+            if detach:
+                guard.keep()
+                del _guardians[id]
         except BaseException:  # Ctrl-C too
             self._take_back(id, creation)
             raise
-        if detach:
-            del _guardians[id]
-            guardian.keep()
+        tags = {tag["Key"]: tag["Value"] for tag in bodies["CreateEndpoint"]["Tags"]}
+        self._facts[id] = Facts(tags, bodies["CreateEndpointConfig"]["ProductionVariants"][0])
         return EndpointHandle(self.name, id)
 
-    def _await(self, what: str, id: str, until: float, show: Callable[[Event], None]) -> None:
+    def _short_lived(self) -> list[Choice]:
+        """The guardian has the credentials that this process has, and no other may be set in its environment later."""
+        found = self.aws.session.get_credentials()
+        if found is None or found.method != "env" or not found.token:
+            return []
+        said = (
+            "AWS_SESSION_TOKEN's end by themselves, and from then on nothing here can end the endpoint: use a profile ( aws sso login ), "
+            "or end it in time with  trimtab close"
+        )
+        return [Choice(name="credentials", value="", reason=said)]
+
+    def _await(self, what: str, id: str, until: float, show: Callable[[Event], None], creation: Creation) -> None:
         """Wait until it is in service. Raises EndpointError with its reason and its last lines."""
-        look = endpoint_life.look if what == "endpoint" else endpoint_life.look_at_component
+        asked = endpoint_life.look if what == "endpoint" else endpoint_life.look_at_component
         told: list[tuple[str, int]] = []
+
+        def look() -> Standing | None:
+            found = asked(self.aws, id)
+            creation.unseen = creation.unseen and found is None
+            return found
 
         def tell(standing: Standing, seconds: float) -> None:
             now = (standing.status, int(seconds // 30))
@@ -100,7 +118,11 @@ class SageMakerDeployer(HostingAsked):
                 show(Phase(name="sagemaker", at=time.time(), detail=f"{what} {id}: {standing.status}, {seconds:,.0f} s"))
 
         try:
-            standing = endpoint_life.wait(lambda: look(self.aws, id), until, self.poll_seconds, tell)
+            appears = time.monotonic() + endpoint_life.APPEARING
+            while (standing := endpoint_life.wait(look, until, self.poll_seconds, tell)) is None:
+                if not creation.unseen or time.monotonic() > appears:
+                    break
+                time.sleep(0.2)  # what was created a moment ago may not be known everywhere yet
         except TimeoutError as exc:
             raise EndpointError(
                 f"{id} was still {exc} when its time was over, and is taken back: give it longer with a larger ready_timeout"
@@ -111,20 +133,28 @@ class SageMakerDeployer(HostingAsked):
             raise EndpointError(endpoint_life.failure(self.aws, id, standing))
 
     def _take_back(self, id: str, creation: Creation) -> None:
-        """Leave nothing: at once where SageMaker allows it, else by the guardian, which goes on when this process ends."""
-        guardian = _guardians.pop(id)
+        """Leave nothing: at once where SageMaker allows it, else by the guardian, which goes on when this process ends.
+
+        The guardian looks, too, for what may still appear: what an interrupted request has made, or what was made and not seen yet.
+        """
+        guard = _guardians.pop(id)
         if not creation.made:
-            guardian.done()
+            guard.done()
             return
         try:
-            endpoint_life.remove(self.aws, id, SOON, min(self.poll_seconds, 2.0))
-        except (TrimtabError, TimeoutError):
-            guardian.leave()
+            endpoint_life.remove(self.aws, id, SOON, min(self.poll_seconds, 2.0), scales=self.settings.scaled)
+        except BaseException as exc:
+            guard.leave()
+            if not isinstance(exc, (TrimtabError, TimeoutError)):  # a second Ctrl-C
+                raise
         else:
-            guardian.done()
+            if creation.unseen:
+                guard.leave()
+            else:
+                guard.done()
 
     def transport(self, handle: EndpointHandle) -> SageMakerTransport:
-        tags = self._tags(handle)
+        tags = self._facts_of(handle).tags
         return SageMakerTransport(
             self.aws,
             handle.id,
@@ -134,8 +164,14 @@ class SageMakerDeployer(HostingAsked):
         )
 
     def look(self, handle: EndpointHandle) -> EndpointRecord:
+        """With one question where it was seen before. Failures that pass are borne for half a minute."""
         self._refuse_other(handle)
-        found = records(self.aws, handle.id)
+        standing = endpoint_life.patiently(lambda: endpoint_life.look(self.aws, handle.id), self.poll_seconds)
+        if standing is not None:
+            facts = self._facts_of(handle)
+            if facts.tags.get(hosting.ENDPOINT_TAG) == handle.id:
+                return hosting_standing.record(self.aws, self.home, handle.id, facts, standing)
+        found = records(self.aws, self.home, handle.id)
         if not found:
             raise self._absent(handle)
         return found[0]
@@ -147,34 +183,31 @@ class SageMakerDeployer(HostingAsked):
     def end(self, handle: EndpointHandle) -> None:
         """Delete it, its configuration and its model, and what scales it; waits until it is gone. What lies in S3 stays."""
         self._refuse_other(handle)
+        facts = self._facts.get(handle.id)
+        scales = None if facts is None else facts.tags.get(hosting.SCALES_TAG, "")
         try:
-            endpoint_life.remove(self.aws, handle.id, LONG, min(self.poll_seconds, 2.0))
+            endpoint_life.remove(self.aws, handle.id, LONG, min(self.poll_seconds, 2.0), scales=scales)
         except TimeoutError as exc:
             raise EndpointError(f"{handle} is still {exc} after {LONG / 3600:g} hours: repeat  trimtab close {handle}") from exc
-        if guardian := _guardians.pop(handle.id, None):
-            guardian.done()
+        if guard := _guardians.pop(handle.id, None):
+            guard.done()
+        self._facts.pop(handle.id, None)
 
     def endpoints(self) -> list[EndpointRecord]:
         """Those of the account in the region, of any machine, and what is left of others."""
-        return records(self.aws)
+        return records(self.aws, self.home)
 
-    def close_expired(self) -> list[EndpointRecord]:
-        """End every endpoint whose time is over, and remove what is left of others; what that was."""
-        now, over = datetime.now(UTC), []
-        for record in self.endpoints():
-            left = record.state is EndpointState.ENDED and record.orphan and record.created < now - YOUNG
-            if left or (record.expires is not None and record.expires < now):
-                over.append(record)
-        for record in over:
-            self.end(record.handle)
-        return over
-
-    def _tags(self, handle: EndpointHandle) -> dict[str, str]:
+    def _facts_of(self, handle: EndpointHandle) -> Facts:
         self._refuse_other(handle)
+        if (known := self._facts.get(handle.id)) is not None:
+            return known
         try:
-            return endpoint_life.tags_of(self.aws, f"{endpoint_life.arn_prefix(self.aws)}:endpoint/{handle.id}")
+            found = hosting_standing.facts_of(self.aws, handle.id)
         except EndpointError as exc:
             raise (self._absent(handle) if endpoint_life.is_absent(exc) else exc) from exc
+        if found.variant:  # else it could not be asked, and may be the next time
+            self._facts[handle.id] = found
+        return found
 
     def _absent(self, handle: EndpointHandle) -> EndpointError:
         return EndpointError(f"there is no endpoint {handle} in {self.aws.region}: see  trimtab endpoints --backend sagemaker")
@@ -182,6 +215,3 @@ class SageMakerDeployer(HostingAsked):
     def _refuse_other(self, handle: EndpointHandle) -> None:
         if handle.backend != self.name:
             raise EndpointError(f"{handle} is not an endpoint of SageMaker: see which there are with  trimtab endpoints")
-
-    def _log(self, id: str) -> Path:
-        return self.home / "sagemaker" / f"{id}.log"
