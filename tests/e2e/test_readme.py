@@ -109,7 +109,7 @@ def test_the_trimtab_lines_run_in_order() -> None:
     run_in_order([block for block in readme_blocks("sh") if not on_sagemaker(block)])
 
 
-def test_the_lines_for_sagemaker_run_in_order(amazon, xeon_image, base_image, monkeypatch) -> None:
+def test_the_lines_for_sagemaker_run_in_order(amazon, xeon_image, xeon_serve_image, base_image, monkeypatch) -> None:
     monkeypatch.setenv("TRIMTAB_BASE_IMAGE", base_image)  # the image's tag says on which base it was built
     blocks = [block for block in readme_blocks("sh") if on_sagemaker(block)]
     assert blocks
