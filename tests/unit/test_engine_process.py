@@ -138,13 +138,13 @@ def test_an_engine_with_nothing_to_do_does_not_hang() -> None:
         first, second = Waits(), Waits()
         engine.ask(asked(1), first)
         await first.done
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(2.5)
         assert not engine.hangs
         engine.ask(asked(2), second)
         assert await second.done == [3, 3]
         assert engine.restarts == 0
 
-    with_engine(test, patience=0.5)
+    with_engine(test, patience=1.0)
 
 
 def test_who_cannot_hear_spoils_nobody_elses_answer() -> None:
