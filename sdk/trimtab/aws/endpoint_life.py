@@ -246,11 +246,12 @@ def remove(aws: Aws, id: str, patience: float, poll: float = 2.0, *, scales: str
     except (TrimtabError, TimeoutError):
         if not refused:
             raise
-    else:  # an endpoint needs both as long as it is there
-        with anyway():
-            _quietly(aws, "sagemaker", "DeleteEndpointConfig", f"to delete the configuration {id}", EndpointConfigName=id)
-        with anyway():
-            _quietly(aws, "sagemaker", "DeleteModel", f"to delete the model {id}", ModelName=id)
+    if refused:  # their tags tell a repetition what is still to be removed, and they cost nothing
+        raise refused[0]
+    with anyway():
+        _quietly(aws, "sagemaker", "DeleteEndpointConfig", f"to delete the configuration {id}", EndpointConfigName=id)
+    with anyway():
+        _quietly(aws, "sagemaker", "DeleteModel", f"to delete the model {id}", ModelName=id)
     if refused:
         raise refused[0]
 
