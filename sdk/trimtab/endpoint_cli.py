@@ -88,6 +88,8 @@ def deploy(
     asked |= {"detach": detach, "api_key": cli_options.key(api_key_file)}
     if dry_run:
         print(json.dumps(serving.deploy_request(**asked), indent=2, ensure_ascii=False))
+        for finding in serving.deploy_findings(**asked):
+            print(finding if finding.ok else f"{'missing' if finding.ok is False else 'not known'}: {finding}", file=sys.stderr)
         return
     with display() as screen:
         endpoint = serving.deploy(**asked, show=screen.show)

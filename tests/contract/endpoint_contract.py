@@ -107,7 +107,7 @@ class EndpointContract:
         assert invoke(body).json[0]["generated_text"] == "Bread is baked" + text
 
     def test_it_streams_as_tgi_does(self, invoke: Invoke) -> None:
-        parameters = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 0.9, "top_k": 50, "seed": 7}
+        parameters = {"max_new_tokens": 300, "temperature": 1.5, "top_p": 0.9, "top_k": 50, "seed": 7}
         whole = invoke({"inputs": "The keeper", "parameters": parameters}).json[0]["generated_text"]
         answer = invoke({"inputs": "The keeper", "parameters": parameters, "stream": True})
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -118,7 +118,7 @@ class EndpointContract:
         assert [one["index"] for one in pieces] == sorted({one["index"] for one in pieces})
         assert "".join(one["token"]["text"] for one in [*pieces, last]) == whole == last["generated_text"]
         assert last["details"] in (
-            {"finish_reason": "length", "generated_tokens": 12, "seed": 7},
+            {"finish_reason": "length", "generated_tokens": 300, "seed": 7},
             {"finish_reason": "eos_token", "generated_tokens": last["index"], "seed": 7},
         )
 
@@ -153,9 +153,9 @@ class EndpointContract:
             assert (last["generated_text"], last["details"]["finish_reason"]) == (expected, "stop_sequence")
 
     def test_a_stream_brings_the_same_text_in_pieces(self, endpoint: Endpoint) -> None:
-        pieces = list(endpoint.stream("The keeper", chat=False, max_new_tokens=20))
+        pieces = list(endpoint.stream("The keeper", chat=False, max_new_tokens=300))
         assert len(pieces) > 2
-        assert "".join(pieces) == endpoint.generate("The keeper", max_new_tokens=20)
+        assert "".join(pieces) == endpoint.generate("The keeper", max_new_tokens=300)
         assert "".join(endpoint.stream([QUESTION], max_new_tokens=8)) == endpoint.chat([QUESTION], max_new_tokens=8)
 
     def test_a_chats_stream_is_openais(self, invoke: Invoke) -> None:

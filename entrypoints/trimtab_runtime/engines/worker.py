@@ -1,8 +1,8 @@
 """`python -P -m trimtab_runtime.engines.worker`: one engine in a process of its own, asked over its standard input and output.
 
 Lines of JSON. In: `{"ask": {...}}`, a Request, and `{"cancel": id}`. Out: `{"failed": why}` or, once every model has answered,
-`{"facts": {...}}`; then one line a step, `{"new": [[id, ids, reason], ...]}` with `"cache"`, the share taken, now and then; and
-`{"refused": [id, why]}`. It ends when its standard input closes, or with the process that started it.
+`{"facts": {...}}`; then `{"new": [[id, ids, reason], ...]}` after a step, or after several that are quick, with `"cache"`, the share
+taken, now and then; and `{"refused": [id, why]}`. It ends when its standard input closes, or with the process that started it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from trimtab.spec import ServeSpec
 from trimtab_runtime.engines import Engine, Reason, Request
 
 USAGE_SECONDS = 0.5
+TELL_SECONDS = 0.03  # between two messages: each wakes the server and its client up, on the processors that the engine computes on
 _PR_SET_PDEATHSIG = 1
 _BLOCK = 1 << 16  # bytes read at once
 
@@ -112,18 +113,47 @@ def warm_up(engine: Engine) -> None:
                 raise EndpointError(f"the model {name} gives no token: look at the lines above, and try another engine")
 
 
+class News:
+    """What is to be told: at once where an answer begins or ends, otherwise what several quick steps brought together."""
+
+    def __init__(self) -> None:
+        self._new: dict[int, tuple[int, list[int], Reason | None]] = {}
+        self._begun: set[int] = set()
+        self._urgent = False
+        self._told_at = 0.0
+
+    def emit(self, id: int, ids: list[int], reason: Reason | None) -> None:
+        earlier = self._new[id][1] if id in self._new else []
+        self._new[id] = (id, earlier + ids, reason)
+        self._urgent = self._urgent or reason is not None or id not in self._begun
+        self._begun.add(id)
+        if reason is not None:
+            self._begun.discard(id)
+
+    def forget(self, id: int) -> None:
+        self._new.pop(id, None)
+        self._begun.discard(id)
+
+    def take(self, *, last: bool) -> list[tuple[int, list[int], Reason | None]]:
+        """What should be told now; `last`: nothing more comes for now."""
+        now = time.monotonic()
+        if not (self._urgent or last or now - self._told_at >= TELL_SECONDS):
+            return []
+        found = list(self._new.values())
+        self._new.clear()
+        self._urgent, self._told_at = False, now
+        return found
+
+
 def run(engine: Engine, channel: Channel) -> None:
     """Hear, step, say; for ever. Raises EOFError when the server is gone."""
-    new: list[tuple[int, list[int], Reason | None]] = []
-
-    def emit(id: int, ids: list[int], reason: Reason | None) -> None:
-        new.append((id, ids, reason))
-
+    news = News()
     busy, told_at = False, 0.0
     while True:
         for message in channel.hear(wait=not busy):
             if "cancel" in message:
                 engine.cancel(message["cancel"])
+                news.forget(message["cancel"])
                 continue
             request = Request(**message["ask"])
             try:
@@ -133,13 +163,13 @@ def run(engine: Engine, channel: Channel) -> None:
             except Exception as exc:  # noqa: BLE001  a library's: this request's end, no other's; its words may quote it
                 print("".join(traceback.format_tb(exc.__traceback__)) + type(exc).__name__, file=sys.stderr, flush=True)
                 channel.say(refused=[request.id, f"the engine cannot take this request ({type(exc).__name__}): ask with other settings"])
-        busy = engine.step(emit)
+        busy = engine.step(news.emit)
+        new = news.take(last=not busy)
         if time.monotonic() - told_at > USAGE_SECONDS or not busy:
             told_at = time.monotonic()
             channel.say(new=new, cache=engine.usage())
         elif new:
             channel.say(new=new)
-        new.clear()
 
 
 def told(exc: BaseException) -> str:
