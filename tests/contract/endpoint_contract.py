@@ -112,7 +112,7 @@ class EndpointContract:
         answer = invoke({"inputs": "The keeper", "parameters": parameters, "stream": True})
         assert answer.headers["content-type"].startswith("text/event-stream")
         *pieces, last = answer.events
-        assert len(pieces) > 2
+        assert pieces
         assert all(list(one) == ["index", "token", "generated_text", "details"] for one in [*pieces, last])
         assert all(one["generated_text"] is None and one["details"] is None for one in pieces)
         assert [one["index"] for one in pieces] == sorted({one["index"] for one in pieces})
@@ -153,9 +153,9 @@ class EndpointContract:
             assert (last["generated_text"], last["details"]["finish_reason"]) == (expected, "stop_sequence")
 
     def test_a_stream_brings_the_same_text_in_pieces(self, endpoint: Endpoint) -> None:
-        pieces = list(endpoint.stream("The keeper", chat=False, max_new_tokens=300))
-        assert len(pieces) > 2
-        assert "".join(pieces) == endpoint.generate("The keeper", max_new_tokens=300)
+        pieces = list(endpoint.stream("The keeper", chat=False, max_new_tokens=1000))
+        assert len(pieces) > 2, "tokens of quick steps come together, but not a second's"
+        assert "".join(pieces) == endpoint.generate("The keeper", max_new_tokens=1000)
         assert "".join(endpoint.stream([QUESTION], max_new_tokens=8)) == endpoint.chat([QUESTION], max_new_tokens=8)
 
     def test_a_chats_stream_is_openais(self, invoke: Invoke) -> None:
