@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -110,7 +111,7 @@ def test_a_spot_run_goes_on_after_it_was_interrupted(amazon, image, sixty_steps,
     control_plane.interrupt(run.handle.id)
     run.wait(PATIENCE)
     steps = [event.step for event in run.events() if isinstance(event, Step)]
-    repeated = [before + 1 - step for before, step in zip(steps, steps[1:], strict=False) if step != before + 1]
+    repeated = [before + 1 - step for before, step in itertools.pairwise(steps) if step != before + 1]
     assert len(repeated) <= 1, "none where the checkpoint of the interruption arrived in S3"
     assert all(0 < count <= 5 + 1 for count in repeated), "at most one save interval"
     assert [step.step for step in run.metrics()] == list(range(1, steps[-1] + 1))
