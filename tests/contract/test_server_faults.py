@@ -55,10 +55,12 @@ def asking(endpoint: Endpoint, *bodies: dict[str, Any]) -> Iterator[list[Invoked
     """Ask while the block goes on; the answers are there at its end."""
     answers: list[Invoked] = []
     with ThreadPoolExecutor(len(bodies)) as pool:
-        before = counted(endpoint)["trimtab_tokens_out_total"]
+        first, before = "trimtab_time_to_first_token_seconds_count", counted(endpoint)
         waiting = [pool.submit(ask, endpoint, "/v1/completions", body) for body in bodies]
         wait_until(lambda: counted(endpoint)["trimtab_running"] == len(bodies))
-        wait_until(lambda: counted(endpoint)["trimtab_tokens_out_total"] > before + 20 * len(bodies))
+        wait_until(lambda: counted(endpoint).get(first, 0) == before.get(first, 0) + len(bodies))
+        so_far = counted(endpoint)["trimtab_tokens_out_total"]
+        wait_until(lambda: counted(endpoint)["trimtab_tokens_out_total"] > so_far + 20 * len(bodies))
         yield answers
         answers += [answer.result(60) for answer in waiting]
 

@@ -129,7 +129,7 @@ http.server.HTTPServer(("127.0.0.1", int(os.environ["SAGEMAKER_BIND_TO_PORT"])),
     assert gone.is_set()
     assert time.monotonic() - began < 10
     assert list((tmp_path / "work" / "endpoints").iterdir()) == []
-    aws("logs").delete_log_group(logGroupName=f"{cloudwatch.ENDPOINTS}/deaf")
+    aws("logs").delete_log_group(logGroupName="/aws/sagemaker/Endpoints/deaf")
 
 
 def test_one_that_is_ending_takes_in_no_further_account() -> None:
