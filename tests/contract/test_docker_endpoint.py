@@ -93,7 +93,7 @@ def artifact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(home: Path, client: DockerClient, xeon_serve_image: str, model: Path, artifact: Path) -> Iterator[Endpoint]:
-    with deploy(artifact, model, backend="docker", image=xeon_serve_image, client=client, memory="2g") as endpoint:
+    with deploy(artifact, model, backend="docker", image=xeon_serve_image, client=client, memory="2g", dtype="float32") as endpoint:
         yield endpoint
 
 
@@ -163,7 +163,9 @@ def test_the_request_is_what_is_sent(
 ) -> None:
     assert served.handle is not None
     folder = home / "endpoints" / served.handle.id
-    request = deploy_request(artifact, model, backend="docker", image=xeon_serve_image, client=client, memory="2g", api_key=served.api_key)
+    request = deploy_request(
+        artifact, model, backend="docker", image=xeon_serve_image, client=client, memory="2g", dtype="float32", api_key=served.api_key
+    )
     name = request["handle"].rpartition("/")[2]
     assert json.loads(json.dumps(json.loads((folder / "record.json").read_text())["request"]).replace(folder.name, name)) == request
     assert served.api_key not in json.dumps(request)

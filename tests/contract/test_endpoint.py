@@ -58,7 +58,7 @@ def artifact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(home: Path, model: Path, artifact: Path) -> Iterator[Endpoint]:
-    with deploy(artifact, model, api_key=KEY) as endpoint:
+    with deploy(artifact, model, api_key=KEY, dtype="float32") as endpoint:
         yield endpoint
 
 
@@ -132,7 +132,7 @@ def test_what_its_folder_holds_is_its_owners(served: Endpoint, home: Path) -> No
 
 def test_the_request_is_what_is_sent(model: Path, artifact: Path, served: Endpoint, home: Path) -> None:
     (folder,) = (home / "endpoints").iterdir()
-    request = deploy_request(artifact, model, api_key=KEY, ready_timeout=3.0)
+    request = deploy_request(artifact, model, api_key=KEY, dtype="float32", ready_timeout=3.0)
     sent = json.dumps(json.loads((folder / "record.json").read_text())["request"])
     name = request["handle"].rpartition("/")[2]
     assert json.loads(sent.replace(folder.name, name)) == request

@@ -51,7 +51,7 @@ def artifact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(account: Account, model: Path, artifact: Path) -> Iterator[Endpoint]:
-    with deploy(artifact, model, backend="sagemaker", role=ROLE, poll_seconds=0.2) as endpoint:
+    with deploy(artifact, model, backend="sagemaker", role=ROLE, dtype="float32", poll_seconds=0.2) as endpoint:
         yield endpoint
 
 
@@ -104,7 +104,7 @@ def test_it_is_known_by_its_handle_from_anywhere(served: Endpoint) -> None:
 
 
 def test_what_is_asked_is_what_is_shown(account: Account, model: Path, artifact: Path, served: Endpoint) -> None:
-    shown = deploy_request(artifact, model, backend="sagemaker", role=ROLE)
+    shown = deploy_request(artifact, model, backend="sagemaker", role=ROLE, dtype="float32")
     assert list(shown["requests"]) == ["CreateModel", "CreateEndpointConfig", "CreateEndpoint"]
     assert served.handle is not None
     sent = {name: body for name, body in account.plane.requests if name in shown["requests"]}
