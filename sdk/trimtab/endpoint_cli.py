@@ -94,12 +94,16 @@ def deploy(
     with display() as screen:
         endpoint = serving.deploy(**asked, show=screen.show)
     with endpoint:
-        facts = {"handle": str(endpoint.handle), "url": endpoint.url, "needs_key": endpoint.api_key is not None}
-        print(json.dumps(facts) if as_json else endpoint.handle if detach else endpoint.url, flush=True)
-        for line in _remarks(endpoint, detach):
-            print(line, file=sys.stderr, flush=True)
-        if not detach:
-            _hold(endpoint)
+        try:
+            facts = {"handle": str(endpoint.handle), "url": endpoint.url, "needs_key": endpoint.api_key is not None}
+            print(json.dumps(facts) if as_json else endpoint.handle if detach else endpoint.url, flush=True)
+            for line in _remarks(endpoint, detach):
+                print(line, file=sys.stderr, flush=True)
+            if not detach:
+                _hold(endpoint)
+        except KeyboardInterrupt:
+            if detach:
+                raise
 
 
 def _remarks(endpoint: Endpoint, detach: bool) -> Iterator[str]:
@@ -117,24 +121,21 @@ def _remarks(endpoint: Endpoint, detach: bool) -> Iterator[str]:
 
 
 def _hold(endpoint: Endpoint) -> None:
-    """Wait until Ctrl-C, or the endpoint's own end. Raises EndpointError for one that failed, or that cannot be asked for long."""
+    """Wait until the endpoint's own end. Raises EndpointError for one that failed, or that cannot be asked for long."""
     from trimtab.deployers.base import EndpointState
 
     seen = time.monotonic()
-    try:
-        while True:
-            try:
-                found = endpoint.status()
-            except (BackendError, EndpointError):  # what cannot be asked now is not gone: it may be the way there
-                if time.monotonic() - seen > _AWAY:
-                    raise
-            else:
-                seen = time.monotonic()
-                if found.state not in (EndpointState.STARTING, EndpointState.SERVING):
-                    break
-            time.sleep(_LOOK)
-    except KeyboardInterrupt:
-        return
+    while True:
+        try:
+            found = endpoint.status()
+        except (BackendError, EndpointError):  # what cannot be asked now is not gone: it may be the way there
+            if time.monotonic() - seen > _AWAY:
+                raise
+        else:
+            seen = time.monotonic()
+            if found.state not in (EndpointState.STARTING, EndpointState.SERVING):
+                break
+        time.sleep(_LOOK)
     if found.state is EndpointState.FAILED:
         raise EndpointError(f"{endpoint.handle} has failed: {found.reason}")
     print(f"{endpoint.handle} has ended: {found.reason}", file=sys.stderr)
