@@ -15,10 +15,8 @@ from __future__ import annotations
 import contextlib
 import shutil
 import uuid
-import weakref
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +27,13 @@ from trimtab.backends import nodes, run_folder
 from trimtab.backends.base import RunHandle, RunRecord, RunState, RunStatus
 from trimtab.backends.container import (
     FOLDER_LABEL,
-    GPU_REMEDY,
     Limits,
     choices,
     container_body,
     expected_memory,
-    has_gpu_runtime,
-    on_another_machine,
     out_of_memory,
-    parse_cpus,
 )
-from trimtab.backends.engine import Engine, Found, asking
+from trimtab.backends.engine import Found, OnEngine
 from trimtab.backends.life import Ended, Life, read_life, write_life
 from trimtab.backends.run_folder import LocalRuns, again, belongs, read_json, refuse_absent, write_json
 from trimtab.errors import BackendError, BackendUnavailable, RunNotFound, StagingError
@@ -53,7 +47,7 @@ _PATIENCE = 120.0  # seconds that another client may take to start a container o
 _KILLED = 137  # 128 + SIGKILL
 
 
-class DockerBackend(LocalRuns):
+class DockerBackend(OnEngine, LocalRuns):
     """Jobs as containers on this machine. A run's folder is `home/runs/<id>`, mounted at /opt/ml; `home` as for processes.
 
     `image` is a tag (default: the one that this trimtab would build), `cpus` a list of CPUs such as "0-3,8", `memory` and `shm_size` sizes
@@ -73,34 +67,13 @@ class DockerBackend(LocalRuns):
         network: str | None = None,
         client: DockerClient | None = None,
     ) -> None:
-        super().__init__(home)
-        self.image = image
-        self.limits = Limits.parse(cpus=cpus, memory=memory, shm_size=shm_size, network=network)
-        self._client = client
-
-    @cached_property
-    def engine(self) -> Engine:
-        """Raises BackendUnavailable when none answers."""
-        client = self._client
-        if client is None:
-            client = images.engine()
-            weakref.finalize(self, client.close)  # else its sockets are left to the garbage collector
-        return Engine(client)
+        LocalRuns.__init__(self, home)
+        OnEngine.__init__(self, image, Limits.parse(cpus=cpus, memory=memory, shm_size=shm_size, network=network), client)
 
     def check(self, spec: JobSpec) -> None:
         """Raises BackendUnavailable or SpecError for a job that cannot run here, before anything is fetched."""
         run_folder.refuse_remote(spec)
-        info = self.engine.info()
-        if on_another_machine(self.engine.address):
-            raise BackendUnavailable(
-                f"the Docker engine at {self.engine.address} is another machine's and cannot mount folders of this one: unset DOCKER_HOST"
-            )
-        if spec.device == "gpu" and not has_gpu_runtime(info, shutil.which("nvidia-container-runtime-hook")):
-            raise BackendUnavailable(f"the Docker engine has no GPU runtime: {GPU_REMEDY}")
-        if self.limits.cpus is not None and max(parse_cpus(self.limits.cpus)) >= info["NCPU"]:
-            raise BackendUnavailable(
-                f"cpus={self.limits.cpus}: the engine has the CPUs 0-{info['NCPU'] - 1}; choose others with  --backend-option cpus=..."
-            )
+        self.refuse_unable(spec.device)
         self.limits.refuse_network(spec.nodes)
         self._image(spec.device)
 
@@ -251,12 +224,7 @@ class DockerBackend(LocalRuns):
             yield
 
     def _image(self, device: str) -> images.Image:
-        client = self.engine.client
-        with asking("for its images"):
-            if self.image is None:
-                return images.find(device, "train", client)
-            image = images.inspect(self.image, client)
-            images.check(image, client)
+        image = self.own_image(device, "train")
         if (made_for := image.labels.get("device", device)) != device:
             raise BackendUnavailable(f"{image.tag} computes on device {made_for}: choose  --device {made_for}, or an image for {device}")
         return image

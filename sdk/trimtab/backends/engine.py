@@ -5,16 +5,29 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import docker
 from docker import DockerClient
 
+from trimtab import images
 from trimtab.backends.base import RunHandle
-from trimtab.backends.container import FOLDER_LABEL, GPU_REMEDY, RUN_LABEL, USER_LABEL
+from trimtab.backends.container import (
+    FOLDER_LABEL,
+    GPU_REMEDY,
+    RUN_LABEL,
+    USER_LABEL,
+    Limits,
+    has_gpu_runtime,
+    on_another_machine,
+    parse_cpus,
+)
 from trimtab.errors import BackendError, BackendUnavailable
 from trimtab.images.present import ENGINE_REMEDY
 
@@ -145,3 +158,43 @@ def _found(facts: Mapping[str, Any]) -> Found:
         folder=Path(labels.get(FOLDER_LABEL, "/")),
         ours=labels.get(USER_LABEL) == str(os.getuid()),
     )
+
+
+class OnEngine:
+    """What runs and endpoints on a Docker engine have in common: the engine, what it must be able to do, and the image."""
+
+    def __init__(self, image: str | None, limits: Limits, client: DockerClient | None) -> None:
+        self.image, self.limits, self._client = image, limits, client
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Raises BackendUnavailable when none answers."""
+        client = self._client
+        if client is None:
+            client = images.engine()
+            weakref.finalize(self, client.close)  # else its sockets are left to the garbage collector
+        return Engine(client)
+
+    def refuse_unable(self, device: str) -> None:
+        """Raise BackendUnavailable where the engine cannot mount this machine's folders, lacks a GPU runtime, or the CPUs asked for."""
+        info = self.engine.info()
+        if on_another_machine(self.engine.address):
+            raise BackendUnavailable(
+                f"the Docker engine at {self.engine.address} is another machine's and cannot mount folders of this one: unset DOCKER_HOST"
+            )
+        if device == "gpu" and not has_gpu_runtime(info, shutil.which("nvidia-container-runtime-hook")):
+            raise BackendUnavailable(f"the Docker engine has no GPU runtime: {GPU_REMEDY}")
+        if self.limits.cpus is not None and max(parse_cpus(self.limits.cpus)) >= info["NCPU"]:
+            raise BackendUnavailable(
+                f"cpus={self.limits.cpus}: the engine has the CPUs 0-{info['NCPU'] - 1}; choose others with  --backend-option cpus=..."
+            )
+
+    def own_image(self, device: str, target: str) -> images.Image:
+        """The image that was named, else the one of these sources. Raises BackendUnavailable where it is not there or does not fit."""
+        client = self.engine.client
+        with asking("for its images"):
+            if self.image is None:
+                return images.find(device, target, client)
+            image = images.inspect(self.image, client)
+            images.check(image, client)
+        return image

@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +23,8 @@ from docker import DockerClient
 from docker.utils.socket import frames_iter
 
 from trimtab import images
-from trimtab.backends.container import FOLDER_LABEL, GPU_REMEDY, USER_LABEL, Limits, has_gpu_runtime, on_another_machine, parse_cpus
-from trimtab.backends.engine import Engine, asking
+from trimtab.backends.container import FOLDER_LABEL, USER_LABEL, Limits
+from trimtab.backends.engine import Engine, OnEngine, asking
 from trimtab.backends.life import Ended
 from trimtab.backends.run_folder import read_json, split, until, write_json
 from trimtab.deployers import endpoint_folder
@@ -45,7 +42,7 @@ _KILLED = 137  # 128 + SIGKILL
 _REMOVAL = 10.0  # seconds that the engine may take to remove a container that has ended
 
 
-class DockerDeployer(LocalEndpoints):
+class DockerDeployer(OnEngine, LocalEndpoints):
     """Servers as containers on this machine. An endpoint's folder is `home/endpoints/<id>`; `home` as for processes.
 
     `image` is a tag (default: the serve image that this trimtab would build), `cpus`, `memory`, `shm_size`, `network` and `client` are as
@@ -64,33 +61,14 @@ class DockerDeployer(LocalEndpoints):
         network: str | None = None,
         client: DockerClient | None = None,
     ) -> None:
-        super().__init__(home)
+        LocalEndpoints.__init__(self, home)
         if network in ("none", "host"):
             raise SpecError(f"network={network}: an endpoint publishes a port of its own; leave network out, or name another network")
-        self.image = image
-        self.limits = Limits.parse(cpus=cpus, memory=memory, shm_size=shm_size, network=network)
-        self._client = client
-
-    @cached_property
-    def engine(self) -> Engine:
-        """Raises BackendUnavailable when none answers."""
-        client = self._client
-        if client is None:
-            client = images.engine()
-            weakref.finalize(self, client.close)  # else its sockets are left to the garbage collector
-        return Engine(client)
+        OnEngine.__init__(self, image, Limits.parse(cpus=cpus, memory=memory, shm_size=shm_size, network=network), client)
 
     def check(self, device: str) -> None:
         """Raises BackendUnavailable for what cannot be served here, before anything is fetched or merged."""
-        info = self.engine.info()
-        if on_another_machine(self.engine.address):
-            raise BackendUnavailable(
-                f"the Docker engine at {self.engine.address} is another machine's and cannot mount folders of this one: unset DOCKER_HOST"
-            )
-        if device == "gpu" and not has_gpu_runtime(info, shutil.which("nvidia-container-runtime-hook")):
-            raise BackendUnavailable(f"the Docker engine has no GPU runtime: {GPU_REMEDY}")
-        if self.limits.cpus is not None and max(parse_cpus(self.limits.cpus)) >= info["NCPU"]:
-            raise BackendUnavailable(f"cpus={self.limits.cpus}: the engine has the CPUs 0-{info['NCPU'] - 1}; choose others with cpus=...")
+        self.refuse_unable(device)
         self._image(device)
 
     def render(
@@ -263,12 +241,7 @@ class DockerDeployer(LocalEndpoints):
         return found
 
     def _image(self, device: str) -> images.Image:
-        client = self.engine.client
-        with asking("for its images"):
-            if self.image is None:
-                return images.find(device, "serve", client)
-            image = images.inspect(self.image, client)
-            images.check(image, client)
+        image = self.own_image(device, "serve")
         for label, wanted in (("device", device), ("target", "serve")):
             if (made_for := image.labels.get(label, wanted)) != wanted:
                 raise BackendUnavailable(f"{image.tag} is a {made_for} image: choose one of  trimtab image list  with {label} {wanted}")
