@@ -105,8 +105,7 @@ def test_a_killed_engine_is_told_while_a_run_is_watched_and_the_run_can_go_on_wh
     try:
         with no_engine_there():
             engine.start()
-        engine.client.images.load(client.images.get(script_image).save(named=True))
-        until(lambda: engine.client.images.list(script_image), "the image in the other engine")
+        engine.client.images.load(client.images.get(script_image).save(named=script_image))
         (channels["train"] / "script").write_text("echo going; while :; do sleep 0.2; done")
         backend = DockerBackend(tmp_path / "home", image=script_image, client=engine.client)
         handle = backend.submit(ANY_JOB, channels)
