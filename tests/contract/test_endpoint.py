@@ -318,3 +318,13 @@ def test_a_client_that_is_killed_while_it_deploys_leaves_nothing(
         return left(home) == before
 
     wait_until(nothing_left)
+
+
+def test_a_damaged_record_is_listed_and_stops_nothing_else(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "endpoints" / "trim-ep-0badc0de"
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text('{"handle": 3')
+    with deploy(None, model, python=script_server(tmp_path), home=tmp_path) as endpoint:
+        found = {str(one.handle): one for one in endpoints("process", home=tmp_path)}
+    assert set(found) == {str(endpoint.handle), "process://trim-ep-0badc0de"}
+    assert f"remove the folder {folder}" in found["process://trim-ep-0badc0de"].orphan

@@ -179,11 +179,14 @@ class DockerDeployer(OnEngine, LocalEndpoints):
         return False
 
     def _take_in(self, folder: Path, facts: dict[str, Any]) -> None:
-        """Put what an ended container left into the folder, and remove it."""
+        """Put what an ended container left into the folder, and remove it. Raises EndpointError where it cannot be written."""
         state = facts["State"]
-        (folder / LOG).write_bytes(b"".join(self.engine.output(facts["Id"], follow=False)))
         ended = Ended(exit_code=state["ExitCode"], oom_killed=state["OOMKilled"], at=state["FinishedAt"], error=state.get("Error", ""))
-        write_json(folder / _ENDED, ended.model_dump(mode="json"))
+        try:
+            (folder / LOG).write_bytes(b"".join(self.engine.output(facts["Id"], follow=False)))
+            write_json(folder / _ENDED, ended.model_dump(mode="json"))
+        except OSError as exc:
+            raise EndpointError(f"the end of {folder.name} cannot be written to {folder} ({exc}): make room there and repeat") from exc
         self.engine.remove(facts["Id"])
 
     def _url(self, folder: Path, record: Record) -> str:
@@ -254,7 +257,7 @@ class _Tether:
     def __init__(self, engine: Engine, container: str, log: Path) -> None:
         with asking("to attach to a container"):
             self._socket: Any = engine.client.api.attach_socket(container, {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
-        self._file = log.open("ab")
+        self._file = log.open("ab", buffering=0)
         self._thread = threading.Thread(target=self._read, daemon=True, name=f"log of {container[:12]}")
         self._thread.start()
 
@@ -271,8 +274,8 @@ class _Tether:
     def _read(self) -> None:
         with self._file as file, contextlib.suppress(OSError, ValueError):  # closed here, or at the other end
             for _, part in frames_iter(self._socket, tty=False):
-                file.write(part)
-                file.flush()
+                with contextlib.suppress(OSError):  # a full disk: read on, or the server waits for its words to be taken
+                    file.write(part)
 
 
 _tethers: dict[Path, _Tether] = {}  # of the containers that live by this process, by folder

@@ -31,7 +31,7 @@ from trimtab.serving import Serving
 RECORD, LOG = "record.json", "log.txt"
 
 _CLIENT = "client.lock"
-_STALE = 60.0  # seconds after which a half-made folder that nobody holds has no maker any more
+_STALE = 5.0  # seconds after which a half-made folder that nobody holds has no maker any more
 
 _held: dict[Path, BinaryIO] = {}  # the clients' locks that this process has
 
@@ -167,15 +167,29 @@ def remove(folder: Path) -> None:
 
 
 def folders(home: Path) -> Iterator[tuple[Path, Record]]:
-    """Every endpoint's folder under `home`, of any backend. What a client that was killed left half-made is removed."""
+    """Every endpoint's folder under `home`, of any backend, but those that are `damaged`.
+
+    What a client that was killed left half-made is removed.
+    """
     place = home / "endpoints"
     for entry in sorted(place.iterdir()) if place.is_dir() else []:
         if entry.name.startswith("."):
             with contextlib.suppress(FileNotFoundError):  # it was finished meanwhile
                 if time.time() - entry.stat().st_mtime > _STALE and not has_client(entry):
                     shutil.rmtree(entry, ignore_errors=True)
-        elif record := read(entry):
-            yield entry, record
+        else:
+            with contextlib.suppress(EndpointError):  # one damaged record is no other endpoint's trouble
+                if record := read(entry):
+                    yield entry, record
+
+
+def damaged(home: Path) -> Iterator[tuple[Path, str]]:
+    """Folders whose record cannot be understood, and what to do."""
+    for entry in sorted((home / "endpoints").glob("[!.]*")):
+        try:
+            read(entry)
+        except EndpointError as exc:
+            yield entry, str(exc)
 
 
 def said(job: JobDir) -> dict[str, Any]:

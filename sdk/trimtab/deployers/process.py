@@ -18,13 +18,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from trimtab.backends.run_folder import lock, until
 from trimtab.command import INHERITED, inherited, runtime_command, runtime_environment
 from trimtab.deployers import endpoint_folder
-from trimtab.deployers.base import EndpointHandle, EndpointState
+from trimtab.deployers.base import EndpointHandle, EndpointRecord, EndpointState
 from trimtab.deployers.endpoint_folder import LOG, Record
 from trimtab.deployers.local import GRACE, LocalEndpoints, is_loopback
 from trimtab.errors import BackendUnavailable, EndpointError
@@ -83,6 +84,19 @@ class ProcessDeployer(LocalEndpoints):
 
     def _needs_key(self, host: str) -> bool:
         return not is_loopback(host)
+
+    def endpoints(self) -> list[EndpointRecord]:
+        """Also folders whose record is damaged; of which backend they were cannot be told, so they are listed here alone."""
+        return super().endpoints() + [
+            EndpointRecord(
+                EndpointHandle(self.name, folder.name),
+                "",
+                EndpointState.FAILED,
+                datetime.fromtimestamp(folder.stat().st_mtime, UTC),
+                orphan=why,
+            )
+            for folder, why in endpoint_folder.damaged(self.home)
+        ]
 
     def _launch(self, folder: Path, record: Record, show: Callable[[Event], None]) -> Record:
         with lock(folder / _ALIVE, _MOMENT) as alive, (folder / LOG).open("ab") as log:
