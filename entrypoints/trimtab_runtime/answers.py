@@ -14,7 +14,7 @@ from trimtab_runtime.metrics import Metrics
 from trimtab_runtime.tokenizer import Tokenizer
 
 UNFINISHED = "\ufffd"  # what bytes that are no whole character are decoded to
-_OFTEN = 16  # ids from which an unfinished end is not looked at for each new one
+_OFTEN = 16  # ids up to which an unfinished end is looked at for each new one
 
 
 class Text:
@@ -25,45 +25,53 @@ class Text:
     a text in their own way. `byte_ids` are tokens that are single bytes: a run of them is decoded as one (SentencePiece's byte fallback).
     """
 
-    __slots__ = ("_byte_ids", "_decode", "_held", "_ids", "_known", "_read", "_stops", "stopped")
+    __slots__ = ("_byte_ids", "_decode", "_held", "_ids", "_known", "_next", "_read", "_stops", "stopped")
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (), byte_ids: frozenset[int] = frozenset()) -> None:
         self._decode, self._stops, self._byte_ids = decode, stops, byte_ids
         self._ids: list[int] = []  # some that have been read, and what came since
         self._read, self._known = 0, ""  # how many of them have been read, and their text
+        self._next = _OFTEN  # ids, the number from which an unfinished end is looked at again
         self._held = ""  # read, and may begin a stop text
         self.stopped = False
 
     def add(self, ids: Sequence[int], *, last: bool = False) -> str:
         """The piece of text that can be shown now, given more ids; with `last` all that is left."""
         self._ids += ids
-        return self._until_stop(self._whole(last), last)
+        return self._until_stop(self._whole(len(ids), last), last)
 
-    def _whole(self, last: bool) -> str:
-        ids = self._ids
+    def _whole(self, new: int, last: bool) -> str:
+        ids, end = self._ids, len(self._ids)
         if not last:
-            count = len(ids)
-            if not count or (count > _OFTEN and count & (count - 1) and self._is_open(self._decode(ids[-1:]))):
-                return ""
-        text = self._decode(ids)
-        if not last and self._is_open(text):
+            end = self._look(new)
+        text = self._decode(ids[:end])
+        if not end or (not last and self._is_open(text, ids[end - 1])):
             return ""
         piece = text[len(self._known) :]
-        fresh = ids[self._read :]
-        known = self._decode(fresh)
+        known = self._decode(ids[self._read : end])
         if known:
-            self._ids, self._known = fresh, known
+            self._ids, self._known, self._read = ids[self._read :], known, end - self._read
         else:
-            self._known = text
-        self._read = len(self._ids)
+            self._known, self._read = text, end
         return piece
 
-    def _is_open(self, text: str) -> bool:
-        """Whether the next id could change this text's end."""
+    def _look(self, new: int) -> int:
+        """How many ids to decode, because their text may be whole: of several new ones up to the last that ends no run. None: not now."""
+        ids, count = self._ids, len(self._ids)
+        for end in range(count, count - new if new > 1 else count, -1):
+            if not self._is_open(self._decode(ids[end - 1 : end]), ids[end - 1]):
+                return end
+        if _OFTEN < count < self._next and self._is_open(self._decode(ids[-1:]), ids[-1]):
+            return 0
+        self._next = 2 * count  # each look decodes all of them: a run that goes on is looked at as it doubles
+        return count
+
+    def _is_open(self, text: str, id: int) -> bool:
+        """Whether another id after this one could change this text's end."""
         if not text or text[-1] == UNFINISHED:
             return True
         # a token without text of its own may be skipped: the bytes before and after it are one run
-        return bool(self._byte_ids) and (self._ids[-1] in self._byte_ids or not self._decode(self._ids[-1:]))
+        return bool(self._byte_ids) and (id in self._byte_ids or not self._decode([id]))
 
     def _until_stop(self, piece: str, last: bool) -> str:
         if not self._stops:

@@ -68,7 +68,8 @@ def asking(endpoint: Endpoint, *bodies: dict[str, Any]) -> Iterator[list[Invoked
 def test_an_engine_that_dies_is_started_again_once(job: JobDir) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with DirectServer(job, TRIMTAB_PORT=str(port)) as server:
+    # float32: in bfloat16 rounding may lead the random model to bytes that are no character yet, and a stream's head waits for one
+    with DirectServer(job, ServeSpec(dtype="float32"), TRIMTAB_PORT=str(port)) as server:
         wait_until(lambda: server.process.poll() is not None or _listens(port))
         loading = http(url + "/ping")
         assert loading.refusal == (503, "the model is loading: ask again in a moment")

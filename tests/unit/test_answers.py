@@ -80,7 +80,7 @@ def test_the_pieces_are_the_whole(name: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
     size = tokenizer.get_vocab_size()
     ids = data.draw(st.lists(st.integers(0, size - 1) | st.sampled_from(range(max(0, size - 16), size)), max_size=60))
-    steps = data.draw(st.lists(st.integers(1, 4), min_size=len(ids), max_size=len(ids)))
+    steps = data.draw(st.lists(st.integers(1, 4) | st.just(25), min_size=len(ids), max_size=len(ids)))
     text, shown, at = Text(tokenizer.decode, (), singles(tokenizer)), "", 0
     for step in steps:
         shown += text.add(ids[at : at + step])
@@ -96,6 +96,16 @@ def test_bytes_around_a_token_that_is_skipped_are_one_run() -> None:
     text = Text(tokenizer.decode, (), singles(tokenizer))
     pieces = [text.add([id]) for id in ids]
     assert pieces == ["", "", "", "", "", tokenizer.decode(ids)]
+
+
+def test_of_many_tokens_at_once_what_is_whole_is_shown() -> None:
+    """However many come together, and wherever they break off."""
+    tokenizer = TOKENIZERS["byte_fallback"]
+    word, first = tokenizer.token_to_id("▁ship"), tokenizer.token_to_id("<0xE6>")
+    text = Text(tokenizer.decode, (), singles(tokenizer))
+    assert text.add([word] * 40 + [first]) == tokenizer.decode([word] * 40)
+    assert text.add([word] * 30 + [first]) == "\ufffd" + tokenizer.decode([word] * 31)[4:]
+    assert text.add([], last=True) == "\ufffd"
 
 
 @given(st.text(alphabet="abé東👩 .", max_size=80), st.lists(st.text(alphabet="abé東. ", min_size=1, max_size=4), min_size=1, max_size=3))
