@@ -19,9 +19,10 @@ from transformers.utils.logging import disable_progress_bar
 from trimtab import weights
 from trimtab.spec import TrainSpec
 from trimtab_runtime import rehearsal
+from trimtab_runtime.batch import Batch, as_batch
 from trimtab_runtime.evaluate import perplexity
 from trimtab_runtime.examples import plain
-from trimtab_runtime.model import Batch, as_batch, load_model
+from trimtab_runtime.model import load_model
 from trimtab_runtime.recipe import TYPICAL_ROWS
 from trimtab_runtime.rows import PackedRows, write_rows
 from trimtab_runtime.tokenizer import Tokenizer

@@ -17,10 +17,11 @@ from trimtab.events import Checkpoint, Choice, EventLog, Phase, Progress, Step
 from trimtab.layout import DEVICE_VARIABLE, JobDir
 from trimtab.spec import TrainSpec
 from trimtab_runtime import artifact, checkpoint, prepare
+from trimtab_runtime.batch import as_batch, batch_loss
 from trimtab_runtime.choices import cpu_flags, expected_memory, gpu_flags, learning_rate, pick_device, pick_dtype
 from trimtab_runtime.distributed import ALONE, Team
 from trimtab_runtime.memory import peak_memory_mb
-from trimtab_runtime.model import as_batch, batch_loss, load_model, read_config
+from trimtab_runtime.model import load_model, read_config
 from trimtab_runtime.rows import PackedRows
 
 TYPICAL_ROWS = 2  # of the first packed, which hold the longest samples; other choices are in README.md

@@ -20,7 +20,10 @@ from trimtab.secrets import looks_like_token
 
 SPEC_VERSION = 1
 
-PREPARATION_FIELDS = {"spec_version", "model_digest", "data_digest", "max_seq_len", "views", "questions", "replay", "epochs", "seed"}
+PREPARATION_FIELDS = {
+    *("spec_version", "model_digest", "data_digest", "max_seq_len", "too_long", "objective"),
+    *("views", "questions", "replay", "epochs", "seed"),
+}
 _BESIDE_THE_COURSE = {"max_minutes", "save_every_steps", "save_every_minutes", "keep_checkpoints", "keep_merged"}
 
 _MAX_PAIRS, _MAX_KEY, _MAX_VALUE = 100, 256, 2_500
@@ -48,15 +51,33 @@ class TrainSpec(_Spec):
     model_digest: str = Field("", description="digest of the base model's files; filled in when the weights are resolved")
     data_digest: str = Field("", description="digest of the documents; filled in when the data is staged")
 
-    method: Literal["qlora", "lora"] = Field("qlora", description="qlora: base in 4-bit NF4; lora: base in the compute dtype")
-    lora_rank: int = Field(32, ge=1, le=1024, description="rank of the adapters on every linear layer but the head")
+    recipe: Literal["pages", "knowledge", "instruct", "domain-chat", "full-text"] = Field(
+        "pages", description="a set of values for the options below that are not given; trimtab recipes lists them with their sources"
+    )
+    method: Literal["qlora", "lora", "full"] = Field(
+        "qlora", description="qlora: adapters on a base in 4-bit NF4; lora: adapters on a base in the compute dtype; full: all parameters"
+    )
+    lora_rank: int = Field(32, ge=1, le=1024, description="rank of the adapters")
     lora_alpha: float = Field(64.0, gt=0, description="adapters are scaled by alpha / rank")
+    lora_targets: tuple[str, ...] = Field(
+        (),
+        description="layers that get adapters, by the end of their names, such as q_proj; none named: every linear one but the head",
+    )
+    use_rslora: bool = Field(False, description="scale adapters by alpha / sqrt(rank): rank-stabilised LoRA")
+    use_dora: bool = Field(False, description="learn a weight's magnitude apart from its direction: DoRA")
     lora_init: Literal["qera", "zeros"] = Field(
         "qera", description="qlora's adapters begin as what quantisation took away (qera), or as nothing (zeros)"
     )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
 
     max_seq_len: int = Field(1024, ge=16, le=1_048_576, description="tokens in a packed row; longer documents go on in the next")
+    objective: Literal["auto", "all", "answers"] = Field(
+        "auto",
+        description="which tokens are learned; auto: all of running text, and of prompts and conversations what answers",
+    )
+    too_long: Literal["fail", "drop", "cut"] = Field(
+        "fail", description="a prompt with its answer, or a conversation, that is longer than a row: fail, drop it, or cut its end; counted"
+    )
     views: tuple[Literal["document", "paragraph", "sentence"], ...] = Field(
         ("document", "sentence", "sentence"),
         min_length=1,

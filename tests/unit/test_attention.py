@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional
 
 from trimtab.spec import TrainSpec
-from trimtab_runtime.model import Batch, as_batch, batch_loss, load_model
+from trimtab_runtime.batch import Batch, as_batch, batch_loss
+from trimtab_runtime.model import load_model
 from trimtab_runtime.rows import Row
 from trimtab_runtime.xeon.attention import packed_attention, plan_groups
 

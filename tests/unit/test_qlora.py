@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from trimtab.spec import TrainSpec
+from trimtab_runtime.batch import as_batch
 from trimtab_runtime.examples import Sample
 from trimtab_runtime.methods.lora import linear_layers
 from trimtab_runtime.methods.qlora import dequantised_nf4, largest_parts
-from trimtab_runtime.model import as_batch, load_model
+from trimtab_runtime.model import load_model
 from trimtab_runtime.rows import PackedRows, write_rows
 
 # PEFT still asks transformers by an old name
