@@ -15,6 +15,7 @@ from trimtab.errors import BackendUnavailable, SpecError
 from trimtab.estimate import PeakMemory, Rates, dtype_of, peak_memory
 from trimtab.plan import Finding, Foreseen, Plan, Work, measured, plan, rates_of, room, steps_time
 from trimtab.progress import Display, display
+from trimtab.recipes import with_recipe
 from trimtab.spec import JobSpec, TrainSpec, refuse_unknown
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ OPTIONS = {
 
 
 class Job:
-    """Tune `model` on `data`. Every other option of `TrainSpec` and `JobSpec` may be given by its name.
+    """Tune `model` on `data`. Every other option of `TrainSpec` and `JobSpec` may be given by its name; what is not given has the value of
+    the `recipe`, else its own default.
 
     `model` is a catalog alias, a Hub id or a folder; `data` one or more URLs, files and folders; `backend` the place to run, by name
     or as an object with its own settings. A job keeps no state: each `fit` makes a new run.
@@ -46,7 +48,7 @@ class Job:
         refuse_unknown(options, OPTIONS)
         sources = [data] if isinstance(data, str | Path) else list(data)
         of_job = {name: options.pop(name) for name in list(options) if name in JobSpec.model_fields}
-        train = TrainSpec(model=str(model.expanduser().absolute() if isinstance(model, Path) else model), **options)
+        train = TrainSpec(model=str(model.expanduser().absolute() if isinstance(model, Path) else model), **with_recipe(options))
         self.spec = JobSpec(train=train, data=tuple(str(source) for source in sources), **of_job)
         self.backend = check_name(backend) if isinstance(backend, str) else backend
         lookup(train.model)

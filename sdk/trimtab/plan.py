@@ -16,11 +16,12 @@ from trimtab.layout import JobDir
 from trimtab.ledger import Ledger
 from trimtab.model_folder import model_bytes
 from trimtab.progress import clock
+from trimtab.recipes import explained
 from trimtab.spec import TrainSpec
 
 Source = Literal["dry run", "rates measured on this machine", "stated table"]
 
-_SECTIONS = ("data", "steps", "memory", "time", "place", "price", "permissions", "missing")
+_SECTIONS = ("recipe", "data", "steps", "memory", "time", "place", "price", "permissions", "missing")
 _WIDTH = 13  # of the column of section names
 _MEASURED = 0.2  # an estimate by measured rates may be so far off
 _DRY_RUN = 0.2  # the other steps may take so much more or less than the one that stands for them
@@ -170,7 +171,7 @@ class Plan:
     missing: tuple[str, ...] = field(default=())
 
     def lines(self) -> list[str]:
-        """The plan as a person reads it, in sections: data, steps, memory, time, place, price, permissions, missing."""
+        """The plan as a person reads it, in sections: recipe, data, steps, memory, time, place, price, permissions, missing."""
         sections: dict[str, list[str]] = {name: [] for name in _SECTIONS}
         sections["data"].append(f"{self.rows:,} row{'s' if self.rows != 1 else ''}")
         sections["time"].append(str(self.time) if self.time else "not known; --dry-run runs two steps of the job, and knows it by them")
@@ -235,6 +236,7 @@ def plan(
     rows = sum(ledger.rounds[epoch % len(ledger.rounds)] for epoch in range(spec.epochs))
     tokens = round(per_row * rows * steps / whole) if whole else 0
     reasons = [
+        *explained(spec),
         f"steps {steps:,}: "
         + (
             f"max_steps, of {whole:,}"

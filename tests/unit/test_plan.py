@@ -31,7 +31,7 @@ FORESEEN = Foreseen(
     price=Price(0.1, 0.4),
     reasons=("instance ml.m7i.4xlarge, $0.97/h: 0.6 GiB needed", "money $1.00: enough", "time at most 5 days: a quota", "price as listed"),
 )
-SECTIONS = ("data", "steps", "memory", "time", "place", "price", "permissions", "missing")
+SECTIONS = ("recipe", "data", "steps", "memory", "time", "place", "price", "permissions", "missing")
 
 
 def sections(lines: list[str]) -> dict[str, list[str]]:
