@@ -12,8 +12,8 @@ setup:  ## make .venv with everything (quick the second time)
 demo: setup  ## tune the default model on pages and compare; PAGES=folder PROBES=file for your own
 	@$(PY) benchmarks/demo.py $(if $(PAGES),--pages "$(PAGES)") $(if $(PROBES),--probes "$(PROBES)")
 
-test: setup  ## every test
-	@$(PY) -m pytest
+test: setup  ## every test, in two lanes: what needs the Docker engine in one
+	@$(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: setup  ## ruff: rules and format
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

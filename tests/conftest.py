@@ -33,6 +33,15 @@ pytest_plugins = [
     "support.hosting",
 ]
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two lanes (`pytest -n 2 --dist loadgroup`): one for the files that share the Docker engine, which go first; no file is split."""
+    files = {item: item.nodeid.partition("::")[0] for item in items}
+    lane = {files[item]: "engine" for item in items if "base_image" in getattr(item, "fixturenames", ())}
+    for item, file in files.items():
+        item.add_marker(pytest.mark.xdist_group(lane.get(file, file)))
+    items.sort(key=lambda item: files[item] not in lane)
+
+
 PAGES = Path(__file__).parent / "support" / "pages"
 
 SMALL = {"method": "lora", "lora_rank": 4, "dtype": "float32", "max_seq_len": 128, "questions": 0, "replay": 0, "learning_rate": 1e-3}

@@ -75,6 +75,7 @@ def test_no_engine_is_told_with_its_remedy(monkeypatch):
         (f"{MINE}foreign:1", ["LABEL trimtab.device=gpu"], "--device gpu"),
         ("trimtab-xeon-train:0.0.0-0123456789ab", ["LABEL trimtab.context=beef"], "was moved.*trimtab image build"),
     ],
+    ids=["absent", "version", "device", "moved"],  # the names hold a process id, and two lanes must collect the same
 )
 def test_an_image_that_does_not_fit_is_refused_before_staging(client, script_image, tag, lines, said):
     if lines:
