@@ -1,5 +1,5 @@
-# make setup | demo | test | lint | types | check | cloud | clean        (see README.md)
-.PHONY: setup demo test lint types check cloud clean help
+# make setup | demo | test | lint | types | check | docs | cloud | clean        (see README.md)
+.PHONY: setup demo test lint types check docs cloud clean help
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 
@@ -15,13 +15,16 @@ demo: setup  ## tune the default model on pages and compare; PAGES=folder PROBES
 test: setup  ## every test, in two lanes: what needs the Docker engine in one
 	@$(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-lint: setup  ## ruff: rules and format
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+lint: setup  ## ruff: rules and format; and whether docs/help.md is what the commands say
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) docs/write_help.py --check
 
 types: setup  ## mypy --strict on the SDK and on localstack/
 	@$(PY) -m mypy --strict sdk && $(PY) -m mypy --strict localstack
 
 check: lint types test  ## what CI runs
+
+docs: setup  ## write docs/help.md, the help of every command
+	@$(PY) docs/write_help.py
 
 cloud: setup  ## an AWS of this machine: S3 and a SageMaker that runs jobs, until Ctrl-C; OPTIONS="--port 4567 ..."
 	@localstack/setup

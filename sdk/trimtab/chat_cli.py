@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trimtab import cli_options
+from trimtab.completion import completes, endpoint_handles, model_aliases, run_handles
 from trimtab.errors import EndpointError
-from trimtab.named import opened
-from trimtab.progress import display
 
 if TYPE_CHECKING:
     from trimtab.endpoint import Endpoint
 
 
 @click.command()
-@click.argument("where")
+@click.argument("where", shell_complete=completes(run_handles, endpoint_handles, model_aliases, paths=True))
 @cli_options.settings
 @click.option("--question", help="ask this one question and end")
 @click.option("--complete", is_flag=True, help="do not chat: each line is a text to go on from")
@@ -54,6 +53,9 @@ def chat(
       trimtab chat process://trim-7f3a9c21 --question "When does the library open?"
       trimtab chat docker://trim-ep-0c5d11ab --temperature 0.7 --top-p 0.9
     """
+    from trimtab.named import opened
+    from trimtab.progress import display
+
     signal.signal(signal.SIGTERM, _end)
     given = {name: value for name, value in options.items() if value is not None} | {"max_new_tokens": max_tokens}
     before = [{"role": "system", "content": system}] if system else []

@@ -9,12 +9,14 @@ from pathlib import Path
 import click
 
 from trimtab import cli_options
+from trimtab.completion import completes, endpoint_handles, model_aliases, run_handles
 from trimtab.errors import SpecError
-from trimtab.progress import display
+
+_complete = completes(run_handles, endpoint_handles, model_aliases, paths=True)
 
 
 @click.command()
-@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True, shell_complete=_complete)
 @click.option("--question", "-q", "asked", multiple=True, help="ask this; may be repeated")
 @click.option("--questions", "file", type=click.Path(path_type=Path), help="file of questions: one a line, or JSON with start and accept")
 @click.option("--probes", "probe_file", type=click.Path(path_type=Path), help="JSON file of starts, questions, general questions to score")
@@ -56,6 +58,7 @@ def compare(
     from trimtab import compare_page, compare_table, probes
     from trimtab.compare import Question, Sampling, read_questions, to_json
     from trimtab.compare import compare as put_to_all
+    from trimtab.progress import display
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is served meanwhile ends then, too
     if page is not None and not page.absolute().parent.is_dir():

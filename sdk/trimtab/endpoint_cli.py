@@ -16,6 +16,7 @@ import click
 
 from trimtab import cli_options
 from trimtab.backends import BACKENDS
+from trimtab.completion import completes, endpoint_handles, model_aliases, run_handles
 from trimtab.errors import BackendError, EndpointError, TrimtabError
 from trimtab.named import deploy_arguments, named
 from trimtab.progress import clock, display
@@ -38,7 +39,7 @@ def _serving(command: cli_options.Command) -> cli_options.Command:
 
 
 @click.command()
-@click.argument("what", required=False)
+@click.argument("what", required=False, shell_complete=completes(run_handles, model_aliases, paths=True))
 @cli_options.backend("where it answers  [default: where the run was; process for a model]", default=None)
 @cli_options.settings
 @click.option("--device", type=click.Choice(["xeon", "gpu"]), default="xeon", show_default=True, help="what computes the answers")
@@ -49,7 +50,12 @@ def _serving(command: cli_options.Command) -> cli_options.Command:
 @click.option("--detach", is_flag=True, help="leave it running, print its handle and return; end it with  trimtab close")
 @click.option("--merge/--no-merge", default=True, show_default=True, help="merge the adapter into the model, or serve it beside its base")
 @click.option(
-    "--adapter", "adapters", multiple=True, metavar="NAME=HANDLE", help="a run's or a folder's adapter beside the base; may be repeated"
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=HANDLE",
+    shell_complete=completes(run_handles),
+    help="a run's or a folder's adapter beside the base; may be repeated",
 )
 @click.option("--trust-remote-code", default="", metavar="OWNER/NAME@COMMIT", help="run the code of a model's author, of this revision")
 @_serving
@@ -209,7 +215,7 @@ def _facts(each: EndpointRecord) -> dict[str, Any]:
 
 
 @click.command()
-@click.argument("handles", nargs=-1, required=True, metavar="HANDLE...")
+@click.argument("handles", nargs=-1, required=True, metavar="HANDLE...", shell_complete=completes(endpoint_handles))
 @cli_options.settings
 def close(handles: tuple[str, ...], settings: tuple[str, ...]) -> None:
     """End endpoints and remove all that belongs to them. Quiet for one that is gone.

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from trimtab import images
+from trimtab.cli_options import Commands
+from trimtab.cli_options import as_json as _as_json
 from trimtab.errors import SpecError
 from trimtab.images.context import DEVICES
 
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _device = click.argument("device", type=click.Choice(DEVICES))
-_as_json = click.option("--json", "as_json", is_flag=True, help="print one JSON value instead of text")
 
 
 def _target(command: _Command) -> _Command:
@@ -31,7 +32,7 @@ def _target(command: _Command) -> _Command:
     )(command)
 
 
-@click.group()
+@click.group(cls=Commands)
 def image() -> None:
     """Build, list, show, push and prune the images in which jobs run (target train) and models are served (target serve).
 

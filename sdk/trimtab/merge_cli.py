@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trimtab import cli_options
-from trimtab.artifact import Artifact
-from trimtab.named import named, refuse_foreign
-from trimtab.progress import display
+from trimtab.completion import completes, run_handles
 
 if TYPE_CHECKING:
     from trimtab.merge import Onto
 
 
 @click.command()
-@click.argument("handle", metavar="HANDLE|FOLDER")
-@click.argument("held_out", metavar="[DATA]...", nargs=-1)
+@click.argument("handle", metavar="HANDLE|FOLDER", shell_complete=completes(run_handles, paths=True))
+@click.argument("held_out", metavar="[DATA]...", nargs=-1, type=click.Path())
 @cli_options.settings
 @click.option(
     "--onto",
@@ -53,8 +51,11 @@ def merge(
       trimtab merge process://trim-7f3a9c21 unseen-pages/ --output models/handbook
     """
     from trimtab import data, weights
+    from trimtab.artifact import Artifact
     from trimtab.merge import export, merged, pick_of, refuse_used
     from trimtab.merge_report import measure
+    from trimtab.named import named, refuse_foreign
+    from trimtab.progress import display
 
     given, what = cli_options.pairs(settings), named(handle)
     refuse_foreign(given, what.settings)

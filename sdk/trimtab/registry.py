@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.errors import BackendUnavailable, SpecError
-from trimtab.spec import refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,8 @@ class Registry:
 
     def load(self, name: str, settings: Mapping[str, Any] | None = None) -> Any:
         """An object of the class; `settings` by name, such as memory="8g". Raises SpecError for an unknown one or a wrong value, too."""
+        from trimtab.spec import refuse_unknown  # here: a list of the names alone needs no pydantic
+
         given = dict(settings or {})
         refuse_unknown(given, dict.fromkeys(self.settings(name)))
         return self.kind(name)(**given)

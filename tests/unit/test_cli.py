@@ -18,7 +18,8 @@ from contract.backend_contract import finish, until
 from trimtab import Run, TrainSpec
 from trimtab.backends.base import RunHandle
 from trimtab.backends.process import ProcessBackend
-from trimtab.cli import main, trimtab
+from trimtab.cli import main
+from trimtab.fit_cli import fit
 from trimtab.job import FILLED_IN
 from trimtab.spec import JobSpec
 
@@ -44,7 +45,7 @@ def run_script(tmp_path, monkeypatch):
 
 
 def test_every_field_of_the_spec_is_an_option_of_fit():
-    options = {parameter.name: parameter for parameter in trimtab.commands["fit"].params}
+    options = {parameter.name: parameter for parameter in fit.params}
     for name, field in {**TrainSpec.model_fields, **JobSpec.model_fields}.items():
         if name in FILLED_IN | {"train", "data"}:
             continue
@@ -53,23 +54,17 @@ def test_every_field_of_the_spec_is_an_option_of_fit():
     assert FILLED_IN & set(options) == set()
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in trimtab.commands)], ids=lambda command: " ".join(command) or "trimtab")
-def test_every_help_has_an_example(command, capsys):
-    assert main([*command, "--help"]) == 0
-    out = capsys.readouterr().out
-    assert f"Example:\n{'  ' if not command else '    '}".rstrip() in out
-    assert f"trimtab {' '.join(command)}".strip() in out.partition("Example:")[2]
-
-
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         (["fit"], "Missing argument 'DATA...'"),
         (["fit", "x"], "Missing option '--model'"),
-        (["fit", "x", "--model", "m", "--method", "full"], "'full' is not one of 'qlora', 'lora'"),
+        (["fit", "x", "--model", "m", "--method", "ful"], "'ful' is not one of 'qlora', 'lora', 'full'"),
         (["fit", "x", "--model", "m", "--lora-rang", "3"], "--lora-rank"),
         (["status"], "Missing argument 'HANDLE'"),
-        (["go"], "No such command 'go'"),
+        (["go"], "No such command 'go'. There are: chat, close, "),
+        (["statsu"], "No such command 'statsu'. Did you mean 'status'?"),
+        (["image", "bild", "xeon"], "No such command 'bild'. Did you mean 'build'?"),
     ],
 )
 def test_a_command_line_that_is_none_ends_with_2(line, said, capsys):

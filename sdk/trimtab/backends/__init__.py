@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trimtab.backends.base import Backend
 from trimtab.registry import Registry
+
+if TYPE_CHECKING:
+    from trimtab.backends.base import Backend
 
 BACKENDS = {
     "process": ("trimtab.backends.process:ProcessBackend", "pip install 'trimtab[train]'"),
