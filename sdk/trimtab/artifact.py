@@ -78,6 +78,11 @@ class Artifact:
     def __repr__(self) -> str:
         return f"Artifact({str(self.path)!r})"
 
+    def _repr_html_(self) -> str:
+        from trimtab.notebook import of_artifact
+
+        return of_artifact(self)
+
 
 def tensors_digest(path: Path) -> str:
     """sha256 over the tensors of a safetensors file, read a piece at a time and without numpy.

@@ -189,6 +189,11 @@ class Endpoint:
     def __repr__(self) -> str:
         return f"Endpoint({str(self.handle or self.url)!r})"
 
+    def _repr_html_(self) -> str:
+        from trimtab.notebook import of_endpoint
+
+        return of_endpoint(self)
+
 
 @dataclass(frozen=True)
 class _Place:

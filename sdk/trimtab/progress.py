@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere, nothing when not asked for."""
+"""What a person sees while a run goes on: a bar on a terminal, a card in a notebook, plain lines elsewhere, nothing when not asked for."""
 
 from __future__ import annotations
 
@@ -30,9 +30,14 @@ class Display(Protocol):
 
 
 def display(*, enabled: bool = True) -> Display:
-    """A bar when the error stream is a terminal, else plain lines on it; standard output stays free for results."""
+    """A card in a notebook, a bar when the error stream is a terminal, else plain lines on it; standard output stays free for results."""
     if not enabled:
         return Silent()
+    if "IPython" in sys.modules:
+        from trimtab.notebook import Live, in_notebook
+
+        if in_notebook():
+            return Live()
     return Bar() if sys.stderr.isatty() else Lines()
 
 

@@ -149,6 +149,15 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({str(self.handle)!r})"
 
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        """For notebooks: how the run stands and its loss curve; IPython chooses among the media types."""
+        from trimtab.notebook import of_run
+
+        return of_run(self)
+
+    def _repr_html_(self) -> str:
+        return self._repr_mimebundle_()["text/html"]
+
 
 def detach_or_stop(run: Run) -> None:
     """After Ctrl-C while a run was watched: ask a person at a terminal whether it goes on or ends, and tell others how to do either.
