@@ -5,7 +5,12 @@ It knows nothing and answers nonsense; everything around it (staging, training, 
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -22,11 +27,11 @@ _CORPUS = (
 )
 
 
-def make_tiny_model(folder: Path, *, seed: int = 0) -> Path:
-    """Write config.json, model.safetensors (fp32), tokenizer.json with a chat template, and return `folder`."""
-    import torch
+@cache
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 512 tokens, learned from a few sentences, with a chat template. One for all: nobody changes it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -39,7 +44,15 @@ def make_tiny_model(folder: Path, *, seed: int = 0) -> Path:
         tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<|endoftext|>"
     )
     tokenizer.chat_template = CHATML
+    return tokenizer
 
+
+def make_tiny_model(folder: Path, *, seed: int = 0) -> Path:
+    """Write config.json, model.safetensors (fp32), tokenizer.json with a chat template, and return `folder`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -59,9 +59,13 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     packed_groups: list[Group] | None = None,
+    sliding_window: int | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, heads, tokens, width] -> ([1, tokens, heads, width], None)."""
+    """transformers' attention interface: query [1, heads, tokens, width] -> ([1, tokens, heads, width], None).
+
+    With a `sliding_window` each token sees so many of its sample, itself among them.
+    """
     if packed_groups is None or query.shape[0] != 1:
         raise ValueError("packed attention takes one flattened row and its groups")
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
@@ -69,13 +73,13 @@ def packed_attention(
     if len(packed_groups) == 1 and packed_groups[0].valid.numel() == packed_groups[0].gather.numel() == query.shape[0]:
         group = packed_groups[0]
         n, length = group.gather.shape
-        return _attend(*(part.reshape(n, length, *part.shape[1:]) for part in (query, key, value)), scale)[None].flatten(1, 2), None
+        return _attend(*(part.reshape(n, length, *part.shape[1:]) for part in (query, key, value)), scale, sliding_window)[None].flatten(1, 2), None
     pieces = []
     for group in packed_groups:
         shape = group.gather.shape
         flat = group.gather.reshape(-1)
         parts = (part.index_select(0, flat).view(*shape, *part.shape[1:]) for part in (query, key, value))
-        pieces.append(_attend(*parts, scale).flatten(0, 1).index_select(0, group.valid))
+        pieces.append(_attend(*parts, scale, sliding_window).flatten(0, 1).index_select(0, group.valid))
     scatter = torch.cat([group.scatter for group in packed_groups])
     back = torch.empty_like(scatter)
     back[scatter] = torch.arange(len(scatter), device=scatter.device)
@@ -83,22 +87,40 @@ def packed_attention(
     return out[None], None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None) -> Tensor:
     """Causal attention inside each sample: [samples, length, heads, width] -> the same shape."""
     samples, length, heads, width = query.shape
     kv_heads = key.shape[2]
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    beyond = window if window is not None and window < length else None  # else the window holds the whole sample
     if length > EXPLICIT_UP_TO:  # the flash kernel, whose memory does not grow with the square
-        out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=kv_heads != heads)
+        seen = None if beyond is None else ~_hidden(length, beyond, query.device)
+        out = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=kv_heads != heads
+        )
         return out.transpose(1, 2)
     # query heads that share a key head stand as rows of one product: [samples, kv, repeat * length, width]
     repeat = heads // kv_heads
     query = query.reshape(samples, kv_heads, repeat * length, width)
     scores = torch.matmul(query * scale, key.transpose(-1, -2)).view(samples, kv_heads, repeat, length, length)
-    hidden = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+    hidden = _hidden(length, beyond, scores.device)
     weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1, dtype=torch.float32).to(value.dtype)
     out = torch.matmul(weights.view(samples, kv_heads, repeat * length, length), value)
     return out.view(samples, heads, length, width).transpose(1, 2)
+
+
+def _hidden(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Which places [length, length] a place does not see: those after it, and those `window` or more before it."""
+    whole = torch.ones(length, length, dtype=torch.bool, device=device)
+    return whole.triu(1) if window is None else whole.triu(1) | whole.tril(-window)
+
+
+def block_diagonal(positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """For models that have attention of their own: 0 where a place of the row sees another, of its own sample and not after it, and
+    minus infinity elsewhere. `positions` [1, n] restart with each sample -> [1, 1, n, n] in `dtype`."""
+    sample = (positions[0] == 0).cumsum(0)
+    seen = (sample[:, None] == sample[None, :]).tril()
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))[None, None]
 
 
 def register() -> None:
