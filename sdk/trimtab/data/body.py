@@ -12,15 +12,28 @@ from trimtab.errors import DataError
 
 HTML_TYPES = ("text/html", "application/xhtml+xml")
 TEXT_TYPES = ("text/plain", "text/markdown")
+RECORD_TYPES = {
+    **dict.fromkeys(("application/jsonl", "application/x-jsonl", "application/jsonlines", "application/x-jsonlines"), "jsonl"),
+    **dict.fromkeys(("application/x-ndjson", "application/ndjson"), "jsonl"),
+    "application/json": "json",
+    "text/csv": "csv",
+    "text/tab-separated-values": "tsv",
+    **dict.fromkeys(("application/vnd.apache.parquet", "application/parquet", "application/x-parquet"), "parquet"),
+}
+"""Media types of records, and what each is. A server names .jsonl and .parquet as anything but a page."""
 _CHUNK = 16_384  # compressed bytes at a time
 
 
-def content_type(headers: Any) -> tuple[str, str | None]:
-    """Media type ("" if there is none) and charset of a response. Raises DataError for a type that is not read."""
+def content_type(headers: Any, *, records: bool = False) -> tuple[str, str | None]:
+    """Media type ("" if there is none) and charset of a response. With `records` every type is taken but a web page's, because the
+    address says what it holds. Raises DataError for a type that is not read.
+    """
     message = Message()
     message["Content-Type"] = headers.get("Content-Type", "")
     media_type = headers.get("Content-Type", "").partition(";")[0].strip().lower()
-    if media_type and media_type not in (*HTML_TYPES, *TEXT_TYPES):
+    if records and media_type in HTML_TYPES:
+        raise DataError("it is a web page and not the file that its address names; look at it in a browser, and pass the file's address")
+    if media_type and not records and media_type not in (*HTML_TYPES, *TEXT_TYPES, *RECORD_TYPES):
         raise DataError(f"it is {media_type}, which is not read; pages are {', '.join((*HTML_TYPES, *TEXT_TYPES))}")
     charset = message.get_param("charset")
     return media_type, charset if isinstance(charset, str) else None

@@ -23,7 +23,7 @@ from requests.utils import get_environ_proxies, select_proxy
 from urllib3.exceptions import HTTPError, NameResolutionError
 
 from trimtab.data.addresses import Resolver, checked, resolve
-from trimtab.data.body import HTML_TYPES, TEXT_TYPES, content_type, read, sniffed
+from trimtab.data.body import HTML_TYPES, RECORD_TYPES, TEXT_TYPES, content_type, read, sniffed
 from trimtab.data.connect import Deadline, Gate, ProxyGate, use_gate
 from trimtab.data.decode import decode
 from trimtab.data.limits import FetchLimits
@@ -49,9 +49,9 @@ class Page:
     """A page as it came, and as text."""
 
     url: str  # as asked for
-    media_type: str  # one of HTML_TYPES or TEXT_TYPES
+    media_type: str  # one of HTML_TYPES, TEXT_TYPES or RECORD_TYPES; anything else, or "", where records were asked for
     body: bytes  # decompressed
-    text: str
+    text: str  # "" where it holds records
     tree: BeautifulSoup  # of `text`, as WebBaseLoader parsed it
 
 
@@ -63,13 +63,15 @@ def fetch_page(
     proxies_from_environment: bool = False,
     resolver: Resolver = resolve,
     verify: bool | str | None = None,
+    records: bool = False,
 ) -> Page:
-    """The page at `url`. Raises DataError with the reason alone; the caller knows the URL.
+    """The page at `url`. Raises DataError with the reason alone; the caller knows the URL. `records` says that the address names a file
+    of records, whatever type the server gives it.
 
     `verify` is a file of certificate authorities; None takes REQUESTS_CA_BUNDLE or SSL_CERT_FILE, else the bundled ones.
     """
     with Deadline(limits.total_s) as deadline:
-        adapter = _Adapter(limits, deadline, Gate(resolver, deadline, allow_private_hosts), proxies_from_environment)
+        adapter = _Adapter(limits, deadline, Gate(resolver, deadline, allow_private_hosts), proxies_from_environment, records)
         with _session(adapter, limits, verify) as session:
             try:
                 loader = PageLoader(url, session)
@@ -93,7 +95,9 @@ def _session(adapter: _Adapter, limits: FetchLimits, verify: bool | str | None) 
     session.headers.update(
         {
             "User-Agent": USER_AGENT,
-            "Accept": ", ".join([*HTML_TYPES, *(f"{kind};q=0.9" for kind in TEXT_TYPES)]),
+            "Accept": ", ".join(
+                ["*/*"] if adapter.records else [*HTML_TYPES, *(f"{kind};q=0.9" for kind in TEXT_TYPES), "application/json;q=0.1"]
+            ),
             "Accept-Encoding": "gzip, deflate",
         }
     )
@@ -109,7 +113,8 @@ class _Adapter(HTTPAdapter):
 
     cookies: Any = None
 
-    def __init__(self, limits: FetchLimits, deadline: Deadline, gate: Gate, proxies_from_environment: bool) -> None:
+    def __init__(self, limits: FetchLimits, deadline: Deadline, gate: Gate, proxies_from_environment: bool, records: bool = False) -> None:
+        self.records = records
         self.limits, self.deadline, self.gate, self.proxies_from_environment = limits, deadline, gate, proxies_from_environment
         self.page: tuple[str, bytes, str] | None = None
         super().__init__()
@@ -186,11 +191,12 @@ class _Adapter(HTTPAdapter):
         raw, text = response.raw, ""
         try:
             if response.status_code == 200:
-                media_type, charset = content_type(response.headers)
+                media_type, charset = content_type(response.headers, records=self.records)
                 body = read(raw, response.headers, self.limits.max_bytes)
                 self.deadline.check()  # a cut connection can look like the end of the page
-                media_type = media_type or sniffed(body)
-                text = decode(body, header_charset=charset, markup=media_type in HTML_TYPES).text
+                if not self.records and media_type not in RECORD_TYPES:
+                    media_type = media_type or sniffed(body)
+                    text = decode(body, header_charset=charset, markup=media_type in HTML_TYPES).text
                 self.page = media_type, body, text
                 text = parseable(text)
             elif response.status_code < 400 and not response.is_redirect:
