@@ -1,9 +1,11 @@
-"""What a run leaves: adapter and tokenizer as others read them, a model card, and trimtab.json, written last."""
+"""What a run leaves: adapter, or of the method full the model, and tokenizer as others read them, a model card, and trimtab.json, last."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -14,9 +16,11 @@ from trimtab.layout import MERGED, JobDir
 from trimtab.ledger import Ledger
 from trimtab.spec import TrainSpec
 from trimtab_runtime import manifest
+from trimtab_runtime.choices import saved_dtype
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 NAME = "trimtab.json"
 TOKENIZER_FILES = (
@@ -27,24 +31,35 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "generation_config.json",
 )
+SPELLINGS = ("chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")  # of tokenizers not in one file
+SHARD = "4GB"  # of a whole model: few files, each small enough to be sent again
+_LICENCE = re.compile(r"(licen[cs]e|notice|use_policy)([\W_].*)?", re.IGNORECASE)
+_WEIGHTS = re.compile(r"(adapter_)?model.*\.safetensors(\.index\.json)?|adapter_config\.json|config\.json")
 _PACKAGES = ("trimtab", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy")
 
 
-def write(job: JobDir, spec: TrainSpec, model: PeftModel, ledger: Ledger, metrics: dict[str, Any]) -> None:
+def write(job: JobDir, spec: TrainSpec, model: PeftModel | PreTrainedModel, ledger: Ledger, metrics: dict[str, Any]) -> None:
     """Write the artifact of a run into `job.model`. An artifact without trimtab.json is not finished."""
-    folder = job.model
+    folder, base = job.model, job.channel("model")
     (folder / NAME).unlink(missing_ok=True)
     shutil.rmtree(folder / MERGED, ignore_errors=True)  # of an earlier life
-    # the base is named as the user named it, not by where it lay on this machine
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = _hub_name(spec.model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.save_pretrained(str(folder), save_embedding_layers=False, safe_serialization=True)
-    for name in TOKENIZER_FILES:
-        source = job.channel("model") / name
-        if source.is_file():
-            shutil.copyfile(source, folder / name)
+    for path in folder.iterdir():
+        if _WEIGHTS.fullmatch(path.name):
+            path.unlink()
+    names: tuple[str, ...] = TOKENIZER_FILES
+    if spec.method == "full":
+        _write_model(folder, base, spec, model)
+        names += (*SPELLINGS, *(path.name for path in base.iterdir() if is_licence(path.name)))
+    else:
+        # the base is named as the user named it, not by where it lay on this machine
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = _hub_name(spec.model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.save_pretrained(str(folder), save_embedding_layers=False, safe_serialization=True)
+    for name in names:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
     (folder / "README.md").write_text(model_card(spec, ledger, metrics), encoding="utf-8")
     files = {path.name: manifest.file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
     manifest.write_json(
@@ -60,6 +75,24 @@ def write(job: JobDir, spec: TrainSpec, model: PeftModel, ledger: Ledger, metric
             "files": files,
         },
     )
+
+
+def _write_model(folder: Path, base: Path, spec: TrainSpec, model: PreTrainedModel) -> None:
+    """The weights as transformers stores them, one shard after the other, and the base's own config.json with their type."""
+    import torch
+
+    dtype = getattr(torch, saved_dtype(spec).value)
+    weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(str(folder), state_dict=weights, max_shard_size=SHARD, safe_serialization=True)
+    # what transformers made of it is this run's: without a cache, with other attention
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": saved_dtype(spec).value}, indent=2) + "\n", encoding="utf-8")
+
+
+def is_licence(name: str) -> bool:
+    """Whether a file of a model's folder states its licence, or what it asks to be told."""
+    return _LICENCE.fullmatch(name) is not None
 
 
 def write_merged(job: JobDir, spec: TrainSpec, say: Callable[[str], None], progress: Callable[[int, int], None]) -> None:
@@ -87,23 +120,23 @@ def versions() -> dict[str, str]:
 
 def model_card(spec: TrainSpec, ledger: Ledger, metrics: dict[str, Any]) -> str:
     """A Hugging Face model card: what it is, from what, how it was made, what it is not."""
-    total = ledger.total
+    total, whole = ledger.total, spec.method == "full"
     front = [
         "---",
-        "library_name: peft",
+        f"library_name: {'transformers' if whole else 'peft'}",
         f"base_model: {_hub_name(spec.model)}",
         "pipeline_tag: text-generation",
-        "tags: [lora, trimtab]",
+        f"tags: [{'trimtab' if whole else 'lora, trimtab'}]",
         "---",
     ]
     made = [
         f"- base model: {_hub_name(spec.model)} (files' digest {spec.model_digest[:16] or 'unknown'})",
-        f"- method: {spec.method}, rank {spec.lora_rank}, alpha {spec.lora_alpha:g}, all linear layers but the head",
+        f"- method: {_method(spec)}",
         f"- data: {total.samples:,} samples, {total.tokens:,} tokens = {total.trained:,} trained + {total.dropped:,} dropped "
         + (f"in {len(ledger.rounds)} rounds that epochs take in turn " if len(ledger.rounds) > 1 else "")
         + f"(digest {spec.data_digest[:16]})",
         f"- schedule: {metrics['steps']} of {metrics['of']} steps, {spec.epochs} epochs, peak rate {spec.learning_rate:g}, "
-        f"{spec.lr_schedule}; {metrics['ended_by']}",
+        f"{spec.lr_schedule}, recipe {spec.recipe}; {metrics['ended_by']}",
     ]
     if metrics["steps"]:
         made.append(f"- loss: {metrics['first_loss']:.4f} at the first step, {metrics['last_loss']:.4f} at the last")
@@ -113,10 +146,18 @@ def model_card(spec: TrainSpec, ledger: Ledger, metrics: dict[str, Any]) -> str:
             + (": it also restores part of what quantisation took away" if spec.lora_init == "qera" else "")
         )
     limits = (
-        "The adapter repeats what its pages said, as far as it learned it; it can be wrong, and it knows nothing newer. "
-        "The base model's licence applies. Answers about other subjects can have become worse: compare before use."
+        f"The {'model' if whole else 'adapter'} repeats what its pages said, as far as it learned it; it can be wrong, and it knows "
+        "nothing newer. The base model's licence applies. Answers about other subjects can have become worse: compare before use."
     )
     return "\n".join([*front, "", f"# {Path(_hub_name(spec.model)).name}, tuned with trimtab", "", *made, "", "## Limits", "", limits, ""])
+
+
+def _method(spec: TrainSpec) -> str:
+    if spec.method == "full":
+        return f"full, all parameters, kept in fp32 while they were trained; saved in {saved_dtype(spec).value}"
+    kinds = "".join(f", {name}" for name, used in (("rsLoRA", spec.use_rslora), ("DoRA", spec.use_dora)) if used)
+    on = ", ".join(spec.lora_targets) or "all linear layers but the head"
+    return f"{spec.method}{kinds}, rank {spec.lora_rank}, alpha {spec.lora_alpha:g}, {on}"
 
 
 def _hub_name(model: str) -> str:

@@ -78,6 +78,33 @@ def expected_memory(spec: TrainSpec, config: Mapping[str, Any], dtype: str, mani
     return Choice(f"about {found.total:,} MB", f"estimated: {found}")
 
 
+def schedule(spec: TrainSpec, steps: int, rows_per_step: int) -> Choice:
+    """What `learning_rate` makes of a run of so many steps, in words."""
+    warmup = math.ceil(steps * spec.warmup_ratio)
+    rise = f"{warmup} warm-up step{'s' if warmup != 1 else ''} to {spec.learning_rate:g}" if warmup else f"from {spec.learning_rate:g}"
+    fall = f"the same up to step {steps}" if spec.lr_schedule == "constant" else f"down to 0 at step {steps}"
+    return Choice(spec.lr_schedule, f"{rise}, then {fall}; rows {rows_per_step} a step (recipe {spec.recipe})")
+
+
+def saved_dtype(spec: TrainSpec) -> Choice:
+    """In what a wholly trained model is saved."""
+    if spec.dtype == "float32":
+        return Choice("float32", "dtype float32 was asked for")
+    return Choice("bfloat16", "what models of this kind are served in, at half the size; --dtype float32 keeps all")
+
+
+def method_line(spec: TrainSpec, trained: int, of: int, dtype: str) -> str:
+    """What a run trains, of how much, and what in."""
+    share = f"{trained:,} of {of:,} parameters trained"
+    if spec.method == "full":
+        how = "computed in float32" if dtype == "float32" else f"kept in fp32, computed in {dtype}"
+        return f"method full: {share}, {how}"
+    kind = f"{'rs' if spec.use_rslora else ''}{'DoRA' if spec.use_dora else 'LoRA'} of rank {spec.lora_rank}, alpha {spec.lora_alpha:g}"
+    on = ", ".join(spec.lora_targets) or "every linear layer but the head"
+    base = "in 4-bit NF4, " if spec.method == "qlora" else ""
+    return f"method {spec.method}: {share}, in fp32: {kind} on {on}; base {base}computed in {dtype}"
+
+
 def learning_rate(step: int, steps: int, *, peak: float, warmup_ratio: float, schedule: Literal["cosine", "linear", "constant"]) -> float:
     """The rate of step `step` (from 0) of `steps`: a linear warm-up, then the schedule down to 0 (constant: no decay)."""
     warmup = math.ceil(steps * warmup_ratio)

@@ -34,9 +34,7 @@ TUNED = "tuned"  # the folder of `adapters/` with the artifact
 
 _LAYER = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _INDEX = "model.safetensors.index.json"
-_NEEDED = {"config.json", _INDEX, *artifact.TOKENIZER_FILES, "chat_template.json"}
-_NEEDED |= {"vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"}  # of tokenizers that are not in one file
-_LICENCE = re.compile(r"(licen[cs]e|notice|use_policy)([\W_].*)?", re.IGNORECASE)
+_NEEDED = {"config.json", _INDEX, *artifact.TOKENIZER_FILES, *artifact.SPELLINGS}
 
 
 @dataclass(frozen=True)
@@ -219,7 +217,7 @@ def _copy_others(base: Path, tuned: Path, target: Path) -> dict[str, str]:
 
     Nothing else: no weights in another format, which would still be the base's.
     """
-    taken = {path.name: path for path in base.iterdir() if path.is_file() and (path.name in _NEEDED or _LICENCE.fullmatch(path.name))}
+    taken = {path.name: path for path in base.iterdir() if path.is_file() and (path.name in _NEEDED or artifact.is_licence(path.name))}
     taken |= {name: tuned / name for name in artifact.TOKENIZER_FILES if (tuned / name).is_file()}
     for name, path in taken.items():
         shutil.copyfile(path, target / name)

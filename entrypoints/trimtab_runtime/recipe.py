@@ -18,9 +18,21 @@ from trimtab.layout import DEVICE_VARIABLE, JobDir
 from trimtab.spec import TrainSpec
 from trimtab_runtime import artifact, checkpoint, prepare
 from trimtab_runtime.batch import as_batch, batch_loss
-from trimtab_runtime.choices import cpu_flags, expected_memory, gpu_flags, learning_rate, pick_device, pick_dtype
+from trimtab_runtime.choices import Choice as Made
+from trimtab_runtime.choices import (
+    cpu_flags,
+    expected_memory,
+    gpu_flags,
+    learning_rate,
+    method_line,
+    pick_device,
+    pick_dtype,
+    saved_dtype,
+    schedule,
+)
 from trimtab_runtime.distributed import ALONE, Team
 from trimtab_runtime.memory import peak_memory_mb
+from trimtab_runtime.methods import trained_parts
 from trimtab_runtime.model import load_model, read_config
 from trimtab_runtime.rows import PackedRows
 
@@ -34,48 +46,54 @@ class Diverged(TrimtabError):
 def train(
     job: JobDir, spec: TrainSpec, events: EventLog, say: Callable[[str], None], stop_requested: Callable[[], bool], team: Team = ALONE
 ) -> str:
-    """Train adapters on channel `train` and write the artifact. Returns "succeeded", or "stopped" when asked to stop before the end.
+    """Train on channel `train` by the spec's method and write the artifact.
 
+    Returns "succeeded", or "stopped" when asked to stop before the end.
     Every machine of a team runs this; each step's rows are shared out, and only the first machine writes what stays.
     Raises SpecError and StagingError for inputs that do not fit, Diverged when the loss is not finite, HostLost for a machine that is.
     """
     began = time.monotonic()
     torch.manual_seed(spec.seed)
 
+    def tell(name: str, choice: Made | None) -> None:
+        if choice is not None:
+            say(f"{name} {choice.value}: {choice.reason}")
+            events.write(Choice(name=name, value=choice.value, reason=choice.reason))
+
     # the data: rows packed before, each token accounted for
     rows = PackedRows(job.channel("train"))
     prepare.verify(job, spec)
-    for line in rows.ledger.lines():
+    for line in (f"recipe {spec.recipe}", *rows.ledger.lines()):
         say(line)
 
-    # the model: base frozen (4-bit for qlora), adapters in fp32
+    # the model: base frozen (4-bit for qlora) and adapters in fp32; or all of it, kept in fp32
     events.write(Phase(name="load", at=time.time()))
     device = pick_device(os.environ.get(DEVICE_VARIABLE, "xeon"), torch.cuda.device_count(), team.world)
     flags = cpu_flags() if device.value == "cpu" else gpu_flags()
     precision = pick_dtype(spec.dtype, flags)
     memory = expected_memory(spec, read_config(job.channel("model")), precision.value, rows.facts, device.value)
-    for name, choice in (("device", device), ("dtype", precision), ("peak_memory", memory)):
-        if choice is not None:
-            say(f"{name} {choice.value}: {choice.reason}")
-            events.write(Choice(name=name, value=choice.value, reason=choice.reason))
+    saved_as = saved_dtype(spec) if spec.method == "full" else None
+    for name, choice in (("device", device), ("dtype", precision), ("peak_memory", memory), ("saved_dtype", saved_as)):
+        tell(name, choice)
     dtype = getattr(torch, precision.value)
     typical = as_batch([rows[index] for index in range(min(TYPICAL_ROWS, len(rows)))])
-    model = load_model(job.channel("model"), spec, dtype, typical=typical, device=device.value)
+    model = load_model(job.channel("model"), spec, dtype, typical=typical, device=device.value, say=say)
     model.train()
     mixed = dtype is torch.bfloat16 and spec.lora_dropout > 0  # layers with dropout are PEFT's own, in fp32 but for autocast
-    adapters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    trained = sum(parameter.numel() for parameter in adapters.values())
-    say(f"method {spec.method}: {trained:,} adapter parameters in fp32, base computed in {precision.value}")
+    trained = trained_parts(model, spec, dtype)
+    say(method_line(spec, trained.size, trained.of, precision.value))
 
-    # the optimiser: adapters only, on every machine alike
-    team.begin_alike(adapters.values())
-    optimizer = torch.optim.AdamW(adapters.values(), lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
+    # the optimiser: what is trained, on every machine alike
+    parameters = trained.parameters
+    team.begin_alike(parameters.values())
+    optimizer = torch.optim.AdamW(trained.groups(spec.weight_decay), lr=spec.learning_rate, fused=True)
     rows_per_step = spec.batch_rows * spec.accumulation * team.world
     steps, whole = optimiser_steps(spec, rows.ledger.rounds, team.world)
     say(
         f"steps {steps}: {len(rows)} rows, {rows_per_step} a step, {spec.epochs} epochs"
         + (f", max_steps {spec.max_steps}" if spec.max_steps else "")
     )
+    tell("schedule", schedule(spec, steps, rows_per_step))
 
     # where an earlier life of this run left off
     facts = {"spec": spec.course_digest(), "rows": rows.facts["files"]} | ({"nodes": team.world} if team.world > 1 else {})
@@ -85,11 +103,12 @@ def train(
     found = checkpoint.newest(job.checkpoints, say) if team.is_first else None
     files = team.files_of_first(checkpoint.read(found) if found else {})
     if files:
-        position = checkpoint.load(files, facts, adapters, optimizer)
+        position = checkpoint.load(files, facts, parameters, optimizer)
         done, losses, before = position.step, list(position.losses), position.seconds
         say(f"resume: going on after step {done} from {checkpoint.name(done)}")
     saved = done if files else None
-    del files  # as large as the adapters and their moments
+    del files  # as large as what is trained and its moments
+    trained.write_back()
 
     def save(reason: str) -> None:
         nonlocal saved
@@ -97,7 +116,7 @@ def train(
             return
         if saved != done:  # what is there and whole is not put at risk
             position = checkpoint.Position(done, facts, (*losses[:1], *losses[-1:]), before + time.monotonic() - loop_began)
-            checkpoint.save(job.checkpoints, position, adapters, optimizer, keep=spec.keep_checkpoints)
+            checkpoint.save(job.checkpoints, position, parameters, optimizer, keep=spec.keep_checkpoints)
             saved = done
         events.write(Checkpoint(step=done, path=checkpoint.name(done), reason=reason))
         say(f"checkpoint {checkpoint.name(done)}: {reason}")
@@ -159,11 +178,12 @@ def train(
             torch.set_rng_state(random)
             ending, ended_by = leave(stopping)
             break
-        team.add_gradients(adapters.values())
-        norm = float(torch.nn.utils.clip_grad_norm_(adapters.values(), spec.max_grad_norm))
+        team.add_gradients(parameters.values())
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), spec.max_grad_norm))
         if not math.isfinite(norm):
             raise Diverged(f"the gradient is {norm} at step {done + 1}, rows {in_step}: try a smaller learning_rate, or dtype float32")
         optimizer.step()
+        trained.write_back()
         optimizer.zero_grad(set_to_none=True)
         done += 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,11 +42,18 @@ def input_scales(model: PreTrainedModel, given: dict[str, Any]) -> dict[str, Ten
     return scales
 
 
-def quantise(model: PreTrainedModel, dtype: torch.dtype, *, rank: int = 0, scales: dict[str, Tensor] | None = None) -> dict[str, Factors]:
+def quantise(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    *,
+    rank: int = 0,
+    scales: dict[str, Tensor] | None = None,
+    restored: Collection[str] | None = None,
+) -> dict[str, Factors]:
     """Replace every linear layer but the head by its NF4 form, in place. Computes in `dtype`.
 
-    Returns for each layer the `rank` largest parts of what quantisation took away (none for rank 0), where an input counts
-    as much as it varies: the rank-`rank` product that changes the layer's output least when inputs do not correlate
+    Returns for each layer (of those `restored`) the `rank` largest parts of what quantisation took away (none for rank 0), where an
+    input counts as much as it varies: the rank-`rank` product that changes the layer's output least when inputs do not correlate
     (Zhang et al. 2024, "QERA", arXiv:2410.06040, the approximate form).
     """
     lost = {}
@@ -67,7 +74,7 @@ def quantise(model: PreTrainedModel, dtype: torch.dtype, *, rank: int = 0, scale
         small = small.to(layer.weight.device)
         # else the first forward in eval mode repacks the weights in place, and later gradients are wrong or missing
         small.support_avx512bf16_for_cpu = False
-        if rank:
+        if rank and (restored is None or name in restored):
             kept = dequantize_4bit(small.weight.data, small.weight.quant_state)
             lost[name] = largest_parts(layer.weight.data.float() - kept.float(), rank, (scales or {}).get(name))
         parent, _, child = name.rpartition(".")

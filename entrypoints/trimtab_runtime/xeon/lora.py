@@ -21,7 +21,7 @@ class _Adapted(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Module, scale: float) -> Tensor:
         a_low, b_low = a.to(x.dtype), b.to(x.dtype)
         inner = torch.mm(x, a_low.t())
-        weight = _weight(base, x.dtype)
+        weight = weight_of(base, x.dtype)
         bias = getattr(base, "bias", None)
         y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
         y.addmm_(inner, b_low.t(), alpha=scale)
@@ -32,18 +32,55 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         x, inner, a_low, b_low = ctx.saved_tensors
-        dy = upstream[0].contiguous()
-        d_inner = torch.mm(dy, b_low).mul_(ctx.scale)
-        db = torch.mm(dy.t(), inner).float().mul_(ctx.scale)
-        da = torch.mm(d_inner.t(), x).float()
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.mm(dy, _weight(ctx.base, dy.dtype))
-            dx.addmm_(d_inner, a_low)
+        dx, da, db = _through(ctx, upstream[0].contiguous(), x, inner, a_low, b_low)
         return dx, da, db, None, None
 
 
-def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
+class _Directed(torch.autograd.Function):
+    """y = m / |W + s B A| (x W' + s (x A') B') + b: DoRA (Liu et al. 2024, arXiv:2402.09353), m [out] in fp32.
+
+    The norm of each output's weights takes no gradient (section 4.3 there). It needs no W + s B A: its square is
+    |W|^2 + 2 s B (W A')' + s^2 B A A' B', row by row, with `squares` [out] = |W|^2, which do not change.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, magnitude: Tensor, base: nn.Module, scale: float, squares: Tensor) -> Tensor:
+        a_low, b_low = a.to(x.dtype), b.to(x.dtype)
+        inner = torch.mm(x, a_low.t())
+        weight = weight_of(base, x.dtype)
+        z = torch.mm(x, weight.t())
+        z.addmm_(inner, b_low.t(), alpha=scale)
+        crossed = torch.mm(weight, a_low.t()).float()
+        norm = (squares + scale * (b * (2 * crossed + scale * torch.mm(b, torch.mm(a, a.t())))).sum(1)).clamp_min(1e-12).sqrt()
+        gain = (magnitude / norm - 1).to(x.dtype)  # beyond 1, for bf16 would lose what is learned of it
+        ctx.save_for_backward(x, inner, a_low, b_low, z, gain, norm)
+        ctx.base, ctx.scale = base, scale
+        bias = getattr(base, "bias", None)
+        y = torch.addcmul(z, z, gain)
+        return y if bias is None else y.add_(bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor, None, None, None]:
+        x, inner, a_low, b_low, z, gain, norm = ctx.saved_tensors
+        d_magnitude = (upstream[0] * z).sum(0, dtype=torch.float32) / norm
+        dz = torch.addcmul(upstream[0], upstream[0], gain).contiguous()
+        dx, da, db = _through(ctx, dz, x, inner, a_low, b_low)
+        return dx, da, db, d_magnitude, None, None, None
+
+
+def _through(ctx: Any, dy: Tensor, x: Tensor, inner: Tensor, a_low: Tensor, b_low: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of x, A and B from that of x W' + s (x A') B'."""
+    d_inner = torch.mm(dy, b_low).mul_(ctx.scale)
+    db = torch.mm(dy.t(), inner).float().mul_(ctx.scale)
+    da = torch.mm(d_inner.t(), x).float()
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.mm(dy, weight_of(ctx.base, dy.dtype))
+        dx.addmm_(d_inner, a_low)
+    return dx, da, db
+
+
+def weight_of(base: nn.Module, dtype: torch.dtype) -> Tensor:
     """The frozen weight [out, in] in the compute dtype; a 4-bit one is dequantised for this product only."""
     state = getattr(base.weight, "quant_state", None)
     if state is None:
@@ -60,11 +97,21 @@ def _forward(self: LoraLayer, x: Tensor, *_: Any, **__: Any) -> Tensor:
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+def _directed(self: LoraLayer, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    factors = (self.lora_A["default"].weight, self.lora_B["default"].weight, self.lora_magnitude_vector["default"].weight)
+    y: Tensor = _Directed.apply(flat, *factors, self.base_layer, self.scaling["default"], self.row_squares)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
 def fuse(model: nn.Module) -> int:
     """Let every adapted linear layer compute in one step; layers with dropout stay as they are. Returns how many do."""
     fused = 0
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and isinstance(layer.lora_dropout["default"], nn.Identity):
-            layer.forward = MethodType(_forward, layer)
+            directed = "default" in layer.lora_magnitude_vector
+            if directed:
+                layer.row_squares = weight_of(layer.base_layer, torch.float32).square().sum(1)
+            layer.forward = MethodType(_directed if directed else _forward, layer)
             fused += 1
     return fused

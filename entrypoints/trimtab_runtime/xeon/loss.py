@@ -2,7 +2,7 @@
 
 A vocabulary of 49,152 at 2,048 tokens makes 400 MB of fp32 logits, written and read several times. Here a chunk of
 tokens has its logits, loss and gradient while they are in cache, and only rows that have a label are computed.
-The head is frozen: its own gradient is not taken.
+The head's own gradient [vocabulary, width] is taken only where it is trained: one more product a chunk.
 """
 
 from __future__ import annotations
@@ -20,24 +20,36 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, wanted: Callable[[Tensor, int], Tensor], scale: float) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_head: Tensor | None = None
         for start in range(0, len(hidden), LOGITS_AT_ONCE):
-            logits = torch.mm(hidden[start : start + LOGITS_AT_ONCE], head.t()).float()
+            chunk = hidden[start : start + LOGITS_AT_ONCE]
+            logits = torch.mm(chunk, head.t()).float()
             total += wanted(logits, start)  # and its gradient stands in the place of the logits
-            if grad is not None:
-                torch.mm(logits.mul_(scale).to(head.dtype), head, out=grad[start : start + LOGITS_AT_ONCE])
-        if grad is not None:
-            ctx.save_for_backward(grad)
+            if of_hidden is None and not ctx.needs_input_grad[1]:
+                continue
+            upstream = logits.mul_(scale).to(head.dtype)
+            if of_hidden is not None:
+                torch.mm(upstream, head, out=of_hidden[start : start + LOGITS_AT_ONCE])
+            if ctx.needs_input_grad[1]:
+                part = torch.mm(upstream.t(), chunk)
+                if of_head is not None:
+                    of_head.add_(part)
+                else:  # the sum over chunks is kept in fp32: in bf16 the later ones would be lost
+                    of_head = part.float() if len(hidden) > LOGITS_AT_ONCE else part
+        if ctx.needs_input_grad[1]:
+            of_head = torch.zeros_like(head) if of_head is None else of_head.to(head.dtype)
+        ctx.save_for_backward(of_hidden, of_head)
         return total * scale
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad,) = ctx.saved_tensors
-        return grad * upstream[0].to(grad.dtype), None, None, None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        of_hidden, of_head = (None if found is None else found * upstream[0].to(found.dtype) for found in ctx.saved_tensors)
+        return of_hidden, of_head, None, None
 
 
 def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, *, scale: float) -> Tensor:
-    """`scale` times the summed loss: hidden [tokens, width], head [vocabulary, width] (frozen), targets [tokens] int64."""
+    """`scale` times the summed loss: hidden [tokens, width], head [vocabulary, width], targets [tokens] int64."""
 
     def cross_entropy(logits: Tensor, start: int) -> Tensor:
         wanted = targets[start : start + len(logits), None]
@@ -53,7 +65,7 @@ def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, *, scale
 def linear_distillation(hidden: Tensor, head: Tensor, ids: Tensor, chances: Tensor, *, scale: float) -> Tensor:
     """`scale` times the summed Kullback-Leibler divergence from a teacher known by its likeliest tokens.
 
-    hidden [tokens, width], head [vocabulary, width] (frozen), ids [tokens, k] int64 and chances [tokens, k]: the teacher's
+    hidden [tokens, width], head [vocabulary, width], ids [tokens, k] int64 and chances [tokens, k]: the teacher's
     likeliest tokens and their probabilities. All other tokens are one event, so k + 1 events are compared.
     """
 
