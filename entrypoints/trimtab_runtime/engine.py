@@ -113,7 +113,7 @@ class Engine:
         if self.tokenizer.chat_template is None:
             raise EndpointError("this model has no chat template, it only completes text: use generate() or /v1/completions")
         try:
-            return self.tokenizer.chat(messages, generation_prompt=True)[0]
+            return self.tokenizer.prompt(messages)
         except SpecError as exc:
             raise EndpointError(f"{exc}; change the messages' roles or their order") from exc
 

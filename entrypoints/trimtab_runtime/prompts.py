@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trimtab.errors import EndpointError, SpecError
 from trimtab_runtime.tokenizer import LONG, Tokenizer
@@ -16,7 +17,7 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 _AROUND = 64  # characters that a template puts around a message, about
 
-Conversation = Sequence[Mapping[str, str]]
+Conversation = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -8,25 +8,23 @@ never the control token. Templates follow Hugging Face's chat template conventio
 from __future__ import annotations
 
 import json
-import re
-import secrets
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template
-from jinja2.exceptions import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from trimtab.errors import SpecError
+from trimtab_runtime.chat_template import ChatTemplate, Message, Rendered
 
-Message = Mapping[str, str]
+Ids = Sequence[int]
+Flags = Sequence[int]  # 1 or 0 for each token
+
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 LONG = 20_000  # characters from which encoding lets other threads run meanwhile, which costs a little
 
@@ -46,7 +44,7 @@ class Tokenizer:
         self._fast.no_truncation()
         self._fast.no_padding()
         config = _json(folder / "tokenizer_config.json")
-        self._special = {name: _content(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self._special = {name: _content(config.get(name)) for name in _SPECIAL}
         eos = self._special["eos_token"]
         eos_id = self._fast.token_to_id(eos) if eos else None
         if eos_id is None:
@@ -56,11 +54,13 @@ class Tokenizer:
         bos = self._special["bos_token"]
         first = self._fast.encode("a", add_special_tokens=True).ids[:1]
         self.bos_id: int | None = self._fast.token_to_id(bos) if bos and first == [self._fast.token_to_id(bos)] else None
+        self._fast.post_processor = None  # it adds tokens that we never ask for, and may leave blanks out of the tokens' places
         separator = self._fast.token_to_id("<|endoftext|>")  # between documents of pre-training, where a chat model's eos ends turns
         self.document_start: int = next(one for one in (self.bos_id, separator, eos_id) if one is not None)
-        template_file = folder / "chat_template.jinja"
-        template = _read(template_file) if template_file.is_file() else config.get("chat_template")
-        self.chat_template: str | None = template if isinstance(template, str) else None
+        self._templates = _templates(folder, config)
+        self.chat_template: str | None = self._templates.get("default")
+        ends = [self._fast.id_to_token(id) for id in (eos_id, *_end_ids(folder))]
+        self._ends = [token for token in ends if token]
         self.vocabulary = self._fast.get_vocab_size(with_added_tokens=True)
         single = (self._fast.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         self.byte_ids: frozenset[int] = frozenset(id for id in single if id is not None)  # SentencePiece's tokens of single bytes
@@ -80,116 +80,122 @@ class Tokenizer:
         text: str = self._fast.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def following(self, text: str) -> list[int]:
+        """Ids of text that goes on after other tokens: without the blank that some tokenizers put before a text's first word."""
+        self._fast.encode_special_tokens = True
+        return self._following(text)
+
+    def texts(self, texts: Sequence[str]) -> list[Encoding]:
+        """Many texts at once, with the characters of each token; nothing in them is a control token."""
+        self._fast.encode_special_tokens = True
+        return list(self._fast.encode_batch(list(texts), add_special_tokens=False))
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
         """Ids of a conversation up to where the assistant speaks, as `apply_chat_template` gives them.
 
-        But a control token that a message spells stays letters. Raises SpecError as `chat` does.
+        But a control token that a message spells stays letters. Raises SpecError for a model without a chat template, and where that
+        refuses the conversation.
         """
-        if self.chat_template is None:
-            raise SpecError("this model has no chat template: it completes text")
-        spelled = re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))) or r"(?!)")
-        mark = f"\x02{secrets.token_hex(8)}-"  # stands for such letters, which the template then handles like others
-        hidden = [
-            {**one, "content": spelled.sub(lambda found: f"{mark}{self._control.index(found[0])}\x03", one["content"])} for one in messages
-        ]
-        texts = re.split(f"{mark}([0-9]+)\x03", self._render(hidden, True))
-        if len(texts) == 1:
-            self._fast.encode_special_tokens = False
-            whole: list[int] = self._encode(texts[0]).ids
-            return whole
-        between = self._all(texts[::2], control=True)
-        letters = self._all([self._control[int(index)] for index in texts[1::2]], control=False)
-        return [id for ids, spelled_ids in zip(between, [*letters, []], strict=True) for id in ids + spelled_ids]
+        (found,) = self.encode([self.template.prompt(messages, tools)])
+        return list(found[0])
 
-    def _all(self, texts: Sequence[str], *, control: bool) -> list[list[int]]:
-        self._fast.encode_special_tokens = not control
-        return [encoding.ids for encoding in self._fast.encode_batch(list(texts), add_special_tokens=False)]
+    def chat(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, first: int = 0) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation as `apply_chat_template` gives them, and for each whether the assistant wrote it from message `first` on.
 
-    def chat(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation, and for each whether the assistant wrote it (its end-of-turn token included).
-
-        Raises SpecError for a model without a chat template or a template that refuses the roles.
+        The token that ends its turn is the assistant's, too. A control token that a message spells stays letters. Raises SpecError as
+        `ChatTemplate.conversation` does, and for a model without a chat template.
         """
+        ((ids, mine),) = self.encode([self.template.conversation(messages, tools, first=first)])
+        return list(ids), [bool(flag) for flag in mine]
+
+    def encode(self, texts: Sequence[Rendered]) -> list[tuple[Ids, Flags]]:
+        """Ids of conversations, and which of them the assistant wrote."""
+        self._fast.encode_special_tokens = False
+        plain = [one.text for one in texts if not one.letters]
+        encoded = iter([self._encode(plain[0])] if len(plain) == 1 else self._fast.encode_batch(plain, add_special_tokens=False))
+        found: list[tuple[Ids, Flags]] = []
+        for one in texts:
+            if one.letters:
+                ids, offsets = self._with_letters(one)
+            else:
+                encoding = next(encoded)
+                ids, offsets = encoding.ids, encoding.offsets if one.written else []
+            flags = bytearray(len(ids))
+            starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+            for begin, upto in one.written:
+                first, last = bisect_right(ends, begin), bisect_left(starts, upto)  # tokens that reach into the span
+                flags[first:last] = b"\x01" * (last - first)
+            found.append((array("i", ids), bytes(flags)))
+        return found
+
+    def _with_letters(self, one: Rendered) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and their characters where a message spells a control token: between two real ones, the text there is encoded without any."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+
+        def add(text: str, start: int, *, control: bool) -> None:
+            cut = 0 if control or not start or self._puts_blanks_everywhere else self._lead(text)
+            self._fast.encode_special_tokens = not control
+            found = self._encode("\n" + text if cut else text)
+            ids.extend(found.ids[cut:])
+            offsets.extend((max(0, begin - bool(cut)) + start, max(0, end - bool(cut)) + start) for begin, end in found.offsets[cut:])
+
+        letters = set(one.letters)
+        real = [found.span() for found in self.template.control.finditer(one.text) if found.span() not in letters]
+        done = 0
+        for start, end in one.letters:
+            before = max((stop for _, stop in real if stop <= start), default=0)
+            if before < done:  # two in one stretch
+                continue
+            behind = min((begin for begin, _ in real if begin >= end), default=len(one.text))
+            if before > done:
+                add(one.text[done:before], done, control=True)
+            add(one.text[before:behind], before, control=False)
+            done = behind
+        if done < len(one.text):
+            add(one.text[done:], done, control=True)
+        return ids, offsets
+
+    def _following(self, text: str) -> list[int]:
+        cut = self._lead(text)
+        ids: list[int] = self._encode("\n" + text if cut else text).ids
+        return ids[cut:]
+
+    def _lead(self, text: str) -> int:
+        """How many tokens a line break before the text is, where it keeps a tokenizer from putting a blank there; else 0."""
+        if self._puts_blank and self._encode("\n" + text).ids[: len(self._break)] == self._break:
+            return len(self._break)
+        return 0
+
+    @cached_property
+    def _break(self) -> list[int]:
+        ids: list[int] = self._fast.encode("\n", add_special_tokens=False).ids
+        return ids
+
+    @cached_property
+    def _puts_blank(self) -> bool:
+        """Whether a text's first word is encoded as if a blank stood before it."""
+        ids = self._fast.encode("a", add_special_tokens=False).ids
+        return bool(ids) and (self._fast.id_to_token(ids[0]) or "").startswith("▁")
+
+    @cached_property
+    def _puts_blanks_everywhere(self) -> bool:
+        """Whether it does so behind each control token, too."""
+        self._fast.encode_special_tokens = False
+        behind: list[int] = self._fast.encode(f"{self._control[0]}a" if self._control else "a", add_special_tokens=False).ids[1:]
+        return behind == self._fast.encode("a", add_special_tokens=False).ids
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """Raises SpecError for a model without a chat template."""
         if self.chat_template is None:
             raise SpecError("this model has no chat template: it completes text. Use a chat model, or plain text as data")
-        # marks stand for the contents, so that it is known where the template puts them
-        marks = [f"\x02{index}\x03" for index in range(len(messages))]
-        rest = self._render([{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)], generation_prompt)
-        place = 0
-        parts: list[tuple[str, bool, bool]] = []  # text, whether it is a content, whether the assistant wrote it
-        wrote = False
-        for message, mark in zip(messages, marks, strict=True):
-            found = rest.find(mark, place)
-            if found < 0:
-                raise SpecError(f"the chat template leaves out or reorders a {message.get('role')} message: change the roles")
-            parts += self._closing(rest[place:found], wrote)
-            place = found + len(mark)
-            wrote = message["role"] == "assistant"
-            parts.append((message["content"].strip(), True, wrote))
-        parts += self._closing(rest[place:], wrote)
-        if any(word in text for text, content, _ in parts if content for word in self._control):
-            return self._piecewise(parts)
-        # as the template's own tokenizer does it: the whole conversation at once
-        self._fast.encode_special_tokens = False
-        encoding = self._encode("".join(text for text, _, _ in parts))
-        written, place = [], 0
-        for text, _, own in parts:
-            if own and text:
-                written.append((place, place + len(text)))
-            place += len(text)
-        lasts = [last for _, last in written]
-
-        def mine(start: int, end: int) -> bool:
-            span = bisect_right(lasts, start)  # the first that goes beyond it
-            return span < len(written) and end > written[span][0]
-
-        return encoding.ids, [mine(start, end) for start, end in encoding.offsets]
-
-    def _closing(self, text: str, wrote: bool) -> list[tuple[str, bool, bool]]:
-        """The template's text behind a content: up to its first control token it ends the turn, and is whose turn it was."""
-        ends = [text.index(word) + len(word) for word in self._control if word in text] if wrote else []
-        cut = min(ends, default=0)
-        return [(text[:cut], False, True), (text[cut:], False, False)]
-
-    def _piecewise(self, parts: list[tuple[str, bool, bool]]) -> tuple[list[int], list[bool]]:
-        """Part by part, where a content spells a control token: there it must yield letters."""
-        ids: list[int] = []
-        mine: list[bool] = []
-        for text, content, wrote in parts:
-            self._fast.encode_special_tokens = content
-            part = self._encode(text).ids
-            ids += part
-            mine += [wrote] * len(part)
-        return ids, mine
+        return ChatTemplate(self._templates, {name: value for name, value in self._special.items() if value}, self._control, self._ends)
 
     def _encode(self, text: str) -> Encoding:
         if len(text) < LONG:
             return self._fast.encode(text, add_special_tokens=False)
         return self._fast.encode_batch([text], add_special_tokens=False)[0]
-
-    @cached_property
-    def _template(self) -> Template:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = _tojson
-        return environment.from_string(self.chat_template or "")
-
-    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
-        try:
-            tokens = {name: value for name, value in self._special.items() if value}
-            return self._template.render(messages=messages, add_generation_prompt=generation_prompt, **tokens)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as exc:
-            raise SpecError(f"the model's chat template refuses this conversation: {exc}") from exc
-
-
-def _refuse(message: str) -> str:
-    raise TemplateError(message)
-
-
-def _tojson(value: object, indent: int | None = None) -> str:
-    """As transformers has it: no HTML escapes, letters as they are."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _read(file: Path) -> str:
@@ -214,3 +220,23 @@ def _content(token: object) -> str | None:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
+
+
+def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The chat template, `default`, and others by their names; empty where the model has none."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        beside = folder / "additional_chat_templates"
+        others = {path.stem: _read(path) for path in sorted(beside.glob("*.jinja"))} if beside.is_dir() else {}
+        return {**others, "default": _read(file)}
+    given = config.get("chat_template")
+    if isinstance(given, str):
+        return {"default": given}
+    named = [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
+    return {one["name"]: one["template"] for one in named if isinstance(one.get("name"), str) and isinstance(one.get("template"), str)}
+
+
+def _end_ids(folder: Path) -> list[int]:
+    """The tokens at which the model stops, as its makers say: a turn may have several ends."""
+    ids = _json(folder / "generation_config.json").get("eos_token_id")
+    return [id for id in (ids if isinstance(ids, list) else [ids]) if isinstance(id, int) and id >= 0]

@@ -30,7 +30,7 @@ def test_a_conversation_has_the_ids_of_apply_chat_template(tokenizer: Tokenizer,
     theirs = AutoTokenizer.from_pretrained(tiny_model)
     ids, _ = tokenizer.chat(CONVERSATION[:turns])
     assert ids == theirs.apply_chat_template(CONVERSATION[:turns], tokenize=True, return_dict=False)
-    prompt, _ = tokenizer.chat(CONVERSATION[:turns], generation_prompt=True)
+    prompt = tokenizer.prompt(CONVERSATION[:turns])
     assert prompt == theirs.apply_chat_template(CONVERSATION[:turns], tokenize=True, add_generation_prompt=True, return_dict=False)
 
 
