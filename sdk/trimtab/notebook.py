@@ -11,11 +11,11 @@ import importlib
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import RunFailed, TrimtabError
 from trimtab.events import Event, Finished, Phase, Progress, Step
 from trimtab.progress import clock, sentence
 
@@ -32,8 +32,9 @@ _MUTED = "opacity:0.75"
 _WIDTH, _HEIGHT = 360, 110  # of the curve, and what its labels take of it
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 8, 18
 _POINTS = 180  # of a line at most: two pixels each
-_SMOOTH = 0.9  # share of the running mean that a step keeps (bias-corrected, as Adam's moments are)
-_FEW = 20  # steps that need no mean
+_FEW = 20  # steps that need no running mean
+
+_NO_LOSS = 1e30  # from here on, and of NaN and infinity, there is nothing to draw
 
 _PAUSE = 0.3  # seconds between two drawings
 _LINES = 200  # sentences that are kept
@@ -64,7 +65,7 @@ def card(
         )
     if facts:
         said = " ".join(
-            f'<span style="margin-right:1.2em"><span style="{_MUTED}">{_text(name)}</span> {_text(value)}</span>'
+            f'<span style="display:inline-block;margin-right:1.2em"><span style="{_MUTED}">{_text(name)}</span> {_text(value)}</span>'
             for name, value in facts.items()
             if value
         )
@@ -84,7 +85,7 @@ def card(
 
 def loss_curve(steps: Sequence[Step]) -> str:
     """The loss of each step as an inline SVG; from 20 steps on thin, with its running mean over it. Losses that are no numbers are gaps."""
-    points = [(one.step, one.loss) for one in steps if math.isfinite(one.loss)]
+    points = [(one.step, one.loss) for one in steps if abs(one.loss) < _NO_LOSS]
     if len(points) < 2:
         return ""
     first, last = points[0][0], points[-1][0]
@@ -130,14 +131,17 @@ def of_step(step: Step | None) -> dict[str, str]:
 
 
 class Live:
-    """A `progress.Display` that draws one card again and again where the notebook's cell writes."""
+    """A `progress.Display` that draws one card again and again where the notebook's cell writes.
 
-    def __init__(self) -> None:
+    `publish` takes what to show, by media type, in place of what it got before.
+    """
+
+    def __init__(self, publish: Callable[[dict[str, str]], None] | None = None) -> None:
+        self._publish = publish or _in_place()
         self._lines: list[str] = []
         self._steps: dict[int, Step] = {}
         self._title, self._state, self._share = "trimtab", "", 0.0
         self._counted = ""
-        self._handle: Any = None
         self._drawn = -math.inf
 
     def say(self, text: str) -> None:
@@ -173,18 +177,31 @@ class Live:
         facts = {"": self._counted} | of_step(steps[-1] if steps else None)
         drawn = card(self._title, self._state, progress=self._share, facts=facts, steps=steps, lines=self._lines)
         text = self._counted or (self._lines[-1] if self._lines else "")
-        data = {"text/html": drawn, "text/plain": steps[-1].line() if steps else text}
-        if self._handle is None:
-            self._handle = importlib.import_module("IPython.display").display(data, raw=True, display_id=True)
-        else:
-            self._handle.update(data, raw=True)
+        self._publish({"text/html": drawn, "text/plain": steps[-1].line() if steps else text})
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, RunFailed):  # which it may have been without a last word of its own
+            self._state = "failed"
+            self._lines.append(error.reason)
         if self._lines or self._steps:
             self._draw(now=True)
+
+
+def _in_place() -> Callable[[dict[str, str]], None]:
+    """What shows something in the running cell, each time in place of the last."""
+    handle: Any = None
+
+    def publish(data: dict[str, str]) -> None:
+        nonlocal handle
+        if handle is None:
+            handle = importlib.import_module("IPython.display").display(data, raw=True, display_id=True)
+        else:
+            handle.update(data, raw=True)
+
+    return publish
 
 
 def of_run(run: Run) -> dict[str, str]:
@@ -258,8 +275,10 @@ def _thinned(points: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]
 
 
 def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The exponential running mean over about an eighth of the points, 20 at most, bias-corrected as Adam's moments are."""
+    keep = 1 - 1 / min(20.0, max(2.0, len(points) / 8))
     mean, found = 0.0, []
     for number, (step, loss) in enumerate(points, 1):
-        mean = _SMOOTH * mean + (1 - _SMOOTH) * loss
-        found.append((step, mean / (1 - _SMOOTH**number)))
+        mean = keep * mean + (1 - keep) * loss
+        found.append((step, mean / (1 - keep**number)))
     return found
