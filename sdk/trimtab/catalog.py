@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import SpecError
+from .families import FAMILIES, Family
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,21 @@ class CatalogEntry:
     kind: Literal["chat", "completion"]
     gated: bool
     licence: Licence
+    template: str = ""
+    """How a chat model marks turns (llama2, llama3, chatml, mistral, falcon, glm4); empty for one that completes text."""
     fallback: Fallback | None = None
+    coming: str = ""
+    """Why the model cannot be used yet, and what to take instead; empty for one that can be."""
+
+    @property
+    def family(self) -> Family | None:
+        """What is known of its architecture; None for one that is coming."""
+        return FAMILIES.get(self.architecture)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the revision is a commit, and not a branch or tag that may move."""
+        return _COMMIT.fullmatch(self.revision) is not None
 
     @property
     def page(self) -> str:
@@ -69,14 +87,59 @@ def _entry(alias: str, table: dict[str, Any]) -> CatalogEntry:
     return CatalogEntry(alias=alias, **{**table, "licence": Licence(**table["licence"]), "fallback": fallback})
 
 
+def rows() -> list[dict[str, Any]]:
+    """What `trimtab models` lists: an entry each, in the catalog's order, as JSON values.
+
+    `targets` are the layers that get adapters unless others are asked for, `engines` what serves the model on processors, the best
+    first; both are empty for a model that is `coming`.
+    """
+    found = []
+    for entry in catalog().values():
+        family = entry.family
+        row = {"alias": entry.alias, "hub_id": entry.hub_id, "revision": entry.revision, "pinned": entry.pinned}
+        row |= {"family": entry.architecture, "kind": entry.kind, "template": entry.template, "parameters": entry.parameters}
+        row |= {"context_length": entry.context_length, "targets": list(family.targets) if family else []}
+        row |= {"engines": list(family.engines) if family else [], "note": family.note if family else "", "coming": entry.coming}
+        row |= {"gated": entry.gated, "licence": entry.licence.name, "licence_url": entry.licence.url, "page": entry.page}
+        found.append(row)
+    return found
+
+
+def markdown() -> str:
+    """The catalog as the table that README.md shows: a line for each family, and one for what is coming."""
+    lines = ["| family | models by alias | adapters on | served on processors by |", "| --- | --- | --- | --- |"]
+    for family in FAMILIES.values():
+        aliases = ", ".join(f"`{entry.alias}`" for entry in catalog().values() if entry.architecture == family.model_type)
+        targets = ", ".join(f"`{target}`" for target in family.targets)
+        lines.append(f"| `{family.model_type}`: {family.known_as} | {aliases} | {targets} | {', '.join(family.engines)} |")
+    lines += [f"| `{entry.architecture}` | `{entry.alias}` | coming | coming |" for entry in catalog().values() if entry.coming]
+    return "\n".join(lines) + "\n"
+
+
 def lookup(model: str) -> CatalogEntry | None:
     """What the catalog knows of `model`: an alias, a local folder, a prefix in S3, or a Hub id `owner/name` with an optional `@revision`.
 
     A Hub id that an alias stands for gets that alias's entry; with a revision of its own, that revision and no fallback. None for a
     local folder, for a prefix in S3 and for a Hub id that the catalog does not hold.
 
-    Raises SpecError for a name that is none of these.
+    Raises SpecError for a name that is none of these, and for a model that is known and cannot be used yet.
     """
+    entry = _known(model)
+    if entry is not None and entry.coming:
+        raise SpecError(f"{model}: {entry.coming}")
+    return entry
+
+
+def refuse_too_long(model: str, max_seq_len: int) -> None:
+    """Raise SpecError where rows of `max_seq_len` tokens are longer than the model of this name is made for, as far as the catalog knows:
+    so nothing is fetched in vain."""
+    entry = lookup(model)
+    if entry is not None and entry == catalog().get(entry.alias) and max_seq_len > entry.context_length:
+        limit = entry.context_length
+        raise SpecError(f"max_seq_len {max_seq_len:,} is beyond the {limit:,} positions of {entry.alias}: choose {limit} or less")
+
+
+def _known(model: str) -> CatalogEntry | None:
     entries = catalog()
     if model in entries:
         return entries[model]
@@ -88,10 +151,11 @@ def lookup(model: str) -> CatalogEntry | None:
         if entry is None or revision in ("", entry.revision):
             return entry
         return replace(entry, revision=revision, fallback=None)
-    near = get_close_matches(model.lower(), entries, n=1, cutoff=0.5)
-    guess = f" Did you mean {near[0]}?" if near else ""
+    typed = model.lower()
+    near = [alias for alias in entries if alias.startswith(typed)][:3] or get_close_matches(typed, entries, n=1, cutoff=0.5)
+    guess = f" Did you mean {' or '.join(near)}?" if near else ""
     raise SpecError(
-        f"There is no model {model!r}.{guess} Give one of {', '.join(entries)}, "
+        f"There is no model {model!r}.{guess} Give an alias (trimtab models lists the {len(entries)} that there are), "
         "or the folder of a model, or a Hub id such as owner/name or owner/name@revision."
     )
 

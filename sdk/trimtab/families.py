@@ -120,10 +120,8 @@ def refusal(config: Mapping[str, Any], max_seq_len: int) -> str:
 
 def window_of(config: Mapping[str, Any]) -> int | None:
     """How far back a layer looks, in tokens, itself among them; None where every layer looks back to the beginning."""
-    if not config.get("use_sliding_window", True):
-        return None
-    window = config.get("sliding_window")
-    return window if isinstance(window, int) and window > 0 else None
+    found = [config.get("sliding_window") if config.get("use_sliding_window", True) else None, config.get("attention_chunk_size")]
+    return min((window for window in found if isinstance(window, int) and window > 0), default=None)
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,13 +23,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from trimtab import data, weights
+from trimtab import data, families, weights
 from trimtab.cache import cache_dir
-from trimtab.catalog import catalog, in_s3
+from trimtab.catalog import catalog, in_s3, refuse_too_long
 from trimtab.command import REMEDY, inherited, refuse_missing_runtime, runtime_command, runtime_environment
-from trimtab.errors import SpecError, StagingError
+from trimtab.errors import SpecError, StagingError, WeightsError
 from trimtab.events import Event, read_from
 from trimtab.layout import PIPE_VARIABLE, JobDir
 from trimtab.ledger import Ledger
@@ -82,7 +82,10 @@ def stage(
     refuse_missing_runtime(sys.executable)
     if in_s3(spec.train.model) and spec.train.replay > 0:
         raise SpecError("the weights stay in S3, so nothing can be rehearsed with them here: set replay to 0 (--replay 0)")
+    refuse_too_long(spec.train.model, spec.train.max_seq_len)
     model = weights.resolve(spec.train.model, cache=cache, token=token, offline=offline, say=say, aws=aws, bucket_owner=bucket_owner)
+    if why := families.refusal(_config(model), spec.train.max_seq_len):
+        raise SpecError(why)
     limits = data.FetchLimits(max_bytes=max(1, round(spec.max_page_mb * 1e6)), total_s=spec.max_page_seconds)
     loaded = data.load(spec.data, on_error=spec.on_error, allow_private_hosts=spec.allow_private_hosts, limits=limits, say=say)
     filled = {
@@ -109,13 +112,26 @@ def stage(
 
 
 def lasting_name(given: str, model: BaseModel) -> str:
-    """A name that means the same files later: an alias as it is, a Hub id with its commit, a folder with its whole path.
+    """A name that means the same files later: an alias of a commit as it is, a Hub id with its commit, a folder with its whole path.
 
     Without a commit (the files came from a fallback) a Hub id stays as it was given.
     """
     if model.hub_id is None:
         return model.uri or str(model.folder)
-    return given if given in catalog() or model.revision is None else f"{model.hub_id}@{model.revision}"
+    lasting = given in catalog() and catalog()[given].pinned
+    return given if lasting or model.revision is None else f"{model.hub_id}@{model.revision}"
+
+
+def _config(model: BaseModel) -> dict[str, Any]:
+    """The model's config.json. Raises WeightsError where it is no JSON object."""
+    path = model.folder / "config.json"
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as exc:
+        raise WeightsError(f"{path} cannot be read ({exc}): copy the model again") from exc
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path} is not a model's configuration: copy the model again")
+    return found
 
 
 def documents_digest(documents: Sequence[Document]) -> str:

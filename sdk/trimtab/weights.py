@@ -86,6 +86,8 @@ def resolve(
         elif is_path(model):
             found = _local(Path(model).expanduser(), cache, verify=verify)
         else:
+            if entry and not entry.pinned:
+                say(f"{model} follows {entry.revision} of {entry.hub_id}, whatever that means today; the run names the commit")
             found = _remote(_wanted(model, entry, cache, token=token, offline=offline, say=say, verify=verify))
     except OSError as exc:
         raise WeightsError(

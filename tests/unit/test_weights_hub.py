@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -77,6 +78,16 @@ def test_an_alias_stays_an_alias(hub: ModelHub, tmp_path: Path):
     entry = catalog()[ALIAS]
     hub.repositories[entry.hub_id] = Repository({"main": NEW}, {NEW: tiny_model_files(2), entry.revision: tiny_model_files(1)})
     assert lasting_name(ALIAS, quietly(ALIAS, tmp_path)) == ALIAS
+
+
+def test_an_alias_of_a_branch_says_so_and_becomes_the_commit(hub: ModelHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    entry = replace(catalog()["glm4-9b-chat"], revision="main")
+    monkeypatch.setitem(catalog(), entry.alias, entry)
+    hub.repositories[entry.hub_id] = Repository({"main": NEW}, {NEW: tiny_model_files(2)})
+    said: list[str] = []
+    base = resolve(entry.alias, cache=tmp_path, say=said.append)
+    assert said[0] == f"{entry.alias} follows main of {entry.hub_id}, whatever that means today; the run names the commit"
+    assert lasting_name(entry.alias, base) == f"{entry.hub_id}@{NEW}"
 
 
 @pytest.mark.parametrize("revision", ["refs", "..", "../../precious"])
