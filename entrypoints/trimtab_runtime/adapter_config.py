@@ -13,10 +13,10 @@ from trimtab.errors import WeightsError
 
 NAME = "adapter_config.json"
 
-# settings that leave  W + scale * B A  what it is; every other one must be unset
+# settings that leave  W + scale * B A  what it is, or (use_dora) that with its rows brought to other lengths; every other one must be unset
 _HARMLESS = {
     *("task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "ensure_weight_tying"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "ensure_weight_tying"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("init_lora_weights", "loftq_config", "eva_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
 }
@@ -54,6 +54,11 @@ def refusal(settings: dict[str, Any]) -> str:
         return f"init_lora_weights = {settings['init_lora_weights']!r}"
     used = (name for name, value in settings.items() if name not in _HARMLESS and value not in (None, False, "none", {}, []))
     return next((f"{name} = {settings[name]!r}" for name in used), "")
+
+
+def is_directed(settings: dict[str, Any]) -> bool:
+    """Whether it is DoRA, whose rows have lengths of their own: m / |W + scale * B A| (W + scale * B A) (arXiv:2402.09353)."""
+    return bool(settings.get("use_dora"))
 
 
 def scaling(settings: dict[str, Any]) -> AdapterConfig:

@@ -185,13 +185,25 @@ def variant(base: Path, adapter: Adapter, name: str, nf4: torch.dtype | None, dt
     model = model.to(dtype) if dtype else model
     if name == "unmerged":
         for layer, (b, a) in adapter.factors.items():
-            layers[layer].register_forward_hook(beside(b.to(model.dtype), a.to(model.dtype), adapter.scales[layer]))
+            scale, gain = adapter.scales[layer], None
+            if layer in adapter.magnitudes:
+                whole = torch.addmm(layers[layer].weight.float(), b.float(), a.float(), alpha=scale)
+                gain = adapter.gain(layer, whole).to(model.dtype)
+            layers[layer].register_forward_hook(beside(b.to(model.dtype), a.to(model.dtype), scale, gain))
     return model.eval()
 
 
-def beside(b: Tensor, a: Tensor, scale: float) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A hook that adds an adapter's part to a layer's output."""
-    return lambda _, inputs, output: output + functional.linear(functional.linear(inputs[0], a), b) * scale
+def beside(b: Tensor, a: Tensor, scale: float, gain: Tensor | None = None) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A hook that adds an adapter's part to a layer's output; with `gain` [out] (DoRA) that much of all but the bias."""
+
+    def added(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        found = output + functional.linear(functional.linear(inputs[0], a), b) * scale
+        if gain is None:
+            return found
+        bias = getattr(module, "bias", None)
+        return found * gain if bias is None else (found - bias) * gain + bias
+
+    return added
 
 
 def batches(passages: Sequence[Passage]) -> Iterator[list[Passage]]:

@@ -4,9 +4,10 @@ Channel `model` (the base), `adapters/tuned` (the artifact) and channel `merge` 
 
     request.json    {"onto": "original" | "dequantised"}
 
-A weight W [out, in] becomes  W + alpha / r * B A, computed in fp32 and rounded once to the type in which the base stores it. `original`:
-W is the base's own. `dequantised`: W went through NF4 and back, as did the weights that a qlora adapter was trained on (Dettmers et al.
-2023, arXiv:2305.14314); merged onto the others, it is not the model that was trained.
+A weight W [out, in] becomes  W + s B A, with s = alpha / r or alpha / sqrt(r) as the adapter says, and with DoRA (arXiv:2402.09353) each
+of its rows gets the length that was learned for it; all in fp32, rounded once to the type in which the base stores it. `original`: W is the
+base's own. `dequantised`: W went through NF4 and back, as did the weights that a qlora adapter was trained on (Dettmers et al. 2023,
+arXiv:2305.14314); merged onto the others, it is not the model that was trained.
 """
 
 from __future__ import annotations
@@ -32,17 +33,18 @@ Onto = Literal["original", "dequantised"]
 
 TUNED = "tuned"  # the folder of `adapters/` with the artifact
 
-_LAYER = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_LAYER = re.compile(r"base_model\.model\.(.+)\.lora_(?:([AB])\.weight|(magnitude)_vector)")
 _INDEX = "model.safetensors.index.json"
 _NEEDED = {"config.json", _INDEX, *artifact.TOKENIZER_FILES, *artifact.SPELLINGS}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """B [out, r] and A [r, in] of each adapted layer, by its name in the model, and the scale of each product."""
+    """B [out, r] and A [r, in] of each adapted layer, by its name in the model, the scale of each product, and DoRA's magnitudes [out]."""
 
     factors: dict[str, tuple[Tensor, Tensor]]
     scales: dict[str, float]
+    magnitudes: dict[str, Tensor]
 
     def merged(self, layer: str, weight: Tensor, nf4: torch.dtype | None = None) -> Tensor:
         """The layer's weight [out, in] with the adapter in it, in the type of `weight`; first to NF4 and back where `nf4` says in which
@@ -59,6 +61,8 @@ class Adapter:
                 shape = f"{b.shape[0]} x {a.shape[1]}"
                 raise WeightsError(f"the adapter's {layer} is {shape}, the base model's {tuple(weight.shape)}: it belongs to another model")
             found = torch.addmm(found, b.float(), a.float(), alpha=self.scales[layer])
+            if layer in self.magnitudes:
+                found.mul_(self.gain(layer, found)[:, None])
         rounded = found.to(weight.dtype)
         if not torch.isfinite(rounded).all():
             raise WeightsError(
@@ -66,9 +70,13 @@ class Adapter:
             )
         return rounded
 
+    def gain(self, layer: str, whole: Tensor) -> Tensor:
+        """With DoRA: by how much [out] the rows of W + s B A (`whole`, fp32) become longer."""
+        return self.magnitudes[layer].float() / torch.linalg.vector_norm(whole, dim=1)
+
 
 def read_adapter(folder: Path) -> Adapter:
-    """Raises SpecError, naming the setting, for an adapter that is more than a product of two matrices beside a weight."""
+    """Raises SpecError, naming the setting, for an adapter that is more than a product of two matrices beside a weight, or DoRA."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -85,11 +93,14 @@ def read_adapter(folder: Path) -> Adapter:
         match = _LAYER.fullmatch(name)
         if match is None:
             raise SpecError(f"the adapter holds {name}, which cannot be merged: serve it beside its base model (merge=False)")
-        found.setdefault(match[1], {})[match[2]] = tensor
-    if odd := sorted(layer for layer, parts in found.items() if set(parts) != {"A", "B"}):
-        raise WeightsError(f"the adapter has only one of two matrices for {odd[0]}: copy the artifact there again")
+        found.setdefault(match[1], {})[match[2] or match[3]] = tensor
+    wanted = {"A", "B", *(["magnitude"] if adapter_config.is_directed(settings) else [])}
+    if odd := sorted(layer for layer, parts in found.items() if set(parts) != wanted):
+        there = " and ".join(sorted(found[odd[0]]))
+        raise WeightsError(f"the adapter holds {there} of {odd[0]}, and not {' and '.join(sorted(wanted))}: copy the artifact there again")
     scales = {layer: scaling.scale(layer, parts["A"].shape[0]) for layer, parts in found.items()}
-    return Adapter({layer: (parts["B"], parts["A"]) for layer, parts in found.items()}, scales)
+    magnitudes = {layer: parts["magnitude"] for layer, parts in found.items() if "magnitude" in parts}
+    return Adapter({layer: (parts["B"], parts["A"]) for layer, parts in found.items()}, scales, magnitudes)
 
 
 def merge(job: JobDir, say: Callable[[str], None], progress: Callable[[int, int], None]) -> None:

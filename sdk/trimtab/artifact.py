@@ -1,4 +1,4 @@
-"""What stays of a run: the adapter, the tokenizer and the manifest that says what they were made of."""
+"""What stays of a run: the adapter, or the whole model, the tokenizer and the manifest that says what they were made of."""
 
 from __future__ import annotations
 
@@ -13,12 +13,25 @@ from trimtab.spec import TrainSpec
 
 MANIFEST = "trimtab.json"
 ADAPTER = "adapter_model.safetensors"
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 _PIECE = 1 << 20  # bytes read at once
 
 
+def holds_artifact(folder: Path) -> bool:
+    """Whether a run left what is in a folder: an adapter, or a model that was trained whole. A merged model is a model like others."""
+    if (folder / "adapter_config.json").is_file():
+        return True
+    try:
+        told = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return bool(told["spec"]["method"] == "full")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 class Artifact:
-    """A folder with an adapter and its manifest. Two artifacts are equal when their adapter tensors' bytes are."""
+    """A folder with an adapter, or a whole model, and its manifest. Two artifacts are equal when their tensors' bytes are."""
 
     def __init__(self, path: str | Path) -> None:
         """Raises StagingError for a folder that holds no artifact."""
@@ -46,17 +59,35 @@ class Artifact:
         return TrainSpec(**values)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it is a model that needs no base, as the method full leaves it; else an adapter."""
+        return self.spec.method == "full"
+
+    @property
+    def weights(self) -> tuple[Path, ...]:
+        """The files with the tensors. Raises StagingError for an index that cannot be read."""
+        if not self.is_whole:
+            return (self.path / ADAPTER,)
+        if not (self.path / INDEX).is_file():
+            return (self.path / WHOLE,)
+        try:
+            names = set(json.loads((self.path / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise StagingError(f"{self.path / INDEX} cannot be read ({exc}): copy the artifact there again") from exc
+        return tuple(self.path / name for name in sorted(names))
+
+    @property
     def base_digest(self) -> str:
-        """Names the base model that the adapter belongs to, by its contents."""
+        """Names the base model that was tuned, and that an adapter belongs to, by its contents."""
         return self.spec.model_digest
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the adapter's tensors: names, types, shapes and bytes, in the order of their names.
+        """sha256 of the tensors: names, types, shapes and bytes, in the order of their names.
 
-        The file's own metadata does not count. Raises StagingError for a file that is not whole.
+        The files' own metadata does not count, nor how many they are. Raises StagingError for a file that is not whole.
         """
-        return tensors_digest(self.path / ADAPTER)
+        return tensors_digest(*self.weights)
 
     def verify(self) -> None:
         """Raises StagingError where a file is missing or is not the one that the manifest names."""
@@ -84,30 +115,40 @@ class Artifact:
         return of_artifact(self)
 
 
-def tensors_digest(path: Path) -> str:
-    """sha256 over the tensors of a safetensors file, read a piece at a time and without numpy.
+def tensors_digest(*files: Path) -> str:
+    """sha256 over the tensors of safetensors files, by their names, read a piece at a time and without numpy.
 
     Format: 8 bytes little-endian length, a JSON header of that length, then the tensors' bytes; offsets count from there
     (safetensors documentation, "Format"). Raises StagingError for a file that is missing, cut short or no safetensors.
     """
     digest = hashlib.sha256()
+    path = files[0]
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size
-            if not 2 <= length <= size - 8:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
+        places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+        for path in files:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                size = path.stat().st_size
+                if not 2 <= length <= size - 8:
+                    raise ValueError("its header is longer than the file")
+                header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            for name in sorted(header):
-                tensor = header[name]
+            for name, tensor in header.items():
                 begin, end = tensor["data_offsets"]
                 if not 0 <= begin <= end <= size - 8 - length:
                     raise ValueError(f"{name} lies outside the file")
-                digest.update(json.dumps([name, tensor["dtype"], tensor["shape"]]).encode())
-                file.seek(8 + length + begin)
-                for start in range(begin, end, _PIECE):
-                    digest.update(file.read(min(_PIECE, end - start)))
+                places[name] = (path, 8 + length + begin, tensor)
+        for name in sorted(places):
+            path, start, tensor = places[name]
+            digest.update(json.dumps([name, tensor["dtype"], tensor["shape"]]).encode())
+            with path.open("rb") as file:
+                file.seek(start)
+                left = tensor["data_offsets"][1] - tensor["data_offsets"][0]
+                while left > 0:
+                    digest.update(piece := file.read(min(_PIECE, left)))
+                    if not piece:
+                        raise ValueError(f"it ends before {name}")
+                    left -= len(piece)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
         raise StagingError(f"{path} is not a whole safetensors file ({exc}): copy the artifact there again, or train it again") from exc
     return digest.hexdigest()

@@ -45,9 +45,11 @@ def merged(
     for this artifact, else what it was trained on. Files are as large as the base's, and stored in the same type. Of two processes that
     ask at once one makes it; what is interrupted leaves nothing. The folder belongs to the cache: copy it before you change it.
 
-    Raises WeightsError for another base model than the trained one, SpecError for an adapter that this version does not merge and for
-    `dequantised` where the run did not quantise, StagingError where there is no room, with the runtime's reason.
+    Raises WeightsError for another base model than the trained one, SpecError for an artifact that is a whole model, for an adapter that
+    this version does not merge and for `dequantised` where the run did not quantise, StagingError where there is no room, with the
+    runtime's reason.
     """
+    refuse_whole(artifact)
     refuse_other_base(artifact, base)
     chosen = pick_of(artifact, base)[0] if onto == "auto" else onto
     if chosen == "dequantised" and artifact.spec.method != "qlora":
@@ -95,6 +97,12 @@ def refuse_used(output: Path) -> None:
     output = output.expanduser()
     if output.is_symlink() or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
         raise StagingError(f"{output} is there already: choose a folder that is new or empty")
+
+
+def refuse_whole(artifact: Artifact) -> None:
+    """Raise SpecError where there is nothing to merge."""
+    if artifact.is_whole:
+        raise SpecError(f"there is nothing to merge: {artifact.path} is a whole model (method full); deploy it, or copy it, as it is")
 
 
 def refuse_other_base(artifact: Artifact, base: BaseModel) -> None:

@@ -24,7 +24,7 @@ from trimtab.errors import DataError, StagingError
 from trimtab.events import Event
 from trimtab.intervals import mean
 from trimtab.layout import JobDir
-from trimtab.merge import lay_out, pick_file, refuse_other_base
+from trimtab.merge import lay_out, pick_file, refuse_other_base, refuse_whole
 from trimtab.probes import plain_words
 from trimtab.staging import run_verb
 from trimtab.weights import BaseModel
@@ -103,6 +103,7 @@ def measure(
     better by more than chance, else the one that was trained. Raises DataError for a document that the run was trained on, WeightsError
     for another base model, StagingError with the runtime's reason.
     """
+    refuse_whole(artifact)
     refuse_other_base(artifact, base)
     if again := trained_on(documents, artifact):
         raise DataError(f"{again[0].source} is among the pages that the run was trained on: give pages that it has not seen")

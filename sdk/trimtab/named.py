@@ -55,7 +55,9 @@ def named(words: str) -> Named:
         return Named("address", words)
     if separator and scheme in BACKENDS:
         return Named("endpoint" if rest.startswith(PREFIX) else "run", words, scheme)
-    return Named("artifact" if (Path(words).expanduser() / "adapter_config.json").is_file() else "model", words)
+    from trimtab.artifact import holds_artifact
+
+    return Named("artifact" if holds_artifact(Path(words).expanduser()) else "model", words)
 
 
 def own(settings: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:

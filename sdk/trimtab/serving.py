@@ -1,4 +1,4 @@
-"""What is to be served: a base model, a model merged from base and adapter, or adapters beside their base, as files on this machine."""
+"""What is to be served: a model alone, a model merged from base and adapter, or adapters beside their base, as files on this machine."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ class Serving:
     """What a server gets to read, complete and checked.
 
     `files` are all of it: by its place in the endpoint's tree ("model/config.json") the file on this machine. `model` is the folder of a
-    merged model or of a base alone, `base` the base's folder where `adapters` (folders by name) are served beside it. Of a base
-    alone whose weights stay in S3 `uri` is where, and `files` are all but its weights. `digest` names all of it by contents, `bytes` is its
-    size, `title` is for lists. Of a model that is not merged yet `foreseen` are its base's files, by the same names: `bytes` is theirs.
+    merged model, of one that was trained whole, or of a base alone, `base` the base's folder where `adapters` (folders by name) are served
+    beside it. Of a base alone whose weights stay in S3 `uri` is where, and `files` are all but its weights. `digest` names all of it by
+    contents, `bytes` is its size, `title` is for lists. Of a model that is not merged yet `foreseen` are its base's files, by the same
+    names: `bytes` is theirs.
     """
 
     model: Path | None
@@ -74,9 +75,9 @@ def serving(
     """What to serve, found, checked and, where there is an adapter, merged.
 
     An `artifact` is merged onto its base model; with `merge=False`, or with further `adapters` by name, it is served beside the base under
-    the name "tuned". `base_model` is an alias, a Hub id or a folder; without it it is the one that was trained. Code of a model's author
-    runs only where `trust_remote_code` names the very revision that is served, "owner/name@<commit>". Without `make` nothing is merged, and
-    the files are those that there would be.
+    the name "tuned"; one that is a whole model (method full) is served as it is. `base_model` is an alias, a Hub id or a folder; without it
+    it is the one that was trained. Code of a model's author runs only where `trust_remote_code` names the very revision that is served,
+    "owner/name@<commit>". Without `make` nothing is merged, and the files are those that there would be.
 
     Raises WeightsError for a base model that is missing or not the one that was trained, StagingError for an artifact that is damaged and
     for a merge that failed, SpecError for what cannot be served together.
@@ -85,6 +86,16 @@ def serving(
     tuned = None if artifact is None else _artifact(artifact)
     beside = {_adapter_name(name): _artifact(found) for name, found in (adapters or {}).items()}
     every = ([] if tuned is None else [tuned]) + list(beside.values())
+    if whole := next((found for found in every if found.is_whole), None):
+        if len(every) > 1 or base_model is not None or not merge:
+            raise SpecError(
+                f"{whole.path} is a whole model (method full), which needs no base and no merge: serve it alone, and what is to be "
+                "compared with it as an endpoint of its own"
+            )
+        files = {path.name: path.resolve() for path in _whole_files(whole)}
+        spec = spec.model_copy(update={"name": spec.name or _name(None, every)})
+        title = title or spec.name
+        return _of(spec, title, device, _digest("whole", whole.digest), {"model": files}, model=whole.path)
     base = _base(base_model, every)
     merging = tuned is not None and merge and not beside
     name = _name(base_model, every)
@@ -191,6 +202,12 @@ def _files(base: BaseModel) -> dict[str, Path]:
 def _place(name: str) -> str:
     """Where an adapter lies in the endpoint's tree: the default in `model`, the others under their names."""
     return "model" if name == TUNED else f"input/data/adapters/{name}"
+
+
+def _whole_files(artifact: Artifact) -> list[Path]:
+    """A model's files, and the manifest, by which an engine knows that it is a tuned one."""
+    names = {*chosen(path.name for path in artifact.path.iterdir()), ARTIFACT_MANIFEST}
+    return [artifact.path / name for name in sorted(names)]
 
 
 def _adapter_files(artifact: Artifact) -> dict[str, Path]:

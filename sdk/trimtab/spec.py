@@ -24,6 +24,7 @@ PREPARATION_FIELDS = {
     *("spec_version", "model_digest", "data_digest", "max_seq_len", "too_long", "objective"),
     *("views", "questions", "replay", "epochs", "seed"),
 }
+_OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets", "use_rslora", "use_dora", "lora_init", "lora_dropout", "keep_merged")
 _BESIDE_THE_COURSE = {"max_minutes", "save_every_steps", "save_every_minutes", "keep_checkpoints", "keep_merged"}
 
 _MAX_PAIRS, _MAX_KEY, _MAX_VALUE = 100, 256, 2_500
@@ -113,6 +114,18 @@ class TrainSpec(_Spec):
     def _same_version(self) -> Self:
         if self.spec_version != SPEC_VERSION:
             raise SpecError(version_mismatch(self.spec_version))
+        return self
+
+    @model_validator(mode="after")
+    def _fits_method(self) -> Self:
+        defaults = {name: type(self).model_fields[name].default for name in _OF_ADAPTERS}
+        given = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if self.method == "full" and given:
+            said = " and ".join(filter(None, [", ".join(given[:-1]), given[-1]]))
+            raise SpecError(
+                f"method full trains the whole model and leaves it whole, and {said} {'are' if len(given) > 1 else 'is'} for adapters: "
+                f"leave {'them' if len(given) > 1 else 'it'} out, or choose  --method lora"
+            )
         return self
 
     @field_validator("model")

@@ -14,6 +14,7 @@ from trimtab_runtime import adapter_config
 from trimtab_runtime.engines.mapped import map_file
 
 FILES = (adapter_config.NAME, "adapter_model.safetensors")
+MERGE = "merge it (leave out --no-merge)"
 _PREFIX = "base_model.model."
 
 Factors = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -56,5 +57,7 @@ def refusal(settings: dict[str, Any]) -> str:
     """Why an adapter is more than two factors for each of the decoder's linear layers; empty where it is not."""
     if why := adapter_config.refusal(settings):
         return f"it has {why}"
+    if adapter_config.is_directed(settings):
+        return f"it has use_dora = True, whose rows have lengths of their own; {MERGE}"
     targets = settings.get("target_modules")
     return "it adapts lm_head" if isinstance(targets, list) and "lm_head" in targets else ""

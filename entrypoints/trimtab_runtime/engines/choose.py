@@ -10,9 +10,10 @@ from typing import Any
 from trimtab.errors import EndpointError
 from trimtab.layout import DEVICE_VARIABLE, JobDir
 from trimtab.spec import ServeSpec
+from trimtab_runtime.adapter_config import is_directed
 from trimtab_runtime.choices import Choice, cpu_flags, pick_dtype
 from trimtab_runtime.engines import Engine
-from trimtab_runtime.engines.adapters import FILES
+from trimtab_runtime.engines.adapters import FILES, MERGE
 from trimtab_runtime.engines.adapters import refusal as adapter_refusal
 from trimtab_runtime.engines.tree import Tree, architecture, read_json, read_tree
 
@@ -74,11 +75,13 @@ def refusals(tree: Tree, spec: ServeSpec, present: Collection[str], *, quantises
         found["openvino"] = why
     if spec.trust_remote_code and "auto_map" in tree.config:
         found["openvino"] = f"{architecture(tree.config)} is code of its own"
+    if directed := [name for name, folder in tree.adapters.items() if is_directed(read_json(folder / FILES[0]))]:
+        found["vllm"] = f"{directed[0]} has use_dora = True, which it does not compute: {MERGE}"
     if four_bit := tree.quantised():
         trained = f"{four_bit[0]} was trained on a 4-bit base, which"
-        found["vllm"] = f"{trained} it would not be served on: merge it (leave out --no-merge)"
+        found["vllm"] = f"{trained} it would not be served on: {MERGE}"
         if not quantises:
-            lacks = f"{trained} only torch and bitsandbytes make, and they are not installed here: merge it (leave out --no-merge)"
+            lacks = f"{trained} only torch and bitsandbytes make, and they are not installed here: {MERGE}"
             found |= {"openvino": lacks, "transformers": lacks}
     return found
 

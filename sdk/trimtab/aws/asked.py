@@ -140,8 +140,11 @@ class Asked:
         disk = self.settings.volume_gb
         if disk is None and not found.chosen.instance.gpus:  # those with GPUs have disks of their own
             elsewhere = model_bytes(channels["model"]) if in_s3(spec.train.model) else 0
-            merged = (elsewhere or planned["model"].bytes) if spec.train.keep_merged else 0
-            disk = requests.volume_gb(merged + elsewhere + sum(plan.bytes for plan in planned.values()))
+            weights = elsewhere or planned["model"].bytes
+            left = weights if spec.train.keep_merged else 0
+            if spec.train.method == "full":  # the model once more, and checkpoints of 12 bytes for each 2 of it; volume_gb takes all twice
+                left = weights * (1 + 3 * (spec.train.keep_checkpoints + 1))
+            disk = requests.volume_gb(left + elsewhere + sum(plan.bytes for plan in planned.values()))
         where = requests.Allocation(
             image=self.image or self._own_image(spec.device),
             instance=found.chosen.name,

@@ -173,7 +173,7 @@ class Reporting(Protocol):
 
 @runtime_checkable
 class Merging(Protocol):
-    """A backend whose runs can leave a merged model where endpoints can read it."""
+    """A backend whose runs can leave a model that needs no base where endpoints can read it."""
 
     def merged_uri(self, handle: RunHandle) -> str:
         """Where it lies; "" where the run left none."""

@@ -186,15 +186,21 @@ class SageMakerBackend(Asked):
         return folder if uri else None
 
     def merged_uri(self, handle: RunHandle) -> str:
-        """Where in S3 the merged model lies that the run left beside its adapter; "" where it left none."""
+        """Where in S3 the model lies that needs no base: merged, as the run left it beside its adapter, or of the method full the artifact
+        itself; "" where it left none."""
         lives = self._of(handle)
         lives.look()
         for life in reversed(lives.all):
             uri = life.described.get("ModelArtifacts", {}).get("S3ModelArtifacts", "").rstrip("/")
             if uri and life.described["TrainingJobStatus"] in ("Completed", "Stopped"):
                 bucket, key = parse_uri(uri)
-                there = records.exists(self.aws.client("s3"), self._place_of(bucket), f"{key}/{MERGED}/{MANIFEST}")
-                return f"{uri}/{MERGED}/" if there else ""
+                s3, place = self.aws.client("s3"), self._place_of(bucket)
+                if records.exists(s3, place, f"{key}/{MERGED}/{MANIFEST}"):
+                    return f"{uri}/{MERGED}/"
+                whole = all(
+                    records.exists(s3, place, f"{key}/{name}") for name in ("config.json", MANIFEST)
+                )  # an adapter has no config.json
+                return f"{uri}/" if whole else ""
         return ""
 
     def events(self, handle: RunHandle, start: int = 0) -> tuple[list[Event], int]:
