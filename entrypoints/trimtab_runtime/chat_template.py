@@ -16,7 +16,7 @@ import re
 import secrets
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -47,12 +47,14 @@ def _mark(number: int) -> str:
 @dataclass(frozen=True)
 class Rendered:
     """The text of a conversation. `letters`: spans that spell a control token and are none; `written`: what the assistant wrote,
-    each turn up to and with the token that ends it; `thoughts`: its turns whose thinking the template left out."""
+    each turn up to and with the token that ends it; `thoughts`: its turns whose thinking the template left out; `open`: the text ends with
+    its words, and no token tells that it has ended."""
 
     text: str
     letters: Sequence[Span] = ()
     written: Sequence[Span] = ()
     thoughts: int = 0
+    open: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,16 @@ class ChatTemplate:
         shown = self._plain(messages, tools)
         if tools and shown.text == self._plain(messages, None).text:
             raise SpecError('the chat template ignores tools: use a model whose template takes them, or remove "tools" from the records')
-        if self._by_blocks:
-            return _Turns(self, messages, tools, shown, first).by_blocks()
-        return _Turns(self, messages, tools, shown, first).by_prompts()
+        turns = _Turns(self, messages, tools, shown, first)
+        found = turns.by_blocks() if self._by_blocks else turns.by_prompts()
+        last = bool(found.written) and messages[-1].get("role") == "assistant"
+        ended = last and any(True for _ in self.real(found.text, found.letters, found.written[-1][0]))
+        return replace(found, open=last and not ended)
+
+    def real(self, text: str, letters: Sequence[Span], start: int = 0) -> Iterator[tuple[int, int, str]]:
+        """The control tokens of a text, from `start` on, without those that are letters: from, up to, which."""
+        spelled = set(letters)
+        return ((*one.span(), one[0]) for one in self.control.finditer(text, start) if one.span() not in spelled)
 
     def _plain(self, messages: Sequence[Message], tools: Sequence[Any] | None, *, generation_prompt: bool = False) -> Rendered:
         found = self.marked(messages, tools, generation_prompt)
@@ -209,9 +218,7 @@ class _Turns:
         return {**message, "content": content[: words[0] + 1] + _mark(number) + content[words[0] + 1 :]} if words else message
 
     def _controls(self, found: _Marked) -> Iterator[tuple[int, int, str]]:
-        """The control tokens of the text that are such: from, up to, which."""
-        letters = set(found.letters(self._template.control))
-        return ((*one.span(), one[0]) for one in self._template.control.finditer(found.text) if one.span() not in letters)
+        return self._template.real(found.text, found.letters(self._template.control))
 
     def _begin(self, number: int, given: Sequence[Message], full: _Marked, places: Mapping[int, int]) -> int:
         """Where turn `number` begins: behind what the prompt for it has after the last message that both texts hold.

@@ -6,7 +6,7 @@ A page can be given whole, by paragraph and by sentence, so that a fact is also 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from trimtab_runtime.tokenizer import Tokenizer
@@ -25,9 +25,9 @@ class Sample:
     """
 
     kind: str
-    ids: list[int]
-    learned: list[bool]
-    teacher: list[int] | None = None
+    ids: Sequence[int]
+    learned: Sequence[int]
+    teacher: Sequence[int] | None = None
 
 
 def sentences(paragraph: str) -> list[str]:

@@ -24,7 +24,7 @@ from trimtab.spec import TrainSpec
 from trimtab_runtime import manifest, rehearsal
 from trimtab_runtime.engine import Engine
 from trimtab_runtime.examples import Sample
-from trimtab_runtime.prepare import TURNS, count_tokens, document_samples, generated_sample, read_records, replay_wanted
+from trimtab_runtime.prepare import TURNS, count_tokens, document_samples, generated_sample, read_data, replay_wanted
 from trimtab_runtime.rows import NO_PREDICTIONS, Predictions
 from trimtab_runtime.tokenizer import Tokenizer
 
@@ -46,8 +46,8 @@ _OPENINGS = (
 def generate(job: JobDir, spec: TrainSpec, say: Callable[[str], None], progress: Callable[[int, int], None]) -> int:
     """Write channel `generated`: what all epochs rehearse, as far as there is so much. Returns the number of samples."""
     tokenizer = Tokenizer(job.channel("model"))
-    documents = list(read_records(job.channel("documents") / "documents.jsonl", ("title", "text")))
-    samples = list(document_samples(documents, spec, tokenizer, lambda _: None))
+    documents, examples = read_data(job.channel("documents"), spec, tokenizer)
+    samples = [*document_samples(documents, spec, tokenizer, lambda _: None), *examples.samples]
     chat_tokens, prose_tokens = replay_wanted(samples, spec, chat=tokenizer.chat_template is not None)
     texts = rehearsed_prose(prose_tokens * spec.epochs, tokenizer, spec.seed)
     everyday = rehearsal.prompts(math.ceil(chat_tokens * spec.epochs / _AGAIN * _CHATS["everyday"] / _TOKENS["everyday"]), spec.seed)
@@ -119,7 +119,7 @@ def predictions(engine: Engine, samples: list[Sample], progress: Callable[[int],
         for begin in range(0, len(samples), _BATCH):
             batch = by_length[begin : begin + _BATCH]
             longest = len(samples[batch[-1]].ids)
-            padded = [samples[index].ids + [0] * (longest - len(samples[index].ids)) for index in batch]  # behind, where none looks
+            padded = [[*samples[index].ids, *[0] * (longest - len(samples[index].ids))] for index in batch]  # behind, where none looks
             hidden = model.get_decoder()(input_ids=torch.tensor(padded), use_cache=False).last_hidden_state
             for row, index in zip(hidden, batch, strict=True):
                 learned = samples[index].learned

@@ -1,7 +1,7 @@
 """Documents to packed rows. No torch: it runs on any client, or in the image, in seconds.
 
-Channel `documents` (documents.jsonl), tokenizer of channel `model`, and where there is one channel `generated`
-(samples.jsonl) -> channel `train`.
+Channel `documents` (documents.jsonl, examples.jsonl, either may be absent), tokenizer of channel `model`, and where there is
+one channel `generated` (samples.jsonl) -> channel `train`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from trimtab.ledger import Ledger
 from trimtab.spec import TrainSpec
 from trimtab_runtime import manifest
 from trimtab_runtime.examples import Sample, conversation, is_statement, pieces, plain, sentences
+from trimtab_runtime.objectives import Examples, example_samples, read_examples
 from trimtab_runtime.questions import questions, with_hints
 from trimtab_runtime.rows import NO_PREDICTIONS, write_rows
 from trimtab_runtime.tokenizer import Tokenizer
@@ -35,9 +36,10 @@ TURNS = 3  # questions in one conversation: a chat template's opening is long, a
 
 
 def prepare(job: JobDir, spec: TrainSpec, say: Callable[[str], None]) -> Ledger:
-    """Raises StagingError for a broken record, named by file and line, and where no token is left to train on."""
+    """Raises StagingError for a broken record, named by file and line, for an example that does not fit (`too_long`), and where no
+    token is left to train on."""
     tokenizer = Tokenizer(job.channel("model"))
-    documents = list(read_records(job.channel("documents") / "documents.jsonl", ("title", "text")))
+    documents, examples = read_data(job.channel("documents"), spec, tokenizer)
     generated = job.channel("generated") / "samples.jsonl"
     pools: list[list[Sample]] = []
     predictions = NO_PREDICTIONS
@@ -46,30 +48,64 @@ def prepare(job: JobDir, spec: TrainSpec, say: Callable[[str], None]) -> Ledger:
         replayed = with_teacher([generated_sample(record, tokenizer) for record in records])
         pools = [[one for one, record in zip(replayed, records, strict=True) if ("messages" in record) is chat] for chat in (True, False)]
         predictions = np.load(generated.parent / "teacher_ids.npy"), np.load(generated.parent / "teacher_chances.npy")
-    rounds = list(in_rounds(documents, pools, spec, tokenizer, say))
-    if not any(any(sample.learned[1:]) for sample in rounds[0]):
-        raise StagingError("there is no token to train on: the documents are empty. Give pages with text")
+    rounds = list(in_rounds(documents, examples.samples, pools, spec, tokenizer, say))
+    if not any(any(sample.learned[1:]) for sample in rounds[0] if sample.kind != "replay"):
+        raise StagingError(nothing_to_learn(documents, examples))
     facts = {"preparation_digest": spec.preparation_digest(), "spec_version": spec.spec_version, "documents": len(documents)}
-    ledger = write_rows(job.channel("train"), rounds, spec.max_seq_len, facts, predictions)
+    ledger = write_rows(
+        job.channel("train"), rounds, spec.max_seq_len, facts, predictions, left_out=examples.left_out, notes=examples.notes
+    )
     for line in ledger.lines():
         say(line)
     return ledger
 
 
+def read_data(folder: Path, spec: TrainSpec, tokenizer: Tokenizer) -> tuple[list[dict[str, Any]], Examples]:
+    """The documents and the examples of channel `documents`. Raises StagingError as `prepare` does, and where there is neither file."""
+    texts, examples = folder / "documents.jsonl", folder / "examples.jsonl"
+    documents = list(read_records(texts, ("title", "text"))) if texts.is_file() or not examples.is_file() else []
+    return documents, example_samples(read_examples(examples), spec, tokenizer)
+
+
+def nothing_to_learn(documents: list[dict[str, Any]], examples: Examples) -> str:
+    """Why no token is left, and what to do."""
+    dropped = sum(account.left_out for account in examples.left_out.values())
+    if dropped and not examples.samples:
+        return (
+            f"there is no token to train on: all {dropped:,} examples are longer than a row and were dropped. "
+            "Give longer rows (--max-seq-len), or cut their ends (--too-long cut)"
+        )
+    if examples.samples:
+        return (
+            f"there is no token to train on: in {len(examples.samples):,} examples nobody answers. "
+            "Give records with answers, or learn all of them with  --objective all"
+        )
+    return (
+        f"there is no token to train on: the {len(documents):,} documents are empty. Give pages with text"
+        if documents
+        else "there is no token to train on: there are no documents and no examples. Give pages with text, or records"
+    )
+
+
 def in_rounds(
-    documents: list[dict[str, Any]], pools: list[list[Sample]], spec: TrainSpec, tokenizer: Tokenizer, say: Callable[[str], None]
+    documents: list[dict[str, Any]],
+    examples: list[Sample],
+    pools: list[list[Sample]],
+    spec: TrainSpec,
+    tokenizer: Tokenizer,
+    say: Callable[[str], None],
 ) -> Iterator[list[Sample]]:
-    """The samples of each round: every document, and what comes next in the pools of replay, chat and prose.
+    """The samples of each round: every document and example, and what comes next in the pools of replay, chat and prose.
 
     One round where there is no replay; else as many as it takes to see all of it, at most one to an epoch.
     """
-    first = list(document_samples(documents, spec, tokenizer, say))
+    first = [*document_samples(documents, spec, tokenizer, say if documents else lambda _: None), *examples]
     wanted = replay_wanted(first, spec, chat=bool(pools and pools[0]))
     turns = [in_turns(pool, tokens) for pool, tokens in zip(pools, wanted, strict=False)]
     needed = [math.ceil(count_tokens(pool) / tokens) for pool, tokens in zip(pools, wanted, strict=False) if pool and tokens]
     for turn in range(min(spec.epochs, max(needed, default=1))):
         again = spec.model_copy(update={"seed": spec.seed + turn})
-        samples = list(document_samples(documents, again, tokenizer, lambda _: None)) if turn else first
+        samples = [*document_samples(documents, again, tokenizer, lambda _: None), *examples] if turn else first
         yield samples + [sample for pool in turns for sample in next(pool)]
 
 

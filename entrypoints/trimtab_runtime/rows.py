@@ -12,8 +12,9 @@ document, and other replay.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from trimtab.ledger import Account, Ledger
 from trimtab_runtime import manifest
 from trimtab_runtime.examples import Sample
 from trimtab_runtime.packing import alike, pack, split
+
+_AT_ONCE = 1 << 20  # tokens that are written or counted at once
 
 
 @dataclass(frozen=True)
@@ -43,75 +46,107 @@ class Row:
 
 
 Predictions = tuple[NDArray[np.int32], NDArray[np.float16]]
-Piece = tuple[str, list[int], list[bool], list[int]]  # a sample that fits into a row: kind, tokens, which are learned, the teacher's
+Piece = tuple[Sample, int, int]  # what fits into a row of a sample: its tokens from, up to
 NO_PREDICTIONS: Predictions = (np.zeros((0, 1), dtype=np.int32), np.zeros((0, 1), dtype=np.float16))
 
 
 def write_rows(
-    folder: Path, rounds: Sequence[Sequence[Sample]], row_tokens: int, facts: dict[str, object], predictions: Predictions = NO_PREDICTIONS
+    folder: Path,
+    rounds: Sequence[Sequence[Sample]],
+    row_tokens: int,
+    facts: dict[str, object],
+    predictions: Predictions = NO_PREDICTIONS,
+    *,
+    left_out: Mapping[str, Account] | None = None,
+    notes: Sequence[str] = (),
 ) -> Ledger:
-    """Split, pack and write the samples of each round; the manifest comes last. Returns the account of every token."""
+    """Split, pack and write the samples of each round; the manifest comes last. Returns the account of every token.
+
+    `left_out`: what came in and is in no sample, by kind; `notes`: what the ledger says besides.
+    """
     pieces: list[Piece] = []
     rows: list[list[int]] = []
     in_round = []
     for samples in rounds:
         first = len(pieces)
-        for sample in samples:
-            for part in split(len(sample.ids), row_tokens):
-                teacher = sample.teacher[part.start : part.stop] if sample.teacher else [-1] * len(part)
-                pieces.append((sample.kind, sample.ids[part.start : part.stop], sample.learned[part.start : part.stop], teacher))
-        packed = pack([len(ids) for _, ids, _, _ in pieces[first:]], row_tokens)
+        pieces += [(sample, part.start, part.stop) for sample in samples for part in split(len(sample.ids), row_tokens)]
+        packed = pack([end - start for _, start, end in pieces[first:]], row_tokens)
         rows += [[first + index for index in row] for row in packed]
         in_round.append(len(packed))
     order = [index for row in rows for index in row]
-    lengths = np.array([len(pieces[index][1]) for index in order], dtype=np.int32)
+    lengths = np.array([pieces[index][2] - pieces[index][1] for index in order], dtype=np.int32)
     begins = np.zeros((len(rows) + 1, 2), dtype=np.int64)
     begins[1:, 1] = np.cumsum([len(row) for row in rows])
     begins[1:, 0] = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))[begins[1:, 1]]
 
     folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "tokens.npy", np.array([token for index in order for token in pieces[index][1]], dtype=np.int32))
-    np.save(folder / "learned.npy", np.array([flag for index in order for flag in pieces[index][2]], dtype=np.bool_))
-    np.save(folder / "teacher.npy", np.array([place for index in order for place in pieces[index][3]], dtype=np.int32))
+    in_order = [pieces[index] for index in order]
+    total = int(lengths.sum(dtype=np.int64))
+    _save(folder / "tokens.npy", (sample.ids[start:end] for sample, start, end in in_order), np.int32, total)
+    _save(folder / "learned.npy", (sample.learned[start:end] for sample, start, end in in_order), np.bool_, total)
+    _save(folder / "teacher.npy", (_teacher(*piece) for piece in in_order), np.int32, total)
     np.save(folder / "teacher_ids.npy", predictions[0])
     np.save(folder / "teacher_chances.npy", predictions[1])
     np.save(folder / "lengths.npy", lengths)
     np.save(folder / "rows.npy", begins)
-    came = [sample for samples in rounds for sample in samples]
-    accounts = _accounts(came, [(pieces[index][0], len(pieces[index][1])) for index in order])
-    ledger = Ledger(accounts=accounts, rounds=tuple(in_round), row_tokens=row_tokens)
-    written = len(np.load(folder / "tokens.npy", mmap_mode="r"))
-    if written != ledger.total.trained:
-        raise StagingError(f"{ledger.total.trained} tokens were packed and {written} were written: make room on the disk and try again")
+    accounts = _accounts([sample for samples in rounds for sample in samples], in_order, left_out or {})
+    ledger = Ledger(accounts=accounts, rounds=tuple(in_round), row_tokens=row_tokens, notes=tuple(notes))
+    tokens, learned = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "learned"))
+    if len(tokens) != ledger.total.trained:
+        raise StagingError(f"{ledger.total.trained} tokens were packed and {len(tokens)} were written: make room on the disk and try again")
+    shapes = [
+        shape_of_row(lengths[sample:sample_end].tolist(), learned[token:token_end])
+        for (token, sample), (token_end, sample_end) in pairwise(begins.tolist())
+    ]
+    occurring = np.zeros(int(tokens.max()) + 1 if total else 0, dtype=np.bool_)
+    for start in range(0, total, _AT_ONCE):
+        occurring[tokens[start : start + _AT_ONCE]] = True
+    shape = RowFacts.of(shapes, int(occurring.sum()))
     manifest.write_json(folder / "ledger.json", ledger.model_dump(mode="json"))
-    manifest.write(folder, {**facts, "shape": shape_of(pieces, rows).model_dump(mode="json")})
+    manifest.write(folder, {**facts, "shape": shape.model_dump(mode="json")})
     return ledger
 
 
-def shape_of_row(lengths: Sequence[int], learned: Sequence[bool] | NDArray[np.bool_]) -> RowShape:
+def _teacher(sample: Sample, start: int, end: int) -> Sequence[int]:
+    return sample.teacher[start:end] if sample.teacher else [-1] * (end - start)
+
+
+def _save(file: Path, parts: Iterable[Sequence[int]], kind: type[np.int32] | type[np.bool_], total: int) -> None:
+    """One array of all parts, which hold `total` elements."""
+    with file.open("wb") as out:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(kind)), "fortran_order": False, "shape": (total,)}
+        np.lib.format.write_array_header_1_0(out, header)
+        waiting, size = [], 0
+        for part in parts:
+            waiting.append(np.frombuffer(part, dtype=kind) if isinstance(part, bytes) else np.asarray(part, dtype=kind))
+            size += len(part)
+            if size >= _AT_ONCE:
+                out.write(np.concatenate(waiting).tobytes())
+                waiting, size = [], 0
+        if waiting:
+            out.write(np.concatenate(waiting).tobytes())
+
+
+def shape_of_row(lengths: Sequence[int], learned: Sequence[int] | NDArray[np.bool_]) -> RowShape:
     """Of a row whose samples have these `lengths`; `learned` tells it of each token, one sample after another."""
     firsts = np.cumsum([0, *lengths[:-1]])  # nothing predicts a sample's first token
     places = np.asarray(learned, dtype=bool)
     return RowShape.of([[lengths[place] for place in group] for group in alike(lengths)], int(places.sum() - places[firsts].sum()))
 
 
-def shape_of(pieces: Sequence[Piece], rows: Sequence[Sequence[int]]) -> RowFacts:
-    """What memory and time depend on: of rows of these pieces, which they name."""
-    shapes = [shape_of_row([len(pieces[i][1]) for i in row], [flag for i in row for flag in pieces[i][2]]) for row in rows]
-    return RowFacts.of(shapes, len({token for _, ids, _, _ in pieces for token in ids}))
-
-
-def _accounts(samples: Sequence[Sample], packed: Sequence[tuple[str, int]]) -> dict[str, Account]:
-    """What came in by the samples, what is trained by what stands in the rows; the difference was dropped."""
+def _accounts(samples: Sequence[Sample], packed: Sequence[Piece], left_out: Mapping[str, Account]) -> dict[str, Account]:
+    """What came in by the samples, what is trained by what stands in the rows; the difference, and what was left out, was dropped."""
     came: dict[str, list[int]] = {}
     for sample in samples:
         came.setdefault(sample.kind, []).append(len(sample.ids))
     trained = Counter[str]()
-    for kind, length in packed:
-        trained[kind] += length
+    for sample, start, end in packed:
+        trained[sample.kind] += end - start
     return {
         kind: Account(samples=len(sizes), tokens=sum(sizes), trained=trained[kind], dropped=sum(sizes) - trained[kind])
-        for kind, sizes in came.items()
+        + left_out.get(kind, Account())
+        for kind in [*came, *sorted(left_out.keys() - came.keys())]
+        for sizes in [came.get(kind, [])]
     }
 
 

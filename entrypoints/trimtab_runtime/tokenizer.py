@@ -140,8 +140,7 @@ class Tokenizer:
             ids.extend(found.ids[cut:])
             offsets.extend((max(0, begin - bool(cut)) + start, max(0, end - bool(cut)) + start) for begin, end in found.offsets[cut:])
 
-        letters = set(one.letters)
-        real = [found.span() for found in self.template.control.finditer(one.text) if found.span() not in letters]
+        real = [(start, end) for start, end, _ in self.template.real(one.text, one.letters)]
         done = 0
         for start, end in one.letters:
             before = max((stop for _, stop in real if stop <= start), default=0)

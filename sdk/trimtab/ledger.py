@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-KINDS = ("document", "paragraph", "sentence", "question", "replay")
+KINDS = ("document", "paragraph", "sentence", "question", "completion", "chat", "guanaco", "replay")
 
 
 class Account(BaseModel):
-    """Tokens of one kind of sample. `trained` counts tokens that stand in packed rows, special tokens included."""
+    """Tokens of one kind of sample. `trained` counts tokens that stand in packed rows, special tokens included.
+
+    `samples` counts those that were dropped, too: `left_out` of them whole, and of `cut` ones the end.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -16,11 +19,15 @@ class Account(BaseModel):
     tokens: int = Field(0, ge=0)
     trained: int = Field(0, ge=0)
     dropped: int = Field(0, ge=0)
+    left_out: int = Field(0, ge=0)
+    cut: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _balances(self) -> Account:
         if self.tokens != self.trained + self.dropped:
             raise ValueError(f"{self.tokens} tokens in, but {self.trained} trained + {self.dropped} dropped")
+        if self.left_out > self.samples:
+            raise ValueError(f"{self.samples} samples, but {self.left_out} left out")
         return self
 
     def __add__(self, other: Account) -> Account:
@@ -29,6 +36,8 @@ class Account(BaseModel):
             tokens=self.tokens + other.tokens,
             trained=self.trained + other.trained,
             dropped=self.dropped + other.dropped,
+            left_out=self.left_out + other.left_out,
+            cut=self.cut + other.cut,
         )
 
 
@@ -40,6 +49,7 @@ class Ledger(BaseModel):
     accounts: dict[str, Account]
     rounds: tuple[int, ...] = Field(min_length=1, description="rows of each round; epochs take the rounds in turn")
     row_tokens: int = Field(ge=1, description="tokens in a full row")
+    notes: tuple[str, ...] = Field((), description="what was made of the data, and which of it is learned, in sentences")
 
     @model_validator(mode="after")
     def _fits(self) -> Ledger:
@@ -68,8 +78,15 @@ class Ledger(BaseModel):
         """The account as a person reads it."""
         total = self.total
         parts = ", ".join(f"{name} {account.tokens:,}" for name, account in self.accounts.items() if account.samples)
-        return [
+        lines = [
+            *self.notes,
             f"ledger: {total.tokens:,} tokens in = {total.trained:,} trained + {total.dropped:,} dropped ({parts})",
-            f"rows: {self.rows:,} of {self.row_tokens:,} tokens, {self.fill:.1%} full, from {total.samples:,} samples"
-            + (f"; {len(self.rounds)} rounds, each with all documents and other replay" if len(self.rounds) > 1 else ""),
         ]
+        if total.left_out or total.cut:
+            lines.append(
+                f"longer than a row of {self.row_tokens:,}: {total.left_out:,} examples dropped, {total.cut:,} cut; "
+                f"{total.dropped:,} tokens of them are not trained on"
+            )
+        rounds = f"; {len(self.rounds)} rounds, each with all the data and other replay" if len(self.rounds) > 1 else ""
+        kept = total.samples - total.left_out
+        return [*lines, f"rows: {self.rows:,} of {self.row_tokens:,} tokens, {self.fill:.1%} full, from {kept:,} samples{rounds}"]

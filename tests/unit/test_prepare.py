@@ -186,12 +186,12 @@ def test_turns_take_all_of_a_pool_before_any_comes_again() -> None:
 def test_each_round_holds_all_documents_and_other_replay(tokenizer: Tokenizer, epochs: int, rounds: int) -> None:
     spec = TrainSpec(model="tiny", replay=0.5, epochs=epochs)
     documents = [{"title": "The mill", "text": PAGE}]
-    alone = list(in_rounds(documents, [], spec, tokenizer, print))
+    alone = list(in_rounds(documents, [], [], spec, tokenizer, print))
     wanted = 0.5 * count_tokens(alone[0])
     # prose for five and a half rounds of its share, chat for less than one
     prose = pool("replay", [round(wanted * (1 - CHAT_SHARE) / 4) + 1] * 22)
     chat = pool("replay", [7] * 3)
-    found = list(in_rounds(documents, [chat, prose], spec, tokenizer, print))
+    found = list(in_rounds(documents, [], [chat, prose], spec, tokenizer, print))
     assert (len(alone), len(found)) == (1, rounds)
     for samples in found:
         assert Counter(sample.kind for sample in samples if sample.kind != "replay") == Counter(sample.kind for sample in alone[0])
