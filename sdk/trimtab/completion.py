@@ -32,8 +32,8 @@ def endpoint_handles() -> Iterator[str]:
 
 
 def model_aliases() -> Iterator[str]:
-    """The catalog's."""
-    yield from _tables("catalog.toml")
+    """The catalog's, but those of models that are still coming."""
+    yield from (name for name, table in _tables("catalog.toml").items() if not table.get("coming"))
 
 
 def recipe_names() -> Iterator[str]:
@@ -72,5 +72,5 @@ def _recorded(place: Path, name: str, handle: Callable[[Any], Any]) -> Iterator[
             continue
 
 
-def _tables(name: str) -> list[str]:
-    return list(tomllib.loads(files(__package__).joinpath(name).read_text(encoding="utf-8")))
+def _tables(name: str) -> dict[str, dict[str, Any]]:
+    return tomllib.loads(files("trimtab").joinpath(name).read_text(encoding="utf-8"))

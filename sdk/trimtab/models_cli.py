@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from typing import Any
 
 import click
 
 from trimtab import cli_options
-from trimtab.catalog import catalog
+from trimtab.catalog import rows
 
 
 @click.command()
@@ -22,13 +23,21 @@ def models(as_json: bool) -> None:
       trimtab models
       trimtab models --json
     """
-    entries = catalog().values()
+    found = rows()
     if as_json:
-        print(json.dumps([asdict(each) | {"page": each.page} for each in entries]))
+        print(json.dumps(found, ensure_ascii=False))
         return
-    width = max(len(each.alias) for each in entries)
-    for each in entries:
-        print(f"{each.alias:<{width}}  {each.hub_id}")
+    lines = [("alias", "model on the Hub", "weights", "context", "kind", "family", "licence", "")]
+    for row in found:
+        remark = "coming" if row["coming"] else "gated: needs your Hub token" if row["gated"] else ""
+        sizes = _short(row["parameters"]), f"{row['context_length']:,}"
+        lines.append((row["alias"], row["hub_id"], *sizes, row["kind"], row["family"], row["licence"], remark))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip())
+    for row in found:
+        if row["coming"]:
+            print(f"{row['alias']}: {row['coming']}", file=sys.stderr)
 
 
 @click.command()
@@ -62,3 +71,8 @@ def as_options(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return option if value else ""
     return " ".join(f"{option} {each}" for each in (value if isinstance(value, tuple | list) else (value,)))
+
+
+def _short(weights: int) -> str:
+    """`135M`, `1.7B`, `70.6B`."""
+    return f"{weights / 1e6:.0f}M" if weights < 999_500_000 else f"{weights / 1e9:.1f}B"
