@@ -49,11 +49,11 @@ class Step:
 
 
 class Engine:
-    """One base model, and the adapters trained on it where there are any, answering whole batches on this machine's processors.
+    """One base model, and what was trained from it where there is any, answering whole batches on this machine's processors.
 
     Not the protocol `engines.Engine` of the server's engines.
 
-    `names` are the models that can be asked: the adapters' (first, the default) and "base".
+    `names` are the models that can be asked: the adapters' (first, the default) and "base". An adapter may be a whole model (method full).
     """
 
     def __init__(self, folder: Path, adapters: Mapping[str, Path], dtype: torch.dtype, *, trust_remote_code: bool = False) -> None:
@@ -69,7 +69,7 @@ class Engine:
 
     @classmethod
     def load(cls, model: Path, artifact: Path | None = None, *, dtype: Literal["auto", "bfloat16", "float32"] = "auto") -> Engine:
-        """Load a plain Hugging Face folder, and an adapter folder (PEFT's files and `trimtab.json`) on it.
+        """Load a plain Hugging Face folder, and an artifact: an adapter (PEFT's files and `trimtab.json`) on it, or a model beside it.
 
         Reads local files only, and weights from safetensors only. `dtype` "auto" is the one the adapter was trained in, else
         bfloat16 where the processor computes in it. Raises WeightsError, and SpecError for a tokenizer that cannot be read.
@@ -89,15 +89,17 @@ class Engine:
         return self._models[name]
 
     def _load(self, name: str) -> PreTrainedModel:
+        whole = name in self.adapters and _manifest(self.adapters[name]).get("spec", {}).get("method") == "full"
+        folder = self.adapters[name] if whole else self.folder
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=self.dtype, local_files_only=True, trust_remote_code=self.trust_remote_code, use_safetensors=True
+                folder, dtype=self.dtype, local_files_only=True, trust_remote_code=self.trust_remote_code, use_safetensors=True
             )
         except (OSError, ValueError) as exc:
             raise WeightsError(
-                f"{self.folder} holds no model that can be loaded: {exc}. Give a Hugging Face folder with safetensors weights"
+                f"{folder} holds no model that can be loaded: {exc}. Give a Hugging Face folder with safetensors weights"
             ) from exc
-        if name in self.adapters:
+        if name in self.adapters and not whole:
             artifact = self.adapters[name]
             if _manifest(artifact).get("spec", {}).get("method") == "qlora":
                 _quantise_once(model)
@@ -336,12 +338,15 @@ def _quantise_once(model: PreTrainedModel) -> None:
 
 
 def _manifest(artifact: Path) -> dict[str, Any]:
-    """What `trimtab.json` says. Raises WeightsError for a folder that is no adapter artifact."""
-    for name in ("trimtab.json", "adapter_config.json", "adapter_model.safetensors"):
-        if not (artifact / name).is_file():
-            raise WeightsError(f"{artifact} holds no {name}: give the model folder of a run that succeeded")
+    """What `trimtab.json` says. Raises WeightsError for a folder that is no artifact."""
     try:
         manifest: dict[str, Any] = json.loads((artifact / "trimtab.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        manifest = {}
     except json.JSONDecodeError as exc:
         raise WeightsError(f"{artifact / 'trimtab.json'} is damaged ({exc}): copy the artifact again") from exc
+    whole = manifest.get("spec", {}).get("method") == "full"
+    for name in ("trimtab.json", *(("config.json",) if whole else ("adapter_config.json", "adapter_model.safetensors"))):
+        if not (artifact / name).is_file():
+            raise WeightsError(f"{artifact} holds no {name}: give the model folder of a run that succeeded")
     return manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ def merge(
 
     Measured is the loss on text that was not trained on: unmerged, merged in each way, and the base's. DATA are pages, files and folders
     of your own for that; without them it is general prose. What is picked is remembered for `trimtab deploy`. With --onto dequantised or
-    original, and no DATA, nothing is measured.
+    original, and no DATA, nothing is measured. What a run of the method full left is whole, and named or copied as it is.
 
     \b
     Example:
@@ -62,6 +63,11 @@ def merge(
     artifact = what.artifact(given) or Artifact(handle)
     if output is not None:
         refuse_used(output)
+    if artifact.is_whole:
+        print("nothing to merge: the model is whole (method full)", file=sys.stderr)
+        folder = artifact.path if output is None else export(artifact.path, output)
+        print(json.dumps({"folder": str(folder), "onto": None, "reason": "the model is whole", "report": None}) if as_json else folder)
+        return
     base = weights.resolve_trained(artifact)
     with display() as screen:
         report = None
