@@ -1,4 +1,5 @@
-"""A Hugging Face model hub: what a repository holds at a revision, and its files, checked against what the hub says of them."""
+"""A Hugging Face hub: what a model's repository holds at a revision, and a repository's files, checked against what the hub says of
+them. Datasets (data/datasets.py) are listed there and fetched here."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from .errors import LicenceRequired, WeightsError
 from .model_folder import FileFact, chosen, fact_of, lacking
@@ -43,6 +44,7 @@ class Listing:
     hub_id: str
     commit: str
     files: dict[str, HubFile]
+    kind: Literal["model", "dataset"] = "model"
 
 
 def is_off() -> bool:
@@ -52,7 +54,7 @@ def is_off() -> bool:
 
 def find_token(token: str | None) -> str | None:
     """The token given, else HF_TOKEN's, else that of `hf auth login`."""
-    return token or _hub().get_token()
+    return token or library().get_token()
 
 
 def ask(hub_id: str, revision: str, *, token: str | None, page: str, patience: float) -> Listing:
@@ -62,14 +64,14 @@ def ask(hub_id: str, revision: str, *, token: str | None, page: str, patience: f
     LicenceRequired for a gated model and no token; WeightsError for a model, a revision or a token that the hub does not
     know, and for a model without safetensors or tokenizer.json.
     """
-    hub = _hub()
-    api = hub.HfApi(endpoint=_endpoint(), token=token or False)
+    hub = library()
+    api = hub.HfApi(endpoint=endpoint(), token=token or False)
     try:
-        info = _within(patience, lambda: api.model_info(hub_id, revision=revision, files_metadata=True, timeout=patience))
+        info = within(patience, lambda: api.model_info(hub_id, revision=revision, files_metadata=True, timeout=patience))
     except (OSError, ValueError, TypeError, LookupError, AttributeError, hub.errors.HTTPError) as exc:
         # HTTPError is the root of the HTTP client's errors: refusals and failed connections are below it, TimeoutError is an OSError.
         # The rest is what the library raises on an answer that no hub gives, such as the page of a login portal.
-        raise _refusal(exc, hub_id, revision, token=token, page=page) from exc
+        raise refusal(exc, hub_id, revision, token=token, page=page) from exc
     commit = str(info.sha)
     if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(revision) and commit != revision):
         raise NoHub(f"an answer without the commit of {hub_id} at {revision}")
@@ -82,8 +84,13 @@ def ask(hub_id: str, revision: str, *, token: str | None, page: str, patience: f
     return Listing(
         hub_id,
         commit,
-        {name: HubFile(file.size, file.lfs.sha256 if file.lfs else None, file.blob_id) for name, file in listed.items()},
+        {name: file_of(sibling) for name, sibling in listed.items()},
     )
+
+
+def file_of(sibling: Any) -> HubFile:
+    """What the hub's listing says of a file."""
+    return HubFile(sibling.size, sibling.lfs.sha256 if sibling.lfs else None, sibling.blob_id)
 
 
 def download(listing: Listing, *, token: str | None, page: str) -> tuple[Path, dict[str, FileFact]]:
@@ -92,15 +99,16 @@ def download(listing: Listing, *, token: str | None, page: str) -> tuple[Path, d
     Raises LicenceRequired for a token without access, WeightsError for a transfer that broke off, a disk without room and a file
     that differs from what the hub says of it (that file is removed).
     """
-    hub = _hub()
+    hub = library()
     _refuse_full_disk(listing, Path(hub.constants.HF_HUB_CACHE))
     try:
         folder = Path(
             hub.snapshot_download(
                 listing.hub_id,
+                repo_type=listing.kind,
                 revision=listing.commit,
                 allow_patterns=[glob.escape(name) for name in listing.files],
-                endpoint=_endpoint(),
+                endpoint=endpoint(),
                 token=token or False,
             )
         )
@@ -128,7 +136,7 @@ def download(listing: Listing, *, token: str | None, page: str) -> tuple[Path, d
 
 def in_hub_cache(hub_id: str, revision: str) -> Path | None:
     """The folder of this revision in Hugging Face's own cache; None when it is not there. Asks no network."""
-    path = _hub().try_to_load_from_cache(hub_id, "config.json", revision=revision)
+    path = library().try_to_load_from_cache(hub_id, "config.json", revision=revision)
     return Path(path).parent if isinstance(path, str) else None
 
 
@@ -142,21 +150,22 @@ def needs_access(hub_id: str, page: str) -> str:
     return f"The token has no access to {hub_id}. Ask for access at {page} with the same account, or log in with another:  {LOG_IN}"
 
 
-def _hub() -> Any:
+def library(what: str = "a model") -> Any:
+    """huggingface_hub, imported now. Raises WeightsError with the remedy when it is missing."""
     try:
         import huggingface_hub
         import huggingface_hub.constants
         import huggingface_hub.errors
     except ImportError as exc:
-        raise WeightsError(f"{exc.name} is needed to fetch a model:  {REMEDY}") from exc
+        raise WeightsError(f"{exc.name} is needed to fetch {what}:  {REMEDY}") from exc
     return huggingface_hub
 
 
-def _endpoint() -> str | None:
+def endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT") or None  # read at each call; the library reads it once, when it is imported
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T:
+def within(seconds: float, call: Callable[[], T]) -> T:
     """The result of `call`, or TimeoutError after `seconds`.
 
     A thread is needed because looking up a name cannot be given a time limit: without a network it may take half a minute.
@@ -171,9 +180,9 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
             raise TimeoutError(f"no answer within {seconds:g} s") from exc
 
 
-def _refusal(exc: Exception, hub_id: str, revision: str, *, token: str | None, page: str) -> Exception:
-    """What an error of asking means: a hub that said no, or no hub at all."""
-    errors = _hub().errors
+def refusal(exc: Exception, hub_id: str, revision: str, *, token: str | None, page: str, what: str = "model") -> Exception:
+    """What an error of asking for `what` means: a hub that said no, or no hub at all."""
+    errors = library().errors
     status = getattr(getattr(exc, "response", None), "status_code", None)
     if isinstance(exc, errors.GatedRepoError):
         return LicenceRequired(needs_access(hub_id, page) if token else needs_token(hub_id, page))
@@ -182,11 +191,11 @@ def _refusal(exc: Exception, hub_id: str, revision: str, *, token: str | None, p
     if isinstance(exc, errors.RepositoryNotFoundError):
         if token:
             return WeightsError(
-                f"The hub shows no model {hub_id} to this token. Check the spelling at {page}, or log in with another:  {LOG_IN}"
+                f"The hub shows no {what} {hub_id} to this token. Check the spelling at {page}, or log in with another:  {LOG_IN}"
             )
-        return WeightsError(f"The hub shows no model {hub_id}. Check the spelling at {page}; if it is private, log in first:  {LOG_IN}")
+        return WeightsError(f"The hub shows no {what} {hub_id}. Check the spelling at {page}; if it is private, log in first:  {LOG_IN}")
     if isinstance(exc, errors.HFValidationError):
-        return WeightsError(f"{hub_id!r} cannot be the name of a model on a hub. Give owner/name or owner/name@revision.")
+        return WeightsError(f"{hub_id!r} cannot be the name of a {what} on a hub. Give owner/name or owner/name@revision.")
     if status == 401 and token:
         return WeightsError(f"The hub does not accept the token (401). Correct HF_TOKEN or type:  {LOG_IN}")
     if status == 403 and token:
@@ -209,7 +218,7 @@ def _agrees(path: Path, fact: FileFact, said: HubFile) -> bool:
 
 
 def _refuse_full_disk(listing: Listing, cache: Path) -> None:
-    held = cache / f"models--{listing.hub_id.replace('/', '--')}" / "snapshots" / listing.commit
+    held = cache / f"{listing.kind}s--{listing.hub_id.replace('/', '--')}" / "snapshots" / listing.commit
     needed = sum(file.size or 0 for name, file in listing.files.items() if not (held / name).exists())
     place = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
     free = shutil.disk_usage(place).free

@@ -1,7 +1,7 @@
 """From what a user asks for to what a run reads: the base model's files and the packed rows, as two folders named by content.
 
 cache/data/<digest>-<version>-<source>/  a job tree of its own, made by the runtime's `generate` and `prepare`
-    input/data/documents/       what the sources said
+    input/data/documents/       what the sources said: documents.jsonl, and of records that are no running text examples.jsonl
     input/data/model/           links to the base model's files, and to nothing else that lies in its folder
     input/data/train/           the packed rows, their ledger, their manifest
 """
@@ -33,7 +33,7 @@ from trimtab.errors import SpecError, StagingError, WeightsError
 from trimtab.events import Event, read_from
 from trimtab.layout import PIPE_VARIABLE, JobDir
 from trimtab.ledger import Ledger
-from trimtab.model_folder import note_in_s3
+from trimtab.model_folder import link_or_copy, note_in_s3
 from trimtab.spec import JobSpec, TrainSpec
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ _STALE = 24 * 3600.0  # seconds after which a half-made folder has no maker any 
 class Staged:
     """All that a run needs. `train` names model and data by content; `channels` are the folders `train` and `model`.
 
-    `loaded` holds the documents and what was skipped; `reused` tells that the rows were there already.
+    `loaded` holds the documents, the examples and what was skipped; `reused` tells that the rows were there already.
     """
 
     train: TrainSpec
@@ -87,11 +87,21 @@ def stage(
     if why := families.refusal(_config(model), spec.train.max_seq_len):
         raise SpecError(why)
     limits = data.FetchLimits(max_bytes=max(1, round(spec.max_page_mb * 1e6)), total_s=spec.max_page_seconds)
-    loaded = data.load(spec.data, on_error=spec.on_error, allow_private_hosts=spec.allow_private_hosts, limits=limits, say=say)
+    loaded = data.load(
+        spec.data,
+        on_error=spec.on_error,
+        allow_private_hosts=spec.allow_private_hosts,
+        limits=limits,
+        cache=cache,
+        token=token,
+        offline=offline,
+        objective=spec.train.objective,
+        say=say,
+    )
     filled = {
         "model": lasting_name(spec.train.model, model),
         "model_digest": model.digest,
-        "data_digest": documents_digest(loaded.documents),
+        "data_digest": data_digest(loaded),
     }
     train = TrainSpec(**{**spec.train.model_dump(), **filled})
     folder = cache / "data" / f"{train.preparation_digest()[:16]}-{_maker()}"
@@ -99,7 +109,7 @@ def stage(
         if reused := complete(folder):
             say(f"data: prepared before, in {folder}")
         else:
-            _prepare(folder, train, model, loaded.documents, show)
+            _prepare(folder, train, model, loaded, show)
         job = JobDir(folder)
         if model.uri is not None:
             note_in_s3(job.channel("model"), model.uri, model.uri_bytes)
@@ -139,6 +149,14 @@ def documents_digest(documents: Sequence[Document]) -> str:
     return hashlib.sha256(json.dumps([[document.title, document.text] for document in documents]).encode()).hexdigest()
 
 
+def data_digest(loaded: Loaded) -> str:
+    """sha256 of what is trained on, documents and examples, wherever they came from. Without examples it is `documents_digest`."""
+    documents = documents_digest(loaded.documents)
+    if loaded.examples is None:
+        return documents
+    return hashlib.sha256(json.dumps([documents, loaded.examples.digest]).encode()).hexdigest()
+
+
 def _maker() -> str:
     """The runtime whose rules make the rows, by version and source: another one may make others of the same documents."""
     try:
@@ -172,7 +190,7 @@ def complete(folder: Path) -> bool:
         return False
 
 
-def _prepare(folder: Path, train: TrainSpec, model: BaseModel, documents: Sequence[Document], show: Callable[[Event], None]) -> None:
+def _prepare(folder: Path, train: TrainSpec, model: BaseModel, loaded: Loaded, show: Callable[[Event], None]) -> None:
     """Make the tree in a folder beside its place and move it there when it is whole; else nothing stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _sweep(folder.parent)
@@ -181,7 +199,9 @@ def _prepare(folder: Path, train: TrainSpec, model: BaseModel, documents: Sequen
         job = JobDir(making).make()
         job.hyperparameters.write_text(json.dumps(train.to_hyperparameters(), indent=1), encoding="utf-8")
         job.channel("documents").mkdir()
-        data.to_jsonl(documents, job.channel("documents") / "documents.jsonl")
+        data.to_jsonl(loaded.documents, job.channel("documents") / "documents.jsonl")
+        if loaded.examples is not None:
+            link_or_copy(loaded.examples.path, job.channel("documents") / "examples.jsonl")
         link_model(model, job.channel("model"))
         if train.replay > 0:
             run_verb("generate", job, show)

@@ -27,21 +27,24 @@ def reason(given: str | Path) -> str:
 
 def test_a_folder_is_its_pages_in_order_without_hidden_ones(folder: Path):
     expanded = expand(folder)
-    assert names(expanded) == ["site/a.txt", "site/b.html", "site/sub/D.HTM", "site/sub/c.md"]
+    assert names(expanded) == ["site/a.txt", "site/b.html", "site/sub/D.HTM", "site/sub/c.md", "site/sub/data.csv"]
+    assert [source.records for source in expanded.sources] == [None] * 4 + ["csv"]
     assert expanded.refused == ()
-    assert expanded.notes == ("site: passed over 3 files of kinds that are not read (1 .csv, 1 .png, 1 no suffix)",)
+    assert expanded.notes == ("site: passed over 2 files of kinds that are not read (1 .png, 1 no suffix)",)
 
 
 def test_names_are_relative_as_given_and_never_absolute(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(folder)
-    assert names(expand(["sub", "b.html", Path("sub/../a.txt"), folder / "sub"])) == ["sub/D.HTM", "sub/c.md", "b.html", "a.txt"]
-    assert names(expand(".")) == ["a.txt", "b.html", "sub/D.HTM", "sub/c.md"]
+    assert names(expand(["sub", "b.html", Path("sub/../a.txt"), folder / "sub"])) == [
+        *("sub/D.HTM", "sub/c.md", "sub/data.csv", "b.html", "a.txt")
+    ]
+    assert names(expand(".")) == ["a.txt", "b.html", "sub/D.HTM", "sub/c.md", "sub/data.csv"]
 
 
 def test_the_users_order_stays_and_each_source_comes_once(folder: Path):
     expanded = expand(["https://b.test/", str(folder / "b.html"), "https://a.test", "HTTPS://B.test:443/#top", str(folder)])
     assert names(expanded)[:3] == ["https://b.test/", "b.html", "https://a.test"]
-    assert len(expanded.sources) == 6
+    assert len(expanded.sources) == 7
     assert expanded.notes[0] == "https://B.test:443/ was given more than once and is read once"
 
 
@@ -61,12 +64,48 @@ def test_links(folder: Path, tmp_path: Path):
     expanded = expand(folder)
     assert [item.source for item in expanded.refused] == ["site/loop.html", "site/out.html", "site/outfolder"]
     assert "leads out of the folder" in expanded.refused[1].reason
-    assert names(expanded) == ["site/a.txt", "site/again.html", "site/sub/D.HTM", "site/sub/c.md"]
+    assert names(expanded) == ["site/a.txt", "site/again.html", "site/sub/D.HTM", "site/sub/c.md", "site/sub/data.csv"]
 
 
-def test_a_folder_without_pages_is_named(tmp_path: Path):
+def test_a_folder_without_pages_or_records_is_named(tmp_path: Path):
     (tmp_path / "empty").mkdir()
-    assert reason(tmp_path / "empty") == "the folder holds no .html, .htm, .txt, .md file; pass one that does"
+    assert reason(tmp_path / "empty") == (
+        "the folder holds no file of the kinds that are read "
+        "(.html, .htm, .txt, .md, .jsonl, .ndjson, .json, .csv, .tsv, .parquet); pass one that does"
+    )
+
+
+def test_beside_web_pages_json_is_no_record_and_beside_records_a_readme_no_page(folder: Path, tmp_path: Path):
+    (folder / "manifest.json").write_text("{}")
+    expanded = expand(folder)
+    assert "site/manifest.json" not in names(expanded)
+    assert expanded.notes[0] == (
+        "site/manifest.json was passed over (a .json file beside web pages); pass it by name if it is to be learned"
+    )
+    assert names(expand(folder / "manifest.json")) == ["manifest.json"]
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    for name in ("README.md", "a.json", "b.jsonl.gz", "dataset_infos.json", "notes.txt"):
+        (rows / name).write_text("{}")
+    expanded = expand(rows)
+    assert names(expanded) == ["rows/a.json", "rows/b.jsonl.gz", "rows/notes.txt"]
+    assert [note.split()[0] for note in expanded.notes] == ["rows/README.md", "rows/dataset_infos.json"]
+
+
+def test_what_a_name_says_about_records(tmp_path: Path):
+    for name, kind in {"a.JSONL": "jsonl", "a.csv.gz": "csv", "a.tsv": "tsv", "a.parquet": "parquet", "a.ndjson": "jsonl"}.items():
+        (tmp_path / name).write_text("x")
+        assert expand(tmp_path / name).sources[0].records == kind
+    (source,) = expand("https://a.test/x/faq.jsonl?download=true").sources
+    assert source.records == "jsonl"
+    (source,) = expand("hf://datasets/tiny/faq@main/train").sources
+    assert (source.records, source.url, source.name) == ("hub", None, "hf://datasets/tiny/faq@main/train")
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / name).write_text("{}")
+    assert [source.records for source in expand(tmp_path).sources] == ["saved"]
+    assert reason("https://huggingface.co/datasets/tiny/faq") == (
+        "it is the page about a dataset; for its records pass  hf://datasets/tiny/faq"
+    )
 
 
 def test_what_is_not_there(folder: Path, tmp_path: Path):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trimtab.data.forms import KNOWN
-from trimtab.data.records import Broken, Numbered, Part
+from trimtab.data.parts import Broken, Numbered, Part
 from trimtab.errors import DataError
 
 REMEDY = "pip install 'trimtab[parquet]'"

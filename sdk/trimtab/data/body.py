@@ -8,19 +8,11 @@ from typing import Any, ClassVar
 
 import requests
 
+from trimtab.data.parts import RECORD_TYPES
 from trimtab.errors import DataError
 
 HTML_TYPES = ("text/html", "application/xhtml+xml")
 TEXT_TYPES = ("text/plain", "text/markdown")
-RECORD_TYPES = {
-    **dict.fromkeys(("application/jsonl", "application/x-jsonl", "application/jsonlines", "application/x-jsonlines"), "jsonl"),
-    **dict.fromkeys(("application/x-ndjson", "application/ndjson"), "jsonl"),
-    "application/json": "json",
-    "text/csv": "csv",
-    "text/tab-separated-values": "tsv",
-    **dict.fromkeys(("application/vnd.apache.parquet", "application/parquet", "application/x-parquet"), "parquet"),
-}
-"""Media types of records, and what each is. A server names .jsonl and .parquet as anything but a page."""
 _CHUNK = 16_384  # compressed bytes at a time
 
 

@@ -1,11 +1,15 @@
-"""The way from what the user passes to clean documents, and the file that holds them.
+"""The way from what the user passes to clean documents and training examples, and the file that holds the documents.
 
-sources.py    addresses, files, folders -> a list of pages to read
+sources.py    addresses, files, folders, datasets -> a list of pages and files of records to read
 reading.py    each of them read, several at once
 fetch.py      one page from the network (addresses.py, limits.py, loader.py)
 decode.py     bytes -> text
 extract.py    HTML -> title and lines of the main text (markup.py, tables.py); plain.py the same for text and Markdown
 clean.py      white space, what a site repeats on every page
+datasets.py   a dataset of a hub, or of save_to_disk -> its files of records
+records.py    such a file -> its records (arrow.py: parquet and arrow)
+forms.py      a record -> the canonical object of its form (turns.py: conversations)
+examples.py   such objects -> the file of examples; running text becomes documents
 """
 
 from __future__ import annotations
@@ -16,14 +20,17 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from trimtab.cache import cache_dir
 from trimtab.data.clean import without_repeated_edges, words
+from trimtab.data.examples import NAMED, Examples, Told, Writer, collect
 from trimtab.data.limits import FetchLimits
-from trimtab.data.reading import Reading, read_all
+from trimtab.data.reading import Asking, Reading, RecordFiles, Result, read_all
 from trimtab.data.sources import Refused, expand
 from trimtab.errors import DataError
 
@@ -64,12 +71,13 @@ class Skipped(BaseModel):
 
 
 class Loaded(BaseModel):
-    """What `load` read, in the order of the sources."""
+    """What `load` read, in the order of the sources: running text as documents, records of other forms as examples."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     documents: tuple[Document, ...]
     skipped: tuple[Skipped, ...]
+    examples: Examples | None = None
 
 
 def text_id(text: str) -> str:
@@ -83,15 +91,26 @@ def load(
     allow_private_hosts: bool = False,
     proxies_from_environment: bool = False,
     limits: FetchLimits = _LIMITS,
+    cache: Path | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    objective: Literal["auto", "all", "answers"] = "auto",
     say: Callable[[str], None] = print,
 ) -> Loaded:
-    """The documents behind `sources`: http and https addresses, .html, .htm, .txt and .md files, folders of them.
+    """The documents and examples behind `sources`: http and https addresses, files of pages (.html, .htm, .txt, .md) and of records
+    (.jsonl, .json, .csv, .tsv, also as .gz, and .parquet), folders of them, folders that `datasets.save_to_disk` wrote, and datasets on a
+    hub as hf://datasets/OWNER/NAME[@REVISION][/CONFIG][/SPLIT].
 
     Pages are fetched in parallel, `limits.per_host` at a time from one host; the order stays. A source read twice, or whose text
-    another one already has, is kept once. `allow_private_hosts` permits addresses that are not public, as of this machine.
-    `proxies_from_environment` goes through the proxy that HTTPS_PROXY and the like name, which then resolves the names.
+    another one already has, is kept once; so is a record. `allow_private_hosts` permits addresses that are not public, as of this
+    machine. `proxies_from_environment` goes through the proxy that HTTPS_PROXY and the like name, which then resolves the names.
+    `limits` hold for pages and for whatever is fetched by address; files of records on this machine may be of any size.
 
-    Raises DataError naming every source that failed and why; with `on_error="skip"` only when no document is left.
+    Examples are written to a file in `cache` (by default `cache_dir()`). `token` (else HF_TOKEN, else that of `hf auth login`) is for
+    hubs of datasets; with `offline` none is asked. `objective` is what the job learns of its records; it is only said.
+
+    Raises DataError naming every source that failed and why, of records the first by file and line; with `on_error="skip"` only when
+    nothing is left.
     """
     expanded = expand(sources)
     total = len(expanded.sources) + len(expanded.refused)
@@ -99,11 +118,13 @@ def load(
         raise DataError("no data was given; pass at least one address, file or folder")
     for note in expanded.notes:
         say(f"data: {note}")
+    cache = cache or cache_dir()
     results = read_all(
         expanded.sources,
         limits,
         allow_private_hosts=allow_private_hosts,
         proxies_from_environment=proxies_from_environment,
+        asking=Asking(cache, token, offline),
         say=say,
     )
     failed = [*expanded.refused, *(result for result in results if isinstance(result, Refused))]
@@ -111,12 +132,20 @@ def load(
         raise DataError(_failure(failed, total))
     for item in failed:
         say(f"data: skipped {item.source}: {item.reason}")
-    readings = [result for result in results if isinstance(result, Reading)]
-    documents = _documents(_without_repetition(readings, say), say)
-    kept, shown = sum(words(document.text) for document in documents), sum(reading.page_words for reading in readings)
-    noun = "document" if len(documents) == 1 else "documents"
-    say(f"data: {len(documents):,} {noun} with {kept:,} words of main text; the pages show {shown:,} words")
-    return Loaded(documents=tuple(documents), skipped=tuple(Skipped(source=item.source, reason=item.reason) for item in failed))
+    gathered = _Gathered(say)
+    with Writer(cache) as writer:
+        for result in _without_repetition(results, say):
+            if isinstance(result, Reading):
+                gathered.page(result)
+            elif isinstance(result, RecordFiles) and (problem := gathered.records(result, writer, objective, go_on=on_error == "skip")):
+                failed.append(problem)
+        of_records = any(isinstance(result, RecordFiles) for result in results)
+        if failed and of_records and (on_error == "fail" or not (gathered.documents or writer.count)):
+            raise DataError(_failure(failed, total))
+        examples = writer.finish()
+    gathered.tell(examples)
+    skipped = tuple(Skipped(source=item.source, reason=item.reason) for item in failed)
+    return Loaded(documents=tuple(gathered.documents.values()), skipped=skipped, examples=examples)
 
 
 def to_jsonl(documents: Iterable[Document], path: str | Path) -> None:
@@ -156,37 +185,93 @@ def from_jsonl(path: str | Path) -> tuple[Document, ...]:
     return tuple(documents)
 
 
-def _without_repetition(readings: Sequence[Reading], say: Callable[[str], None]) -> list[Reading]:
-    """The readings without the lines that most pages of their site begin or end with."""
-    sites: dict[str, list[int]] = defaultdict(list)
-    for number, reading in enumerate(readings):
-        sites[reading.source.site].append(number)
-    out = list(readings)
-    for site, numbers in sites.items():
-        pages, fewer = without_repeated_edges([readings[number].lines for number in numbers])
-        for number, lines in zip(numbers, pages, strict=True):
-            out[number] = replace(readings[number], lines=lines)
+def _without_repetition(results: Sequence[Result], say: Callable[[str], None]) -> list[Result]:
+    """The results, pages without the lines that most pages of their site begin or end with."""
+    sites: dict[str, list[tuple[int, Reading]]] = defaultdict(list)
+    for number, result in enumerate(results):
+        if isinstance(result, Reading):
+            sites[result.source.site].append((number, result))
+    out = list(results)
+    for site, readings in sites.items():
+        pages, fewer = without_repeated_edges([reading.lines for _, reading in readings])
+        for (number, reading), lines in zip(readings, pages, strict=True):
+            out[number] = replace(reading, lines=lines)
         if fewer:
-            where = site if readings[numbers[0]].source.url else "the folder"
+            where = site if readings[0][1].source.url else "the folder"
             say(f"data: left out {fewer} lines that most pages of {where} begin or end with, but for their first occurrence")
     return out
 
 
-def _documents(readings: Sequence[Reading], say: Callable[[str], None]) -> list[Document]:
-    """One document for each text."""
-    documents: dict[str, Document] = {}
-    for reading in readings:
+class _Gathered:
+    """The documents so far, by their id: one for each text. The `_kept` are those of pages."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.documents: dict[str, Document] = {}
+        self._say = say
+        self._pages = self._kept = self._page_words = self._shown_words = 0
+        self._now = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def page(self, reading: Reading) -> None:
         text = "\n".join(reading.lines)
         key = text_id(text)
+        self._shown_words += reading.page_words
+        self._pages += 1
         if not text:
-            say(f"data: {reading.source.name} has no text of its own, only what most pages of its site repeat; left out")
-        elif key in documents:
-            say(f"data: {reading.source.name} has the same text as {documents[key].source}; kept once")
+            self._say(f"data: {reading.source.name} has no text of its own, only what most pages of its site repeat; left out")
+        elif key in self.documents:
+            self._say(f"data: {reading.source.name} has the same text as {self.documents[key].source}; kept once")
         else:
-            documents[key] = Document(
+            self._kept += 1
+            self._page_words += words(text)
+            self.documents[key] = Document(
                 id=key, source=reading.source.name, title=reading.title, text=text, sha256=reading.sha256, fetched_at=reading.fetched_at
             )
-    return list(documents.values())
+
+    def text(self, title: str, text: str, source: str) -> bool:
+        """Take a record of running text; False when there is the same text already."""
+        sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
+        key = sha256[:16]
+        if key in self.documents:
+            return False
+        self.documents[key] = Document(id=key, source=source, title=title, text=text, sha256=sha256, fetched_at=self._now)
+        return True
+
+    def records(self, files: RecordFiles, writer: Writer, objective: str, *, go_on: bool) -> Refused | None:
+        """Read a source of records, and say what its files hold; what is broken in it, if anything."""
+        broken = []
+        for part in files.parts:
+            told = collect(part, writer, self.text, objective=objective, go_on=go_on)
+            for line in told.lines:
+                self._say(f"data: {line}")
+            if reason := _broken(told, go_on=go_on):
+                broken.append(f"{part.name}: {reason}" if len(files.parts) > 1 else reason)
+                if go_on:
+                    self._say(f"data: skipped in {part.name}: {reason}")
+        return Refused(files.source.name, "\n  ".join(broken)) if broken else None
+
+    def tell(self, examples: Examples | None) -> None:
+        if self._pages:
+            noun = "document" if self._kept == 1 else "documents"
+            self._say(
+                f"data: {self._kept:,} {noun} with {self._page_words:,} words of main text; the pages show {self._shown_words:,} words"
+            )
+        if examples:
+            forms = ", ".join(f"{count:,} {form}" for form, count in examples.forms.items())
+            self._say(f"data: {examples.count:,} {'example' if examples.count == 1 else 'examples'} ({forms})")
+
+
+def _broken(told: Told, *, go_on: bool) -> str:
+    """What is said of a file's broken records, the first by their places; "" when there are none."""
+    if not told.read:
+        return "it holds no records"
+    if not told.broken:
+        return ""
+    lines = list(told.broken)
+    if told.broken_count > len(lines):
+        lines.append(f"and {told.broken_count - len(lines):,} more of {told.read:,} records")
+    elif told.broken_count == NAMED and not go_on:
+        lines.append("and what comes after it was not looked at")
+    return lines[0] if len(lines) == 1 else "\n    ".join(["", *lines])
 
 
 def _failure(failed: Sequence[Refused], total: int) -> str:

@@ -23,12 +23,13 @@ from requests.utils import get_environ_proxies, select_proxy
 from urllib3.exceptions import HTTPError, NameResolutionError
 
 from trimtab.data.addresses import Resolver, checked, resolve
-from trimtab.data.body import HTML_TYPES, RECORD_TYPES, TEXT_TYPES, content_type, read, sniffed
+from trimtab.data.body import HTML_TYPES, TEXT_TYPES, content_type, read, sniffed
 from trimtab.data.connect import Deadline, Gate, ProxyGate, use_gate
 from trimtab.data.decode import decode
 from trimtab.data.limits import FetchLimits
 from trimtab.data.loader import PageLoader
 from trimtab.data.markup import parseable
+from trimtab.data.parts import RECORD_TYPES
 from trimtab.data.sources import check_url, public_url
 from trimtab.errors import DataError
 

@@ -6,7 +6,11 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, Po
 
 
 class FetchLimits(BaseModel):
-    """Limits for each page; times in seconds, sizes in bytes after decompression. `max_bytes` holds for local files too."""
+    """Limits for each page; times in seconds, sizes in bytes after decompression.
+
+    `max_bytes` holds for local pages too, and for records that are fetched by their address; a file of records on this machine is
+    read a record at a time and may be of any size.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,4 +1,5 @@
-"""Sources to pages: each fetched or opened, decoded and reduced to its main text, several at once."""
+"""Sources to pages: each fetched or opened, decoded and reduced to its main text, several at once. Of a source of records its files
+are found, or fetched; they are read later (examples.py), in order and a record at a time."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 from trimtab.data.clean import words
 from trimtab.data.decode import decode
 from trimtab.data.limits import FetchLimits
+from trimtab.data.parts import RECORD_TYPES, Part
 from trimtab.data.plain import markdown, text_lines
 from trimtab.data.sources import FILE_KINDS, Refused, Source
 from trimtab.errors import DataError
@@ -38,23 +40,46 @@ class Reading:
     fetched_at: str
 
 
+@dataclass(frozen=True)
+class RecordFiles:
+    """A source of records as its files."""
+
+    source: Source
+    parts: tuple[Part, ...]
+
+
+Result = Reading | RecordFiles | Refused
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a hub of datasets is asked: what a name meant is noted in `cache`; `token` and `offline` as for `weights.resolve`."""
+
+    cache: Path
+    token: str | None = None
+    offline: bool = False
+
+
 def read_all(
     sources: Sequence[Source],
     limits: FetchLimits,
     *,
     allow_private_hosts: bool,
     proxies_from_environment: bool,
+    asking: Asking,
     say: Callable[[str], None],
-) -> list[Reading | Refused]:
+) -> list[Result]:
     """One result for each source, in order. Raises DataError when a package is missing, and only then."""
-    if any(source.url or _kind(source) == "text/html" for source in sources):
+    if any(source.url or (not source.records and _kind(source) == "text/html") for source in sources):
         _needed("trimtab.data.extract")
     if any(source.url for source in sources):
         _needed("trimtab.data.fetch")  # here, before the threads: its import silences a warning, which holds for all threads
 
-    def read(source: Source) -> Reading | Refused:
+    def read(source: Source) -> Result:
         try:
-            return _page(source, limits, allow_private_hosts, proxies_from_environment) if source.url else _file(source, limits)
+            if source.url:
+                return _page(source, limits, allow_private_hosts, proxies_from_environment)
+            return _record_files(source, asking, say) if source.records else _file(source, limits)
         except DataError as exc:
             return Refused(source.name, str(exc))
 
@@ -69,13 +94,13 @@ def _needed(module: str) -> None:
 
 
 def _in_parallel(
-    sources: Sequence[Source], read: Callable[[Source], Reading | Refused], limits: FetchLimits, say: Callable[[str], None]
-) -> list[Reading | Refused]:
+    sources: Sequence[Source], read: Callable[[Source], Result], limits: FetchLimits, say: Callable[[str], None]
+) -> list[Result]:
     """`read` of each source, `limits.per_host` at a time for one host and `limits.parallel` in all.
 
     Each host has a queue that at most `per_host` workers empty, so that a slow host never holds the workers of the others.
     """
-    results: dict[int, Reading | Refused] = {}
+    results: dict[int, Result] = {}
     queues: dict[str, deque[int]] = defaultdict(deque)
     for number, source in enumerate(sources):
         queues[source.site if source.url else ""].append(number)
@@ -105,11 +130,31 @@ def _in_parallel(
     return [results[number] for number in range(len(sources))]
 
 
-def _page(source: Source, limits: FetchLimits, allow_private_hosts: bool, proxies_from_environment: bool) -> Reading:
+def _record_files(source: Source, asking: Asking, say: Callable[[str], None]) -> RecordFiles:
+    """The files behind a source on this machine or on a hub. A file of records may be of any size."""
+    from trimtab.data.datasets import from_hub, from_saved
+
+    if source.records == "hub":
+        return RecordFiles(source, from_hub(source.name, cache=asking.cache, token=asking.token, offline=asking.offline, say=say))
+    assert source.path is not None
+    if source.records == "saved":
+        return RecordFiles(source, from_saved(source.path, source.name, say))
+    return RecordFiles(source, (Part(source.name, str(source.records), path=source.path),))
+
+
+def _page(source: Source, limits: FetchLimits, allow_private_hosts: bool, proxies_from_environment: bool) -> Reading | RecordFiles:
     from trimtab.data.fetch import fetch_page
 
     assert source.url is not None
-    page = fetch_page(source.url, limits, allow_private_hosts=allow_private_hosts, proxies_from_environment=proxies_from_environment)
+    page = fetch_page(
+        source.url,
+        limits,
+        allow_private_hosts=allow_private_hosts,
+        proxies_from_environment=proxies_from_environment,
+        records=source.records is not None,
+    )
+    if kind := source.records or RECORD_TYPES.get(page.media_type):
+        return RecordFiles(source, (Part(source.name, kind, body=page.body, at_most=limits.max_bytes),))
     return _reading(source, page.body, page.text, page.media_type, page.tree)
 
 

@@ -12,67 +12,15 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from trimtab.data.parts import Broken, Numbered, Part
 from trimtab.errors import DataError
-
-KINDS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".jsonl.gz": "jsonl",
-    ".json.gz": "json",
-    ".csv.gz": "csv",
-    ".tsv.gz": "tsv",
-}
-"""The endings of files that hold records, and what each is."""
 
 LONGEST = 100_000_000  # bytes of one line or field: more is no record but a file of another kind, and would fill the memory
 LARGEST_JSON = 500_000_000  # bytes of a .json file, which is held in memory
 _LIST_NAMES = ("data", "train", "rows")  # where an object keeps its list of records
-
-
-@dataclass(frozen=True)
-class Part:
-    """One file of records. `name` is what messages show; `body` is what was fetched, else the file lies at `path`."""
-
-    name: str
-    kind: str  # jsonl, json, csv, tsv, parquet, arrow
-    path: Path | None = None
-    body: bytes | None = None
-    at_most: int | None = None  # bytes after unpacking, of what was fetched
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A record that cannot be read, and why. `last`: nothing after it can be read either."""
-
-    reason: str
-    last: bool = False
-
-
-Numbered = tuple[int, dict[str, Any] | Broken]
-"""A record with the line where it begins, or, in a table, its row; both are counted from 1."""
-
-
-def kind_of(name: str) -> str | None:
-    """What a file of this name holds, by its ending; None when no records."""
-    lower = name.lower()
-    return next((kind for ending, kind in sorted(KINDS.items(), key=lambda pair: -len(pair[0])) if lower.endswith(ending)), None)
-
-
-def place(part: Part, number: int) -> str:
-    """Where a record stands, in words."""
-    return f"row {number}" if part.kind in ("parquet", "arrow") else f"line {number}"
 
 
 def read(part: Part) -> Iterator[Numbered]:
@@ -101,7 +49,7 @@ def read(part: Part) -> Iterator[Numbered]:
         yield number + 1, Broken(f"it cannot be read ({exc.strerror or exc}); check its permissions and the disk", last=True)
 
 
-def _opened(part: Part) -> IO[bytes]:
+def _opened(part: Part) -> io.BufferedIOBase:
     """The file's bytes, unpacked where they begin like gzip, whatever the name says."""
     if part.body is not None:
         packed = part.body.startswith(b"\x1f\x8b")
@@ -117,7 +65,7 @@ def _opened(part: Part) -> IO[bytes]:
 class _Unpacked(gzip.GzipFile):
     """A gzip file that closes what it reads from."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: io.BufferedIOBase) -> None:
         self._packed = file
         super().__init__(fileobj=file)
 
@@ -126,7 +74,7 @@ class _Unpacked(gzip.GzipFile):
         self._packed.close()
 
 
-def _bounded(body: IO[bytes], part: Part) -> IO[bytes]:
+def _bounded(body: io.BufferedIOBase, part: Part) -> io.BufferedIOBase:
     """What a fetched gzip file unpacks to, if that is not more than a page may be."""
     assert part.at_most is not None
     unpacked = body.read(part.at_most + 1)
@@ -141,7 +89,7 @@ def too_large(at_most: int) -> str:
     )
 
 
-def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+def _lines(file: io.BufferedIOBase) -> Iterator[tuple[int, bytes]]:
     """Lines with their numbers, without a byte order mark. A longer line than LONGEST comes in pieces of that length."""
     for number, line in enumerate(iter(partial(file.readline, LONGEST + 1), b""), start=1):
         yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
@@ -164,7 +112,7 @@ def _decoded(line: bytes) -> str:
         ) from exc
 
 
-def _json_lines(file: IO[bytes], part: Part) -> Iterator[Numbered]:
+def _json_lines(file: io.BufferedIOBase, part: Part) -> Iterator[Numbered]:
     for number, line in _lines(file):
         if number == 1 and (wide := _wide(line)):
             yield 1, Broken(wide, last=True)
@@ -228,7 +176,7 @@ def _int(digits: str) -> int:
 _DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant, parse_int=_int)
 
 
-def _json(file: IO[bytes], part: Part) -> Iterator[Numbered]:
+def _json(file: io.BufferedIOBase, part: Part) -> Iterator[Numbered]:
     """A list of records; one object with such a list, or with columns; or, as many .json files are, one record a line."""
     body = file.read(LARGEST_JSON + 1)
     if len(body) > LARGEST_JSON:
@@ -333,7 +281,7 @@ def _column(value: Any) -> list[Any] | None:
     return list(value.values()) if isinstance(value, dict) and value and all(key.isdigit() for key in value) else None
 
 
-def _table(file: IO[bytes], part: Part) -> Iterator[Numbered]:
+def _table(file: io.BufferedIOBase, part: Part) -> Iterator[Numbered]:
     """Rows below a line of column names. A quoted field may hold line breaks; a row's number is the line where it begins."""
     csv.field_size_limit(LONGEST)
     feed = _Feed(file)
@@ -374,7 +322,7 @@ def _table(file: IO[bytes], part: Part) -> Iterator[Numbered]:
 class _Feed:
     """The lines of a table as text. One that is no UTF-8 raises ValueError, and the next call goes on after it."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: io.BufferedIOBase) -> None:
         self._lines = _lines(file)
         self._first: bytes | None = None
         self.number = 0

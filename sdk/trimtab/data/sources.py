@@ -1,4 +1,4 @@
-"""What the user passes, as a list of sources: web addresses, files, folders. Reads names, not contents."""
+"""What the user passes, as a list of sources: web addresses, files, folders, datasets. Reads names, not contents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
+from trimtab.data.parts import KINDS, kind_of
+
 FILE_KINDS = {".html": "text/html", ".htm": "text/html", ".txt": "text/plain", ".md": "text/markdown"}
+_READ = ", ".join([*FILE_KINDS, *(kind for kind in KINDS if not kind.endswith(".gz"))])
+_BESIDE = frozenset({"readme.md", "dataset_infos.json", "dataset_info.json"})  # of records: what is said of them, not one of them
+_DATASET_PAGE = re.compile(r"https?://(?:www\.)?huggingface\.co/datasets/([^/?#]+/[^/?#]+)/?(?:[?#].*)?", re.I)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?!\\)")
 _DOMAIN = re.compile(r"(?:[a-z0-9-]+\.)+[a-z]{2,24}(?::\d+)?(?:/\S*)?", re.I)
 _SECRET_NAME = re.compile(r"token|secret|passw|pwd|key|sig|auth|credential|session|jwt|^(?:code|sid|x-amz-.*)$", re.I)
@@ -20,12 +25,17 @@ _SECRET_VALUE = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w.~+/=-]{32,}")
 
 @dataclass(frozen=True)
 class Source:
-    """One page to read. `name` is what documents and messages show: nothing secret, no folder of this machine."""
+    """One page, or one place of records, to read. `name` is what documents and messages show: nothing secret, no folder of this machine.
+
+    `records` is None for a page, else what kind its name promises: a file of one of `KINDS`, `saved` (a folder that
+    `datasets.save_to_disk` wrote) or `hub` (a dataset on a hub, which has neither url nor path).
+    """
 
     name: str
     site: str  # what its pages have in common: the host, or the folder that was passed
     url: str | None = None
     path: Path | None = None
+    records: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Expanded:
 
 
 def expand(given: str | Path | Sequence[str | Path]) -> Expanded:
-    """The sources in `given`: addresses as they are, files as they are, folders as their pages, in the order of their paths."""
+    """The sources in `given`: addresses and files as they are, folders as their files, in the order of their paths."""
     sources: dict[str, Source] = {}
     refused: list[Refused] = []
     notes: list[str] = []
@@ -109,32 +119,45 @@ def _from_url(url: str, scheme: str) -> _Found:
     name = public_url(url)
     if scheme == "file":
         return [], [Refused(name, f"file: addresses are not read; pass the path: {unquote(urlsplit(url).path)}")], []
+    if scheme == "hf":
+        return [(url, Source(url, "hf", records="hub"))], [], []
     if problem := check_url(url):
         return [], [Refused(name, problem)], []
+    if dataset := _DATASET_PAGE.fullmatch(url):
+        return [], [Refused(name, f"it is the page about a dataset; for its records pass  hf://datasets/{dataset[1]}")], []
     parts = urlsplit(url)
     port = "" if parts.port in (None, {"http": 80, "https": 443}[scheme]) else f":{parts.port}"
     host = (parts.hostname or "").lower()
     same = urlunsplit((scheme, (f"[{host}]" if ":" in host else host) + port, parts.path or "/", parts.query, ""))
-    return [(same, Source(name, host + port, url=same))], [], []
+    return [(same, Source(name, host + port, url=same, records=kind_of(parts.path)))], [], []
 
 
 def _from_path(path: Path) -> _Found:
     name = path.as_posix() if not path.is_absolute() and ".." not in path.parts else path.name or path.as_posix()
     if path.is_dir():
+        if _was_saved(path):
+            return [(os.path.realpath(path), Source(name, str(path), path=path, records="saved"))], [], []
         try:
             return _from_folder(path, name if name != "." else "")
         except OSError as exc:
             return [], [Refused(name, f"the folder cannot be read ({exc.strerror}); check its permissions")], []
     if not path.exists():
         return [], [Refused(name, _missing(path))], []
-    if path.suffix.lower() not in FILE_KINDS:
-        return [], [Refused(name, f"files of this kind are not read, only {', '.join(FILE_KINDS)}; export it as one of them")], []
-    return [(os.path.realpath(path), Source(name, str(path.parent), path=path))], [], []
+    kind = kind_of(path.name)
+    if kind is None and path.suffix.lower() not in FILE_KINDS:
+        return [], [Refused(name, f"files of this kind are not read, only {_READ}; export it as one of them")], []
+    return [(os.path.realpath(path), Source(name, str(path.parent), path=path, records=kind))], [], []
+
+
+def _was_saved(folder: Path) -> bool:
+    """Whether `datasets.save_to_disk` wrote it: one split, or several."""
+    return (folder / "dataset_dict.json").is_file() or all((folder / name).is_file() for name in ("dataset_info.json", "state.json"))
 
 
 def _from_folder(folder: Path, name: str) -> _Found:
-    """The pages under `folder`. Hidden names are passed over; a link that leads out is refused, one that stays inside is followed
-    only if it is a file (a folder is read where it is)."""
+    """The files under `folder`. Hidden names are passed over; a link that leads out is refused, one that stays inside is followed
+    only if it is a file (a folder is read where it is). Beside web pages a .json file is passed over, as sites keep their settings
+    in such, and beside records what only describes them."""
     found: list[tuple[str, Source]] = []
     refused: list[Refused] = []
     unread: Counter[str] = Counter()
@@ -147,17 +170,31 @@ def _from_folder(folder: Path, name: str) -> _Found:
             continue
         elif not path.is_file():
             refused.append(Refused(shown, "it is a link to nothing, or no plain file; remove it or pass the files by name"))
-        elif path.suffix.lower() in FILE_KINDS:
-            found.append((os.path.realpath(path), Source(shown, str(folder), path=path)))
+        elif (kind := kind_of(path.name)) or path.suffix.lower() in FILE_KINDS:
+            found.append((os.path.realpath(path), Source(shown, str(folder), path=path, records=kind)))
         else:
             unread[path.suffix.lower() or "no suffix"] += 1
     notes = []
+    pages = any(source.name.lower().endswith((".html", ".htm")) for _, source in found)
+    settings = [source for _, source in found if pages and source.records == "json"]
+    records = any(source.records and source not in settings and _last(source) not in _BESIDE for _, source in found)
+    passed = [(source, "a .json file beside web pages") for source in settings]
+    passed += [(source, "it describes the records beside it") for _, source in found if records and _last(source) in _BESIDE]
+    for source, why in passed:
+        found = [item for item in found if item[1] is not source]
+        notes.append(f"{source.name} was passed over ({why}); pass it by name if it is to be learned")
     if unread:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
         notes.append(f"{name or folder.resolve().name}: passed over {unread.total()} files of kinds that are not read ({kinds})")
     if not found and not refused:
-        refused.append(Refused(name or folder.resolve().name, f"the folder holds no {', '.join(FILE_KINDS)} file; pass one that does"))
+        refused.append(
+            Refused(name or folder.resolve().name, f"the folder holds no file of the kinds that are read ({_READ}); pass one that does")
+        )
     return found, refused, notes
+
+
+def _last(source: Source) -> str:
+    return source.name.rpartition("/")[2].lower()
 
 
 def _walk(folder: Path) -> Iterable[Path]:
