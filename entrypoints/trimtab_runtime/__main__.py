@@ -1,4 +1,4 @@
-"""`python -m trimtab_runtime generate|prepare|measure|train|evaluate|merge|losses|serve`.
+"""`python -m trimtab_runtime generate|prepare|preview|measure|train|evaluate|merge|losses|serve`.
 
 Read the spec, call, write the result or the failure, exit.
 
@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> int:
     commands: dict[str, Callable[[JobDir, EventLog], int]] = {
         "generate": _generate,
         "prepare": _prepare,
+        "preview": _preview,
         "measure": _measure,
         "train": _train,
         "evaluate": _evaluate,
@@ -91,6 +92,13 @@ def _prepare(job: JobDir, events: EventLog) -> int:
 
     events.write(Phase(name="prepare", at=time.time()))
     prepare(job, _spec(job), _say)
+    return 0
+
+
+def _preview(job: JobDir, events: EventLog) -> int:
+    from trimtab_runtime.preview import preview
+
+    preview(job)
     return 0
 
 

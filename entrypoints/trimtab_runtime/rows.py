@@ -4,6 +4,7 @@ tokens.npy   int32 [tokens]        all rows' tokens, one row after another, with
 learned.npy  bool  [tokens]        which of them are targets
 lengths.npy  int32 [samples]       tokens of each sample, in the rows' order
 rows.npy     int64 [rows + 1, 2]   where each row begins: in tokens, in lengths
+samples.npy  int32 [samples, 2]    each one's kind, by its place in the manifest's `kinds`, and which of its round it was as it came
 
 The rows of one round stand together, as many as the ledger's `rounds` says. Epochs take the rounds in turn: each holds every
 document, and other replay.
@@ -65,11 +66,15 @@ def write_rows(
     `left_out`: what came in and is in no sample, by kind; `notes`: what the ledger says besides.
     """
     pieces: list[Piece] = []
+    came: list[int] = []
     rows: list[list[int]] = []
     in_round = []
     for samples in rounds:
         first = len(pieces)
-        pieces += [(sample, part.start, part.stop) for sample in samples for part in split(len(sample.ids), row_tokens)]
+        for number, sample in enumerate(samples):
+            for part in split(len(sample.ids), row_tokens):
+                pieces.append((sample, part.start, part.stop))
+                came.append(number)
         packed = pack([end - start for _, start, end in pieces[first:]], row_tokens)
         rows += [[first + index for index in row] for row in packed]
         in_round.append(len(packed))
@@ -89,6 +94,10 @@ def write_rows(
     np.save(folder / "teacher_chances.npy", predictions[1])
     np.save(folder / "lengths.npy", lengths)
     np.save(folder / "rows.npy", begins)
+    kinds = sorted({sample.kind for samples in rounds for sample in samples})
+    np.save(
+        folder / "samples.npy", np.array([(kinds.index(pieces[index][0].kind), came[index]) for index in order], np.int32).reshape(-1, 2)
+    )
     accounts = _accounts([sample for samples in rounds for sample in samples], in_order, left_out or {})
     ledger = Ledger(accounts=accounts, rounds=tuple(in_round), row_tokens=row_tokens, notes=tuple(notes))
     tokens, learned = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "learned"))
@@ -103,7 +112,7 @@ def write_rows(
         occurring[tokens[start : start + _AT_ONCE]] = True
     shape = RowFacts.of(shapes, int(occurring.sum()))
     manifest.write_json(folder / "ledger.json", ledger.model_dump(mode="json"))
-    manifest.write(folder, {**facts, "shape": shape.model_dump(mode="json")})
+    manifest.write(folder, {**facts, "kinds": kinds, "shape": shape.model_dump(mode="json")})
     return ledger
 
 
@@ -162,7 +171,7 @@ class PackedRows:
         self.ledger = Ledger.model_validate_json((folder / "ledger.json").read_text(encoding="utf-8"))
         self._arrays = {
             name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            for name in ("tokens", "learned", "lengths", "teacher", "teacher_ids", "teacher_chances")
+            for name in ("tokens", "learned", "lengths", "samples", "teacher", "teacher_ids", "teacher_chances")
         }
         self._begins = np.load(folder / "rows.npy", allow_pickle=False)
 
@@ -174,3 +183,23 @@ class PackedRows:
         tokens, learned, teacher = (np.array(self._arrays[name][token:token_end]) for name in ("tokens", "learned", "teacher"))
         lengths = [int(length) for length in self._arrays["lengths"][sample:sample_end]]
         return Row(tokens, learned, lengths, teacher, self._arrays["teacher_ids"], self._arrays["teacher_chances"])
+
+    @property
+    def came(self) -> int:
+        """How many samples came in the first round."""
+        return int(self._first_round()[:, 1].max()) + 1
+
+    def sample(self, row: int, place: int) -> tuple[str, int]:
+        """Of the sample at a place of a row: its kind, and which of its round it was as it came, from 0."""
+        kind, number = self._arrays["samples"][self._begins[row, 1] + place]
+        return self.facts["kinds"][kind], int(number)
+
+    def where(self, number: int) -> list[tuple[int, int]]:
+        """(row, place in it) of each piece of a sample of the first round; none where there is no such sample."""
+        found = np.flatnonzero(self._first_round()[:, 1] == number)
+        rows = np.searchsorted(self._begins[:, 1], found, side="right") - 1
+        pieces = [(int(row), int(place - self._begins[row, 1])) for row, place in zip(rows, found, strict=True)]
+        return sorted(pieces, key=lambda piece: -self[piece[0]].lengths[piece[1]])  # full rows, then the remainder
+
+    def _first_round(self) -> NDArray[np.int32]:
+        return np.asarray(self._arrays["samples"][: self._begins[self.ledger.rounds[0], 1]])

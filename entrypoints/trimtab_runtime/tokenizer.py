@@ -80,6 +80,19 @@ class Tokenizer:
         text: str = self._fast.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text, control tokens as they are spelled. A letter of several tokens stands at the last of them."""
+        found: list[str] = []
+        begin = done = 0  # decoding depends on the tokens before; those up to `done` are told already
+        for end in range(1, len(ids) + 1):
+            before = self._fast.decode(list(ids[begin:done]), skip_special_tokens=False)
+            text = self._fast.decode(list(ids[begin:end]), skip_special_tokens=False)
+            whole = end == len(ids) or not text.endswith("\ufffd")
+            found.append(text[len(before) :] if whole else "")
+            if whole:
+                begin, done = done, end
+        return found
+
     def following(self, text: str) -> list[int]:
         """Ids of text that goes on after other tokens: without the blank that some tokenizers put before a text's first word."""
         self._fast.encode_special_tokens = True

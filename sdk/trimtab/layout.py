@@ -87,6 +87,16 @@ class JobDir:
         """What this machine does in a second, as `measure` found it."""
         return self.root / "output" / "data" / "rates.json"
 
+    @property
+    def preview_asked(self) -> Path:
+        """Which row or sample the command `preview` shows."""
+        return self.root / "input" / "config" / "preview.json"
+
+    @property
+    def preview(self) -> Path:
+        """The row or sample, token by token, as `preview` found it."""
+        return self.root / "output" / "data" / "preview.json"
+
     def cause(self) -> str:
         """What the failure file says before its traceback, at most 1,024 characters; empty where there is none."""
         try:
