@@ -24,6 +24,7 @@ pytest.register_assert_rewrite(
 )
 
 pytest_plugins = [
+    "support.disks",
     "support.engine",
     "support.script_runs",
     "support.cloud",
@@ -32,6 +33,7 @@ pytest_plugins = [
     "support.log_groups",
     "support.hosting",
 ]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two lanes (`pytest -n 2 --dist loadgroup`): one for the files that share the Docker engine, which go first; no file is split."""

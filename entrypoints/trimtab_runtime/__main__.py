@@ -2,13 +2,15 @@
 
 Read the spec, call, write the result or the failure, exit.
 
-Exit codes: 0 done; 1 failed, the cause first in output/failure; 2 usage; 143 stopped by SIGTERM with a checkpoint and an artifact.
+Exit codes: 0 done; 1 failed, the cause first in output/failure; 2 usage; 128 and the signal's number (143: SIGTERM) when training was
+asked to stop, by SIGTERM, Ctrl-C or a terminal that was closed, and left a checkpoint and an artifact.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import json
 import logging
 import os
@@ -17,16 +19,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
 
 from trimtab.errors import SpecError, TrimtabError
 from trimtab.events import EventLog, Finished, Phase, Progress
 from trimtab.layout import EVENTS_VARIABLE, PIPE_VARIABLE, JobDir
 from trimtab.spec import TrainSpec
+from trimtab_runtime import disk, memory
 from trimtab_runtime.channels import staged, unfold
 
-STOPPED = 143  # 128 + SIGTERM, as a shell reports it
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # each asks training for a checkpoint and an artifact, however often it comes
 
 
 def main(arguments: list[str]) -> int:
@@ -54,9 +59,11 @@ def main(arguments: list[str]) -> int:
     if os.environ.get(PIPE_VARIABLE):
         threading.Thread(target=_end_with_client, daemon=True).start()
     began = time.monotonic()
+    reserve: disk.Reserve | None = None
     try:
-        job.make()
+        _make(job)
         with _only_one(job.root):
+            reserve = disk.Reserve(job.failure.with_name(".reserve"))
             job.failure.unlink(missing_ok=True)
             events = EventLog(job.events, _say if os.environ.get(EVENTS_VARIABLE) == "log" else None)
             try:
@@ -64,23 +71,28 @@ def main(arguments: list[str]) -> int:
                     unfold(channel)
                 code = commands[arguments[0]](job, events)
             except BaseException as exc:
-                events.write(Finished(state="failed", reason=_cause(exc), seconds=time.monotonic() - began))
+                reserve.free()
+                with contextlib.suppress(OSError):  # the failure file will say it
+                    events.write(Finished(state="failed", reason=_cause(job, exc), seconds=time.monotonic() - began))
                 raise
+            reserve.free()
             if arguments[0] == "train":
-                stopped = code == STOPPED
-                reason = "stopped by SIGTERM, after a checkpoint" if stopped else ""
-                events.write(Finished(state="stopped" if stopped else "succeeded", reason=reason, seconds=time.monotonic() - began))
+                reason = f"stopped by {signal.Signals(code - 128).name}, after a checkpoint" if code else ""
+                events.write(Finished(state="stopped" if code else "succeeded", reason=reason, seconds=time.monotonic() - began))
             return code
     except _InUse as exc:  # the failure file belongs to the process that works there
         print(exc, file=sys.stderr)
         return 1
     except BaseException as exc:  # noqa: BLE001  the border: whatever it is, the platform gets the reason and the log the traceback
+        if reserve is not None:
+            reserve.free()
         return _failed(job, exc)
 
 
 def _generate(job: JobDir, events: EventLog) -> int:
     _before_torch()
-    from trimtab_runtime.generate import generate
+    with _importing():
+        from trimtab_runtime.generate import generate
 
     events.write(Phase(name="generate", at=time.time()))
     generate(job, _spec(job), _say, lambda done, of: events.write(Progress(name="generate", done=done, of=of)))
@@ -104,7 +116,8 @@ def _preview(job: JobDir, events: EventLog) -> int:
 
 def _measure(job: JobDir, events: EventLog) -> int:
     _before_torch()
-    from trimtab_runtime.rates import measure
+    with _importing():
+        from trimtab_runtime.rates import measure
 
     events.write(Phase(name="measure", at=time.time()))
     measure(job, _spec(job), _say)
@@ -113,20 +126,28 @@ def _measure(job: JobDir, events: EventLog) -> int:
 
 def _train(job: JobDir, events: EventLog) -> int:
     asked_to_stop: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: asked_to_stop.append(number))
+    for number in STOPS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # who started it with nohup, or in the background, wants that one ignored
+            signal.signal(number, lambda number, _: asked_to_stop.append(number))
     spec = _spec(job)
+    disk.refuse_unwritable((job.checkpoints, job.model, job.events.parent))  # now, and not at the first checkpoint
     events.write(Phase(name="start", at=time.time()))
     _before_torch()
-    from trimtab_runtime.distributed import join, read_place
-    from trimtab_runtime.recipe import train
+    if spec.method != "qlora":
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # PEFT would import it, which takes a second, for nothing
+    with _importing():
+        from trimtab_runtime.distributed import join, read_place
+        from trimtab_runtime.recipe import train
 
     with join(read_place(job.resources), _say) as team:
-        return STOPPED if train(job, spec, events, _say, lambda: bool(asked_to_stop), team) == "stopped" else 0
+        ending = train(job, spec, events, _say, lambda: bool(asked_to_stop), team)
+    return 0 if ending != "stopped" else 128 + (asked_to_stop or [signal.SIGTERM])[0]  # it may be another machine that was asked
 
 
 def _evaluate(job: JobDir, events: EventLog) -> int:
     _before_torch()
-    from trimtab_runtime.evaluate import evaluate
+    with _importing():
+        from trimtab_runtime.evaluate import evaluate
 
     events.write(Phase(name="evaluate", at=time.time()))
     evaluate(job, _say, lambda done, of: events.write(Progress(name="evaluate", done=done, of=of)))
@@ -135,7 +156,8 @@ def _evaluate(job: JobDir, events: EventLog) -> int:
 
 def _merge(job: JobDir, events: EventLog) -> int:
     _before_torch()
-    from trimtab_runtime.merge import merge
+    with _importing():
+        from trimtab_runtime.merge import merge
 
     events.write(Phase(name="merge", at=time.time()))
     merge(job, _say, lambda done, of: events.write(Progress(name="merge", done=done, of=of)))
@@ -145,7 +167,8 @@ def _merge(job: JobDir, events: EventLog) -> int:
 def _losses(job: JobDir, events: EventLog) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take the processor from those that compute
     _before_torch()
-    from trimtab_runtime.losses import losses
+    with _importing():
+        from trimtab_runtime.losses import losses
 
     events.write(Phase(name="losses", at=time.time()))
     losses(job, _say, lambda done, of: events.write(Progress(name="losses", done=done, of=of)))
@@ -162,6 +185,15 @@ def _before_torch() -> None:
     from trimtab_runtime.xeon.allocator import keep_large_blocks
 
     _say(f"allocator: {keep_large_blocks()}")
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """Without the garbage collector, which would look through what is imported again and again in vain: a sixth of the time."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 def _end_with_client() -> None:
@@ -186,46 +218,86 @@ def _spec(job: JobDir) -> TrainSpec:
     return TrainSpec.from_hyperparameters(pairs)
 
 
+def _make(job: JobDir) -> None:
+    """The job's folders. Raises StagingError where they cannot be made."""
+    try:
+        job.make()
+    except OSError as exc:
+        raise disk.unwritable(Path(exc.filename or job.root), exc) from exc
+
+
 class _InUse(TrimtabError):
     """Another process works in this folder."""
 
 
 class _only_one:
-    """Holds the job's folder while a command runs in it; a second one is refused. A dead process holds nothing."""
+    """Holds the job's folder while a command runs in it; a second one is refused, and told who holds it. A dead process holds nothing."""
 
     def __init__(self, root: Path) -> None:
         self._path = root / ".lock"
 
     def __enter__(self) -> None:
-        self._file = self._path.open("a")
+        try:
+            self._file = self._path.open("a+", encoding="utf-8")
+        except OSError as exc:
+            raise disk.unwritable(self._path.parent, exc) from exc
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
-            raise _InUse(f"another trimtab process works in {self._path.parent}: wait for it, or stop it") from exc
+            with self._file:
+                self._file.seek(0)
+                pid, _, since = self._file.read(200).partition(" ")
+            who = f"process {pid}, since {since.strip()}" if since else "it has only just begun"
+            end = f"kill {pid}" if since else f"fuser {self._path}"
+            raise _InUse(
+                f"another trimtab process works in {self._path.parent} ({who}): wait for it, or end it, with a checkpoint, by  {end}"
+            ) from exc
+        with contextlib.suppress(OSError):  # a full disk; it holds all the same
+            self._file.truncate(0)
+            self._file.write(f"{os.getpid()} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
+            self._file.flush()
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
-def _cause(exc: BaseException) -> str:
+def _cause(job: JobDir, exc: BaseException) -> str:
+    """What happened and what to type next."""
+    if memory.ran_out(exc):
+        return memory.explain(job, exc)
+    if isinstance(exc, OSError) and exc.errno in disk.FULL:
+        return str(disk.full(job.root))
     return str(exc) if isinstance(exc, TrimtabError) else f"{type(exc).__name__}: {exc}"
 
 
 def _failed(job: JobDir, exc: BaseException) -> int:
     """The cause first, the traceback after; on the log the same."""
-    text = f"{_cause(exc)}\n\n" + "".join(traceback.format_exception(exc))
+    cause = _cause(job, exc)
+    text = f"{cause}\n\n" + "".join(traceback.format_exception(exc))
     try:
         job.failure.parent.mkdir(parents=True, exist_ok=True)
         job.failure.write_text(text, encoding="utf-8")
     except OSError as problem:
-        print(f"the failure file cannot be written: {problem}", file=sys.stderr)
-    print(_cause(exc) if isinstance(exc, TrimtabError) else text, file=sys.stderr, flush=True)
+        _print(f"the failure file cannot be written: {problem}", sys.stderr)
+    _print(cause if isinstance(exc, TrimtabError) else text, sys.stderr)
     return 1
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    _print(line, sys.stdout)
+
+
+def _print(line: str, stream: TextIO) -> None:
+    """A log that cannot be written, such as on a full disk, ends no run: what matters is in its events and its failure file."""
+    with contextlib.suppress(OSError):
+        print(line, file=stream, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:  # else the interpreter would make another exit code of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)

@@ -1,11 +1,15 @@
 """Checkpoints that exist whole or not at all, and resume exactly. safetensors and JSON only: nothing is unpickled.
 
 One folder a checkpoint, named by its step: adapter and optimiser tensors, state.json, and the manifest last.
+
+A checkpoint without a manifest was never finished, and is passed over. One that was finished and is damaged now is passed over, too,
+and named; but where no other is left the run does not begin again by itself, because that could throw days of work away unseen.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,10 +22,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trimtab.errors import SpecError
-from trimtab_runtime import manifest
+from trimtab.errors import SpecError, StagingError
+from trimtab_runtime import disk, manifest
 
 _PATTERN = "step-*"
+_STATE, _PARAMETERS, _MOMENTS = "state.json", "adapter.safetensors", "optimizer.safetensors"
+_FILES = (_STATE, _PARAMETERS, _MOMENTS)
 
 
 @dataclass(frozen=True)
@@ -42,57 +48,77 @@ def name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def size(parameters: Mapping[str, nn.Parameter]) -> int:
+    """Bytes that a checkpoint takes with AdamW: each parameter and its two moments."""
+    return 3 * sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+
+
 def save(folder: Path, position: Position, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, keep: int) -> Path:
     """Write a checkpoint for `position`, then remove all but the newest `keep` complete ones up to it.
 
-    Later ones go too: they were passed over as damaged, and must not push out what is whole.
+    Later ones go too: they were passed over as damaged, and must not push out what is whole. Raises StagingError where it cannot be
+    written; then nothing of it stays, and the ones before are as they were.
     """
     target = folder / name(position.step)
-    if target.exists():  # a half-written one of an earlier life, or this very step again
-        _remove(target)
-    target.mkdir(parents=True)
-    save_file({key: parameter.detach().contiguous() for key, parameter in parameters.items()}, target / "adapter.safetensors")
-    moments = {}
-    for key, parameter in parameters.items():
-        for moment, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{key}|{moment}"] = (value if isinstance(value, Tensor) else torch.tensor(value)).contiguous()
-    save_file(moments, target / "optimizer.safetensors")
-    random = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-    manifest.write_json(target / "state.json", asdict(position) | {"random": random})
-    manifest.write(target, {"step": position.step})
+    with disk.whole_or_nothing(folder, f"the checkpoint of step {position.step}", size(parameters), lambda: _remove(target)):
+        if target.exists():  # a half-written one of an earlier life, or this very step again
+            _remove(target)
+        target.mkdir(parents=True)
+        save_file({key: parameter.detach().contiguous() for key, parameter in parameters.items()}, target / _PARAMETERS)
+        moments = {}
+        for key, parameter in parameters.items():
+            for moment, value in optimizer.state.get(parameter, {}).items():
+                moments[f"{key}|{moment}"] = (value if isinstance(value, Tensor) else torch.tensor(value)).contiguous()
+        save_file(moments, target / _MOMENTS)
+        random = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+        manifest.write_json(target / _STATE, asdict(position) | {"random": random})
+        manifest.write(target, {"step": position.step})
+        manifest.flush_names(folder)
     kept = [path for path in _complete(folder) if path.name <= target.name][:keep]
     for old in folder.glob(_PATTERN):
         if old not in kept:
-            _remove(old)
+            with contextlib.suppress(OSError):  # it may go another time
+                _remove(old)
     return target
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files match its manifest; damaged ones are named and passed over."""
+    """The newest checkpoint whose files match its manifest; damaged ones are named and passed over.
+
+    Raises StagingError where none is whole and some once were.
+    """
+    damaged = []
     for candidate in sorted(folder.glob(_PATTERN), reverse=True):
-        found = manifest.problem(candidate)
+        found = _problem(candidate)
         if found is None:
             return candidate
         say(f"checkpoint {candidate.name} is passed over: {found}")
+        if (candidate / manifest.NAME).exists():
+            damaged.append(found)
+    if damaged:
+        raise StagingError(
+            f"no checkpoint in {folder} is whole: {'; '.join(damaged)}. Put a copy of one there if you have it, then  trimtab resume RUN ; "
+            f"or begin again from the first step:  rm -r {folder}/{_PATTERN}  and then  trimtab resume RUN"
+        )
     return None
 
 
 def read(checkpoint: Path) -> dict[str, bytes]:
     """The contents of a checkpoint's files by name, for `load`: here, or on a machine that has no such folder."""
-    return {file: (checkpoint / file).read_bytes() for file in ("state.json", "adapter.safetensors", "optimizer.safetensors")}
+    return {file: (checkpoint / file).read_bytes() for file in _FILES}
 
 
 def load(
     files: Mapping[str, bytes], facts: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> Position:
     """Put a checkpoint back and return where it stood. Raises SpecError when it belongs to another job."""
-    state = json.loads(files["state.json"])
+    state = json.loads(files[_STATE])
     changed = [fact for fact in {**state["facts"], **facts} if state["facts"].get(fact) != facts.get(fact)]
     if changed:
         raise SpecError(
             f"{name(state['step'])} was written by another job ({', '.join(changed)} differs): start a new run, or repeat the old options"
         )
-    saved, moments = (load_tensors(files[file]) for file in ("adapter.safetensors", "optimizer.safetensors"))
+    saved, moments = (load_tensors(files[file]) for file in (_PARAMETERS, _MOMENTS))
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(saved[key])
@@ -103,12 +129,22 @@ def load(
     return Position(state["step"], state["facts"], tuple(state["losses"]), state.get("seconds", 0.0))
 
 
+def _problem(checkpoint: Path, *, contents: bool = True) -> str | None:
+    """Why a checkpoint cannot be gone on from, or None."""
+    found = manifest.problem(checkpoint, contents=contents)
+    if found is None:
+        missing = [file for file in _FILES if file not in manifest.read(checkpoint)["files"]]
+        found = f"{checkpoint.name}/{manifest.NAME} does not name {', '.join(missing)}: changed" if missing else None
+    return found
+
+
 def _complete(folder: Path) -> list[Path]:
-    """Newest first. A manifest is enough here: its files were checked when it was written."""
-    return sorted((path for path in folder.glob(_PATTERN) if (path / manifest.NAME).is_file()), reverse=True)
+    """Newest first. Sizes are enough here: what a file holds was checked when it was written, and is again when it is read."""
+    return sorted((path for path in folder.glob(_PATTERN) if _problem(path, contents=False) is None), reverse=True)
 
 
 def _remove(checkpoint: Path) -> None:
     """The manifest first: a removal cut short leaves nothing that looks complete."""
     (checkpoint / manifest.NAME).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint)
+    if checkpoint.exists():
+        shutil.rmtree(checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,21 +25,28 @@ def write(folder: Path, facts: dict[str, Any]) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             files[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+    flush_names(folder)
     write_json(folder / NAME, {**facts, "files": files})
+    flush_names(folder)
 
 
-def problem(folder: Path) -> str | None:
-    """Why a folder is not complete, or None when it is."""
+def problem(folder: Path, *, contents: bool = True) -> str | None:
+    """Why a folder is not complete, or None when it is. Without `contents` the files' sizes are compared, and nothing is read."""
     try:
-        files = read(folder)["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{folder.name} has no readable {NAME}: it was not finished"
-    for name, entry in files.items():
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in read(folder)["files"].items()}
+    except FileNotFoundError:
+        return f"{folder.name} has no {NAME}: it was not finished"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{folder.name}/{NAME} cannot be read: truncated or changed"
+    for name, (size, sha256) in files.items():
         path = folder / name
-        if not path.is_file():
+        try:
+            if path.stat().st_size != size or (contents and file_digest(path) != sha256):
+                return f"{folder.name}/{name} does not match its digest: truncated or changed"
+        except FileNotFoundError:
             return f"{folder.name}/{name} is missing"
-        if path.stat().st_size != entry["bytes"] or file_digest(path) != entry["sha256"]:
-            return f"{folder.name}/{name} does not match its digest: truncated or changed"
+        except (OSError, ValueError) as exc:
+            return f"{folder.name}/{name} cannot be read ({exc})"
     return None
 
 
@@ -52,8 +60,23 @@ def read(folder: Path) -> dict[str, Any]:
 def write_json(path: Path, value: object) -> None:
     """Whole or not at all: a temporary file beside it, flushed, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def flush_names(folder: Path) -> None:
+    """Flush which files a folder holds, so that a power cut cannot take a name whose contents are on the disk (fsync(2))."""
+    with contextlib.suppress(OSError):  # not every file system can
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)

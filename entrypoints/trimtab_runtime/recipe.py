@@ -16,7 +16,7 @@ from trimtab.estimate import epoch_steps, optimiser_steps
 from trimtab.events import Checkpoint, Choice, EventLog, Phase, Progress, Step
 from trimtab.layout import DEVICE_VARIABLE, JobDir
 from trimtab.spec import TrainSpec
-from trimtab_runtime import artifact, checkpoint, prepare
+from trimtab_runtime import artifact, checkpoint, disk, prepare
 from trimtab_runtime.batch import as_batch, batch_loss
 from trimtab_runtime.choices import Choice as Made
 from trimtab_runtime.choices import (
@@ -100,13 +100,19 @@ def train(
     done = 0
     losses: list[float] = []
     before = 0.0  # seconds that earlier lives spent in the loop
-    found = checkpoint.newest(job.checkpoints, say) if team.is_first else None
+    passed_over: list[str] = []
+    found = checkpoint.newest(job.checkpoints, passed_over.append) if team.is_first else None
+    for line in passed_over:
+        say(line)
+        events.write(Choice(name="checkpoint", value=found.name if found else "none", reason=line))
     files = team.files_of_first(checkpoint.read(found) if found else {})
     if files:
         position = checkpoint.load(files, facts, parameters, optimizer)
         done, losses, before = position.step, list(position.losses), position.seconds
         say(f"resume: going on after step {done} from {checkpoint.name(done)}")
     saved = done if files else None
+    if team.is_first:
+        disk.refuse_too_small(job.checkpoints, checkpoint.size(parameters), "a checkpoint")
     del files  # as large as what is trained and its moments
     trained.write_back()
 
@@ -138,7 +144,10 @@ def train(
     saved_at = loop_began = time.monotonic()
     seconds: list[float] = []
     ending, ended_by = "succeeded", ""
-    while done < steps:
+    (asked_early,) = team.any(stop_requested())  # while all that was loaded: who asks gives it little time
+    if asked_early and done < steps:
+        ending, ended_by = leave(stopping=True)
+    while done < steps and not ended_by:
         step_began = time.monotonic()
         rate = learning_rate(done, steps, peak=spec.learning_rate, warmup_ratio=spec.warmup_ratio, schedule=spec.lr_schedule)
         for group in optimizer.param_groups:
@@ -222,8 +231,9 @@ def train(
         "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
         "seconds": round(before + time.monotonic() - loop_began, 1), "ended_by": ended_by or "all steps done",
     }  # fmt: skip
-    artifact.write(job, spec, model, rows.ledger, metrics)
-    if spec.keep_merged and ending != "stopped":  # who stops a run gives it little time
+    with disk.whole_or_nothing(job.model, "the artifact", checkpoint.size(parameters) // 3, lambda: disk.empty(job.model)):
+        artifact.write(job, spec, model, rows.ledger, metrics)
+    if spec.keep_merged and ending != "stopped" and not stop_requested():  # who stops a run gives it little time
         events.write(Phase(name="merge", at=time.time()))
         artifact.write_merged(job, spec, say, lambda at, of: events.write(Progress(name="merge", done=at, of=of)))
     say(f"artifact: {job.model}" + (f" ({ended_by})" if ended_by else ""))

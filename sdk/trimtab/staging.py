@@ -8,7 +8,6 @@ cache/data/<digest>-<version>-<source>/  a job tree of its own, made by the runt
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab import data, families, weights
+from trimtab import data, families, half_made, weights
 from trimtab.cache import cache_dir
 from trimtab.catalog import catalog, in_s3, refuse_too_long
 from trimtab.command import REMEDY, inherited, refuse_missing_runtime, runtime_command, runtime_environment
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from trimtab.data import Document, Loaded
     from trimtab.weights import BaseModel
 
-_STALE = 24 * 3600.0  # seconds after which a half-made folder has no maker any more
+_STALE = 24 * 3600.0  # seconds after which a half-made folder without a lock has no maker any more
 
 
 @dataclass(frozen=True)
@@ -193,9 +192,28 @@ def complete(folder: Path) -> bool:
 def _prepare(folder: Path, train: TrainSpec, model: BaseModel, loaded: Loaded, show: Callable[[Event], None]) -> None:
     """Make the tree in a folder beside its place and move it there when it is whole; else nothing stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder.parent)
+    half_made.sweep(folder.parent.glob(".*"), stale=_STALE)
     making = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
+<<<<<<< HEAD
+        with half_made.held(making):
+            job = JobDir(making).make()
+            job.hyperparameters.write_text(json.dumps(train.to_hyperparameters(), indent=1), encoding="utf-8")
+            job.channel("documents").mkdir()
+            data.to_jsonl(documents, job.channel("documents") / "documents.jsonl")
+            link_model(model, job.channel("model"))
+            if train.replay > 0:
+                run_verb("generate", job, show)
+            run_verb("prepare", job, show)
+            if folder.exists() and not complete(folder):
+                shutil.rmtree(folder)  # of an earlier life: cut short, or its model's files are gone
+            try:
+                making.rename(folder)
+            except OSError:
+                if not complete(folder):
+                    raise  # else another job prepared the same meanwhile
+        (folder / half_made.NAME).unlink(missing_ok=True)
+=======
         job = JobDir(making).make()
         job.hyperparameters.write_text(json.dumps(train.to_hyperparameters(), indent=1), encoding="utf-8")
         job.channel("documents").mkdir()
@@ -213,6 +231,7 @@ def _prepare(folder: Path, train: TrainSpec, model: BaseModel, loaded: Loaded, s
         except OSError:
             if not complete(folder):
                 raise  # else another job prepared the same meanwhile
+>>>>>>> origin/main
     finally:
         shutil.rmtree(making, ignore_errors=True)
 
@@ -266,11 +285,3 @@ def _why(verb: str, code: int, job: JobDir, log: Path) -> str:
     last = "\n  ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
     ended = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
     return f"{verb} {ended}; its last lines were:\n  {last}\nMend that and run the same command again."
-
-
-def _sweep(parent: Path) -> None:
-    """Remove what a client that was killed left half-made."""
-    for leftover in parent.glob(".*"):
-        with contextlib.suppress(FileNotFoundError):  # another client finished or swept it meanwhile
-            if time.time() - leftover.stat().st_mtime > _STALE:
-                shutil.rmtree(leftover, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from trimtab.errors import SpecError
+from support.disks import fill
+from trimtab.errors import SpecError, StagingError
 from trimtab_runtime import checkpoint, manifest
 from trimtab_runtime.checkpoint import Position
 
@@ -88,12 +90,29 @@ def damage(path: Path) -> None:
     (path / "adapter.safetensors").write_bytes(content)
 
 
+def replace(path: Path, old: str, new: str) -> None:
+    text = (path / "manifest.json").read_text()
+    assert old in text
+    (path / "manifest.json").write_text(text.replace(old, new, 1))
+
+
+def truncate(path: Path, size: int) -> None:
+    os.truncate(path, size)
+
+
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
         (damage, "step-00000006/adapter.safetensors does not match its digest"),
-        (lambda path: (path / "manifest.json").unlink(), "step-00000006 has no readable manifest.json"),
-        (lambda path: (path / "manifest.json").write_text("{"), "step-00000006 has no readable manifest.json"),
+        (lambda path: (path / "manifest.json").unlink(), "step-00000006 has no manifest.json: it was not finished"),
+        (lambda path: (path / "manifest.json").write_text("{"), "step-00000006/manifest.json cannot be read: truncated or changed"),
+        (lambda path: (path / "manifest.json").write_text(""), "step-00000006/manifest.json cannot be read: truncated or changed"),
+        (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe"), "step-00000006/manifest.json cannot be read"),
+        (lambda path: replace(path, '"bytes"', '"bytex"'), "step-00000006/manifest.json cannot be read"),
+        (lambda path: replace(path, "optimizer.safetensors", "optimizer.safetensorz"), "optimizer.safetensorz is missing"),
+        (lambda path: (path / "manifest.json").write_text('{"files": {}}'), "does not name state.json, adapter.safetensors, optimizer"),
+        (lambda path: truncate(path / "adapter.safetensors", 100), "step-00000006/adapter.safetensors does not match its digest"),
+        (lambda path: truncate(path / "optimizer.safetensors", 0), "step-00000006/optimizer.safetensors does not match its digest"),
         (lambda path: (path / "optimizer.safetensors").unlink(), "step-00000006/optimizer.safetensors is missing"),
         (lambda path: (path / "state.json").write_text(""), "step-00000006/state.json does not match its digest"),
     ],
@@ -113,6 +132,53 @@ def test_where_nothing_is_whole_nothing_is_found(tmp_path: Path) -> None:
     assert newest(tmp_path) == (None, [])
     (tmp_path / "step-00000001").mkdir()
     assert newest(tmp_path)[0] is None
+
+
+def test_where_all_that_were_finished_are_damaged_nothing_begins_again_by_itself(tmp_path: Path) -> None:
+    training = Training()
+    training.step()
+    for step in (3, 6):
+        damage(training.save(tmp_path, step))
+    (tmp_path / "step-00000009").mkdir()
+    said: list[str] = []
+    with pytest.raises(
+        StagingError, match=r"step-00000006/adapter.safetensors does not match.*step-00000003.*rm -r .*/step-\*  and then"
+    ) as caught:
+        checkpoint.newest(tmp_path, said.append)
+    assert "step-00000009" not in str(caught.value)
+    assert len(said) == 3
+    shutil.rmtree(tmp_path / "step-00000003")
+    shutil.rmtree(tmp_path / "step-00000006")
+    assert newest(tmp_path)[0] is None  # what was never finished holds nothing up
+
+
+def test_an_older_one_that_is_cut_short_is_not_counted_as_kept(tmp_path: Path) -> None:
+    training = Training()
+    training.step()
+    for step in (3, 6, 9):
+        training.save(tmp_path, step, keep=3)
+    truncate(tmp_path / "step-00000006" / "optimizer.safetensors", 10)
+    training.save(tmp_path, 12, keep=3)
+    assert names(tmp_path) == ["step-00000003", "step-00000009", "step-00000012"]
+
+
+@pytest.mark.parametrize("size", [0, 8_192])
+def test_a_full_disk_leaves_the_one_before_and_no_half_of_the_new_one(small_disk: Path, size: int) -> None:
+    training = Training()
+    training.step()
+    training.save(small_disk, 3)
+    fill(small_disk, leave=size)
+    for _ in range(2):
+        with pytest.raises(
+            StagingError, match=r"^the checkpoint of step 6 could not be written, the disk is full: it takes 0\.0 MB, and "
+        ) as caught:
+            training.save(small_disk, 6, keep=1)
+        assert f"free in {small_disk}. See  df -h {small_disk}  and make room, then  trimtab resume RUN" in str(caught.value)
+        assert newest(small_disk) == ("step-00000003", [])
+        assert names(small_disk) == ["ballast", "step-00000003"]
+    (small_disk / "ballast").unlink()
+    training.save(small_disk, 6, keep=1)
+    assert names(small_disk) == ["step-00000006"]
 
 
 @pytest.mark.parametrize("keep", [1, 2])

@@ -51,17 +51,17 @@ def fresh(straight: JobDir, root: Path) -> JobDir:
     return JobDir(root).make()
 
 
-@pytest.mark.parametrize("looks", [1, PASSES - 1, PASSES + 2, 2 * PASSES + 1])
+@pytest.mark.parametrize("looks", [0, 1, PASSES - 1, PASSES + 2, 2 * PASSES + 1])
 def test_a_stop_within_a_step_drops_it_and_the_next_life_takes_it_whole(straight: JobDir, tmp_path: Path, looks: int) -> None:
     job, asked = fresh(straight, tmp_path / "job"), list[bool]()
 
     def stop() -> bool:
         asked.append(True)
-        return len(asked) == looks  # the flag is looked at between passes, and after the step
+        return len(asked) == looks + 1  # the flag is looked at before the first step, between passes, and after the step
 
     done = looks // PASSES
     assert train(job, stop) == "stopped"
-    assert len(asked) == looks
+    assert len(asked) == looks + 1
     assert list(losses(job)) == list(range(1, done + 1))
     saved = [event for event in read(job.events) if isinstance(event, Checkpoint)]
     assert [(event.step, event.reason) for event in saved] == [(done, "asked to stop")]
@@ -77,7 +77,7 @@ def test_a_stop_within_a_step_drops_it_and_the_next_life_takes_it_whole(straight
 
 def test_a_stop_right_after_a_resume_leaves_the_checkpoint_that_is_there(straight: JobDir, tmp_path: Path) -> None:
     job = fresh(straight, tmp_path / "job")
-    looks = iter([False] * PASSES + [True])
+    looks = iter([False] * (1 + PASSES) + [True])
     assert train(job, lambda: next(looks), keep_checkpoints=1) == "stopped"
     (checkpoint,) = job.checkpoints.iterdir()
     written = {path.name: path.stat().st_mtime_ns for path in checkpoint.iterdir()}

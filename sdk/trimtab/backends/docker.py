@@ -159,7 +159,7 @@ class DockerBackend(OnEngine, LocalRuns):
             cause = out_of_memory(handle, cause, told, limit, expected_memory(request))
         if host != nodes.FIRST:
             cause = f"{host}: {cause or _silence(handle, there, ended)[1]}"
-        return run_folder.over(told, cause, lambda: _silence(handle, folder, ended))
+        return run_folder.over(handle, told, cause, lambda: _silence(handle, folder, ended))
 
     def logs(self, handle: RunHandle, *, follow: bool = False) -> Iterator[str]:
         folder = self._folder(handle)

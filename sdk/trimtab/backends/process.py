@@ -113,9 +113,11 @@ class ProcessBackend(LocalRuns):
         def silence() -> tuple[RunState, str]:
             if (folder / "stop").exists():
                 return RunState.STOPPED, f"stopped before it could write a checkpoint; {run_folder.again(handle)}"
-            return RunState.FAILED, run_folder.ended_silently(handle, folder) if process else run_folder.never_started(handle)
+            if not told.spoke and not (process and process["pid"]):
+                return RunState.FAILED, run_folder.never_started(handle)
+            return RunState.FAILED, run_folder.ended_silently(handle, folder, run_folder.short_of_memory(told))
 
-        return run_folder.going(told) if alive else run_folder.over(told, job.cause(), silence)
+        return run_folder.going(told) if alive else run_folder.over(handle, told, job.cause(), silence)
 
     def logs(self, handle: RunHandle, *, follow: bool = False) -> Iterator[str]:
         folder = self._folder(handle)
@@ -126,18 +128,16 @@ class ProcessBackend(LocalRuns):
         if not _alive(folder):
             return
         (folder / "stop").touch()
-        process = run_folder.until(lambda: _process(folder), 5.0)
-        if not process:
-            raise BackendError(f"{handle} has a process but no record of its id: end the process that works in {folder} by hand")
+        pid = run_folder.until(lambda: _group(folder), 5.0)
+        if pid is None:
+            raise BackendError(f"{handle} has a process but no record of its id: end it by hand with  fuser -k -TERM {folder}/alive.lock")
         # while the lock is held the group has members, so its number cannot belong to anyone else
         for ask, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 20.0)):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process["pid"], ask)
+                os.killpg(pid, ask)
             if run_folder.until(lambda: not _alive(folder), patience):
                 return
-        raise BackendError(
-            f"{handle} does not end, not even when killed (process {process['pid']}): look at it with:  ps -fp {process['pid']}"
-        )
+        raise BackendError(f"{handle} does not end, not even when killed (process {pid}): look at it with:  ps -fp {pid}")
 
     def _idle(self, folder: Path) -> contextlib.AbstractContextManager[int]:
         return run_folder.lock(folder / "alive.lock", _MOMENT)
@@ -146,7 +146,8 @@ class ProcessBackend(LocalRuns):
 def _start(folder: Path, request: Mapping[str, Any], lock: int) -> None:
     """Start the request's command in the run's folder, detached; it inherits `lock`."""
     events_from = run_folder.begin(JobDir(folder))
-    (folder / "process.json").unlink(missing_ok=True)
+    record = {"pid": None, "events_from": events_from, "started": datetime.now(UTC).isoformat()}
+    write_json(folder / "process.json", record)  # whoever dies here leaves a run that has not spoken yet
     with (folder / "log.txt").open("ab") as log:
         child = _Detached(
             request["command"],
@@ -159,7 +160,7 @@ def _start(folder: Path, request: Mapping[str, Any], lock: int) -> None:
             pass_fds=(lock,),
         )
     _children.append(child)
-    write_json(folder / "process.json", {"pid": child.pid, "events_from": events_from, "started": datetime.now(UTC).isoformat()})
+    write_json(folder / "process.json", {**record, "pid": child.pid})
 
 
 def _alive(folder: Path) -> bool:
@@ -174,8 +175,21 @@ def _alive(folder: Path) -> bool:
     return False
 
 
+def _group(folder: Path) -> int | None:
+    """The process group of a run that lives; found by who holds its lock, where the client died before it could note that."""
+    process = _process(folder)
+    if process and process["pid"]:
+        return int(process["pid"])
+    lock = folder / "alive.lock"
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if entry.samefile(lock) and (pid := int(entry.parts[2])) == os.getpgid(pid):
+                return pid
+    return None
+
+
 def _process(folder: Path) -> Any:
-    """The record of the process that was started last; None while there is none, as in the moment of a resume."""
+    """The record of the process that was started last, or is just being started: without an id then. None where none ever was."""
     with contextlib.suppress(FileNotFoundError):
         return read_json(folder / "process.json")
     return None

@@ -23,11 +23,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from trimtab import half_made
 from trimtab.backends.base import RunHandle, RunRecord, RunState, RunStatus
 from trimtab.catalog import in_s3
 from trimtab.data.sources import public_source
 from trimtab.errors import BackendError, RunNotFound, SpecError, StagingError
-from trimtab.events import Event, Finished, Phase, Step, read_from
+from trimtab.events import Choice, Event, Finished, Phase, Step, read_from
 from trimtab.layout import JobDir
 from trimtab.ledger import Ledger
 from trimtab.spec import JobSpec
@@ -128,6 +129,7 @@ class Said:
     phase: str = ""
     last_word: Finished | None = None
     spoke: bool = False
+    expected_memory: str = ""
 
 
 def said(job: JobDir, since: int) -> Said:
@@ -142,6 +144,7 @@ def said(job: JobDir, since: int) -> Said:
         phase=next((event.name for event in reversed(recent) if isinstance(event, Phase)), ""),
         last_word=next((event for event in reversed(recent) if isinstance(event, Finished)), None),
         spoke=bool(recent),
+        expected_memory=next((event.value for event in reversed(latest) if isinstance(event, Choice) and event.name == "peak_memory"), ""),
     )
 
 
@@ -152,7 +155,7 @@ def going(told: Said) -> RunStatus:
     return RunStatus(state=RunState.RUNNING if told.spoke else RunState.PENDING, progress=progress, eta=eta, step=step)
 
 
-def over(told: Said, cause: str, silence: Callable[[], tuple[RunState, str]]) -> RunStatus:
+def over(handle: RunHandle, told: Said, cause: str, silence: Callable[[], tuple[RunState, str]]) -> RunStatus:
     """How a run stands whose process has ended; `cause` is of its failure file, `silence` explains an end without a word."""
     word, step = told.last_word, told.step
     if word is not None and word.state == "succeeded":
@@ -161,6 +164,7 @@ def over(told: Said, cause: str, silence: Callable[[], tuple[RunState, str]]) ->
     if word is not None and word.state == "stopped":
         return RunStatus(state=RunState.STOPPED, reason=word.reason, progress=progress, step=step)
     if reason := cause or (word.reason if word else ""):
+        reason = reason.replace("trimtab resume RUN", f"trimtab resume {handle}")  # a run does not know its own handle
         return RunStatus(state=RunState.FAILED, reason=reason, progress=progress, step=step)
     state, reason = silence()
     return RunStatus(state=state, reason=reason, progress=progress, step=step)
@@ -174,7 +178,15 @@ def never_started(handle: RunHandle) -> str:
     return f"the client that asked for it died before it could start it; start it with:  trimtab resume {handle}"
 
 
-def ended_silently(handle: RunHandle, folder: Path, how: str = "killed? out of memory?") -> str:
+def short_of_memory(told: Said) -> str:
+    """What is known of its memory, of a run that may have been killed for it."""
+    facts = [f"it held {told.step.memory_mb:,} MB at step {told.step.step}"] if told.step else []
+    facts += [f"it was expected to take {told.expected_memory}"] if told.expected_memory else []
+    smaller = "choose a smaller --batch-rows or --max-seq-len, or --method qlora, for a new run"
+    return f"killed? out of memory? {', '.join(facts)}{'; ' if facts else ''}if so, end other work on the machine, or {smaller}"
+
+
+def ended_silently(handle: RunHandle, folder: Path, how: str) -> str:
     last_lines = "".join(f"\n  {line}" for line in tail_lines(folder / "log.txt", 5))
     return f"ended without a word ({how}); {again(handle)}" + (f"\nits last lines were:{last_lines}" if last_lines else "")
 
@@ -185,11 +197,13 @@ def new_folder(folder: Path, request: Mapping[str, Any]) -> Iterator[JobDir]:
 
     Raises FileExistsError when it is there already.
     """
+    half_made.sweep(folder.parent.glob("*"), made="run.json")
     folder.mkdir(parents=True, mode=0o700)
     try:
-        job = JobDir(folder).make()
-        job.hyperparameters.write_text(json.dumps(request["hyperparameters"], indent=1), encoding="utf-8")
-        yield job
+        with half_made.held(folder):
+            job = JobDir(folder).make()
+            job.hyperparameters.write_text(json.dumps(request["hyperparameters"], indent=1), encoding="utf-8")
+            yield job
     except BaseException:  # Ctrl-C too
         if not (folder / "run.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
