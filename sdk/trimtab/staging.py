@@ -195,12 +195,13 @@ def _prepare(folder: Path, train: TrainSpec, model: BaseModel, loaded: Loaded, s
     half_made.sweep(folder.parent.glob(".*"), stale=_STALE)
     making = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-<<<<<<< HEAD
         with half_made.held(making):
             job = JobDir(making).make()
             job.hyperparameters.write_text(json.dumps(train.to_hyperparameters(), indent=1), encoding="utf-8")
             job.channel("documents").mkdir()
-            data.to_jsonl(documents, job.channel("documents") / "documents.jsonl")
+            data.to_jsonl(loaded.documents, job.channel("documents") / "documents.jsonl")
+            if loaded.examples is not None:
+                link_or_copy(loaded.examples.path, job.channel("documents") / "examples.jsonl")
             link_model(model, job.channel("model"))
             if train.replay > 0:
                 run_verb("generate", job, show)
@@ -213,25 +214,6 @@ def _prepare(folder: Path, train: TrainSpec, model: BaseModel, loaded: Loaded, s
                 if not complete(folder):
                     raise  # else another job prepared the same meanwhile
         (folder / half_made.NAME).unlink(missing_ok=True)
-=======
-        job = JobDir(making).make()
-        job.hyperparameters.write_text(json.dumps(train.to_hyperparameters(), indent=1), encoding="utf-8")
-        job.channel("documents").mkdir()
-        data.to_jsonl(loaded.documents, job.channel("documents") / "documents.jsonl")
-        if loaded.examples is not None:
-            link_or_copy(loaded.examples.path, job.channel("documents") / "examples.jsonl")
-        link_model(model, job.channel("model"))
-        if train.replay > 0:
-            run_verb("generate", job, show)
-        run_verb("prepare", job, show)
-        if folder.exists() and not complete(folder):
-            shutil.rmtree(folder)  # of an earlier life: cut short, or its model's files are gone
-        try:
-            making.rename(folder)
-        except OSError:
-            if not complete(folder):
-                raise  # else another job prepared the same meanwhile
->>>>>>> origin/main
     finally:
         shutil.rmtree(making, ignore_errors=True)
 
