@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from trimtab_runtime.families import mask_dtype
 from trimtab_runtime.rows import Row
 from trimtab_runtime.xeon import attention
 from trimtab_runtime.xeon.loss import linear_cross_entropy, linear_distillation
@@ -48,8 +50,12 @@ class Batch:
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return Batch(**{name: value.to(device) for name, value in named.items() if name != "groups"}, groups=groups)
 
-    def inputs(self) -> dict[str, Any]:
-        return {"input_ids": self.tokens, "position_ids": self.positions, "packed_groups": self.groups}
+    def inputs(self, mask: torch.dtype | None = None) -> dict[str, Any]:
+        """What a decoder is given: the groups for our attention, or with `mask` a mask in that dtype for a model's own."""
+        given = {"input_ids": self.tokens, "position_ids": self.positions}
+        if mask is None:
+            return {**given, "packed_groups": self.groups}
+        return {**given, "attention_mask": attention.block_diagonal(self.positions, mask)}
 
 
 def as_batch(rows: Sequence[Row]) -> Batch:
@@ -70,11 +76,11 @@ def as_batch(rows: Sequence[Row]) -> Batch:
     return Batch(tokens[None], positions[None], attention.plan_groups(lengths), places, tokens[places + 1], taught, ids, chances)
 
 
-def batch_loss(model: PeftModel, batch: Batch, *, scale: float) -> Tensor:
+def batch_loss(model: PeftModel | PreTrainedModel, batch: Batch, *, scale: float) -> Tensor:
     """`scale` times what is summed over the batch: cross-entropy of targets, divergence from the base model's predictions."""
-    base = model.get_base_model()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     head = base.get_output_embeddings().weight
-    hidden = base.get_decoder()(**batch.inputs()).last_hidden_state[0]
+    hidden = base.get_decoder()(**batch.inputs(mask_dtype(base))).last_hidden_state[0]
     loss = linear_cross_entropy(hidden.index_select(0, batch.places).to(head.dtype), head, batch.targets, scale=scale)
     if len(batch.taught):
         loss = loss + linear_distillation(

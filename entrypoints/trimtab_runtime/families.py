@@ -44,13 +44,14 @@ def mask_dtype(base: PreTrainedModel) -> torch.dtype | None:
 def sayings(base: PreTrainedModel, dtype: torch.dtype) -> list[str]:
     """What to say of the family of a model that is about to be trained, a sentence each; none for one without peculiarities."""
     config = base.config.to_dict()
-    family, name = family_of(config), config.get("model_type")
+    family, name, said = family_of(config), config.get("model_type"), list[str]()
     if family is None:
-        return [
+        said.append(
             f"family {name}: not one of {', '.join(FAMILIES)}; its own attention with a mask over the whole row keeps samples apart, which "
             "was tried out just now; that takes longer, and memory by the square of a row"
-        ]
-    said = [f"family {name}: {family.note}"] if family.note else []
+        )
+    elif family.note:
+        said.append(f"family {name}: {family.note}")
     if experts := sum(parameter.numel() for parameter in base.parameters() if parameter.dim() == 3):
         said.append(f"family {name}: {experts:,} of {base.num_parameters():,} weights are the experts', kept in {str(dtype)[6:]}")
     return said
@@ -82,13 +83,13 @@ def prove(base: PreTrainedModel) -> None:
         head = base.get_output_embeddings().weight
         by_head = torch.nn.functional.linear(alone[1].to(head.dtype), head)
     except _TRIES as exc:
-        raise SpecError(
-            f"models of type {name} cannot be trained on packed rows: {_first_line(exc)}. {_REMEDY}"
-        ) from exc
+        raise SpecError(f"models of type {name} cannot be trained on packed rows: {_first_line(exc)}. {_REMEDY}") from exc
     if far := _apart(packed, torch.cat(alone)):
         raise SpecError(f"models of type {name} cannot be trained on packed rows: a sample in a row {far} the sample alone. {_REMEDY}")
     if far := _apart(packed[middle:-1], changed[middle:-1]):
-        raise SpecError(f"models of type {name} cannot be trained: with other tokens before and behind it, a text's state {far} its own. {_REMEDY}")
+        raise SpecError(
+            f"models of type {name} cannot be trained: with other tokens before and behind it, a text's state {far} its own. {_REMEDY}"
+        )
     if far := _apart(by_head, logits):
         raise SpecError(f"models of type {name} change their logits behind the head, which {far} what is learned here. {_REMEDY}")
 

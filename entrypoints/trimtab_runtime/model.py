@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from trimtab.errors import SpecError
+from trimtab.families import refusal
 from trimtab.spec import TrainSpec
+from trimtab_runtime import families
 from trimtab_runtime.batch import Batch
 from trimtab_runtime.methods import train_by
-from trimtab_runtime.xeon import attention
+from trimtab_runtime.methods.lora import linear_layers
 
 # heads that do something to their logits, which the chunked loss does not know
 _OWN_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier")
@@ -31,27 +34,48 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_model(
-    folder: Path, spec: TrainSpec, dtype: torch.dtype, *, typical: Batch | None = None, fused: bool = True, device: str = "cpu"
-) -> PeftModel:
-    """The base from a local folder, frozen (in NF4 for qlora), with fresh adapters. Raises SpecError where it does not load.
+    folder: Path,
+    spec: TrainSpec,
+    dtype: torch.dtype,
+    *,
+    typical: Batch | None = None,
+    fused: bool = True,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda line: None,
+) -> PeftModel | PreTrainedModel:
+    """The base from a local folder, frozen (in NF4 for qlora), with fresh adapters; for full itself, in fp32 (methods/full.py).
+
+    Raises SpecError where it does not load.
 
     From `typical` rows qlora learns which inputs matter, to restore with its adapters what quantisation took from them.
     With `fused`, adapted layers without dropout compute in one step (xeon/lora.py); the others need autocast for bf16.
     """
-    attention.register()
+    config = read_config(folder)
+    _refuse(refusal(config, spec.max_seq_len))
     logging.disable_progress_bar()
+    loaded = torch.float32 if spec.method == "full" else dtype
     try:
         base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention.NAME, local_files_only=True, use_safetensors=True, trust_remote_code=False
-        )
+            folder, dtype=loaded, attn_implementation=families.implementation(config), local_files_only=True,
+            use_safetensors=True, trust_remote_code=False,
+        )  # fmt: skip
     except (OSError, ValueError, KeyError) as exc:
         raise SpecError(f"the base model in {folder} does not load: {exc}") from exc
     changes = [name for name in _OWN_LOGITS if getattr(base.config, name, None) not in (None, 1, 1.0)]
     if changes:
         raise SpecError(f"this model changes its logits ({changes[0]}), which this version does not train: choose another base model")
-    limit = getattr(base.config, "max_position_embeddings", None)
-    if limit is not None and spec.max_seq_len > limit:
-        raise SpecError(f"max_seq_len {spec.max_seq_len} is beyond this model's {limit} positions: choose {limit} or less")
+    _refuse(refusal(base.config.to_dict(), spec.max_seq_len))  # with what config.json leaves to transformers
     base.config.use_cache = False
     base.to(device)
-    return train_by(base, spec, dtype, typical.to(device).inputs() if typical else None, fused=fused)
+    if families.is_masked(base):
+        families.prove(base)
+    if spec.method != "full" and not linear_layers(base):
+        raise SpecError(f"models of type {base.config.model_type} have no linear layers that adapters could go on: choose --method full")
+    for line in families.sayings(base, dtype):
+        say(line)
+    return train_by(base, spec, dtype, typical.to(device).inputs(families.mask_dtype(base)) if typical else None, fused=fused)
+
+
+def _refuse(why: str) -> None:
+    if why:
+        raise SpecError(why)

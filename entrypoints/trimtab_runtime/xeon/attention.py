@@ -73,7 +73,8 @@ def packed_attention(
     if len(packed_groups) == 1 and packed_groups[0].valid.numel() == packed_groups[0].gather.numel() == query.shape[0]:
         group = packed_groups[0]
         n, length = group.gather.shape
-        return _attend(*(part.reshape(n, length, *part.shape[1:]) for part in (query, key, value)), scale, sliding_window)[None].flatten(1, 2), None
+        parts = (part.reshape(n, length, *part.shape[1:]) for part in (query, key, value))
+        return _attend(*parts, scale, sliding_window)[None].flatten(1, 2), None
     pieces = []
     for group in packed_groups:
         shape = group.gather.shape
