@@ -36,6 +36,9 @@ class _Facts:
 
     in_list: bool
     in_landmark: bool
+    never_main: bool
+    first: int  # in the order in which elements begin
+    last: int = 0  # of the elements in it
     words: int = 0
     characters: int = 0
     link_characters: int = 0
@@ -57,21 +60,27 @@ class Boxes:
 
     def __init__(self, body: Tag, sure: Sequence[Block]) -> None:
         self._facts = _surveyed(body)
-        self.weight = weights(sure)
+        self._main: dict[int, list[Block]] = {}
+        self.weight = weights(body, sure)
 
     def main_blocks(self, root: Tag) -> list[Block]:
         """The blocks of `root` without its boilerplate."""
-        limit = _BOX_SHARE * sum(words(block.text) for block in blocks(root, dropped=self._never))
-        return blocks(root, dropped=lambda tag: self._never(tag) or self._box(tag, limit))
+        if id(root) not in self._main:
+            limit = _BOX_SHARE * sum(words(block.text) for block in blocks(root, dropped=self._never))
+            self._main[id(root)] = blocks(root, dropped=lambda tag: self._never(tag) or self._box(tag, limit))
+        return self._main[id(root)]
 
     def has_text(self, tag: Tag) -> bool:
         return self._facts[id(tag)].words > 0
 
+    def holds(self, outer: Tag, inner: Tag) -> bool:
+        """Whether `inner` is `outer` or in it."""
+        around, within = self._facts.get(id(outer)), self._facts.get(id(inner))
+        return around is None or (within is not None and around.first <= within.first <= around.last)
+
     def _never(self, tag: Tag) -> bool:
-        if tag.name in _NEVER_MAIN or tag.get("role") in _NEVER_MAIN_ROLES or hidden(tag):
-            return True
         facts = self._facts[id(tag)]
-        return tag.name == "header" and not facts.in_landmark and not facts.headlines
+        return facts.never_main or (tag.name == "header" and not facts.in_landmark and not facts.headlines)
 
     def _box(self, tag: Tag, limit: float) -> bool:
         facts, names = self._facts[id(tag)], _names(tag)
@@ -95,12 +104,13 @@ def plays(tag: Tag, name: str) -> bool:
     return tag.name == name or tag.get("role") == name
 
 
-def weights(found: Sequence[Block]) -> dict[int, int]:
-    """Characters of `found` in each element, by its id()."""
+def weights(body: Tag, found: Sequence[Block]) -> dict[int, int]:
+    """Characters of `found` in each element of `body`, by its id()."""
     weight: dict[int, int] = defaultdict(int)
     for block in found:
-        for tag in (block.tag, *block.tag.parents):
-            weight[id(tag)] += len(block.text)
+        weight[id(block.tag)] += len(block.text)
+    for tag in reversed(body.find_all(True)):  # what is in an element comes before it
+        weight[id(tag.parent)] += weight[id(tag)]
     return weight
 
 
@@ -117,7 +127,7 @@ def _names(tag: Tag) -> str:
 
 def _surveyed(body: Tag) -> dict[int, _Facts]:
     """Facts of each element by its id(), in one pass: asking the tree for each element would be quadratic in its depth."""
-    facts = {id(body): _Facts(in_list=False, in_landmark=_is_landmark(body))}
+    facts = {id(body): _Facts(in_list=False, in_landmark=_is_landmark(body), never_main=_is_never_main(body), first=0)}
     stack: list[tuple[Tag, Iterator[object]]] = [(body, iter(body.children))]
     while stack:
         tag, children = stack[-1]
@@ -125,10 +135,12 @@ def _surveyed(body: Tag) -> dict[int, _Facts]:
         child = next(children, None)
         if child is None:
             stack.pop()
+            here.last = len(facts) - 1
             if stack:
                 facts[id(stack[-1][0])].add(here, tag)
         elif isinstance(child, Tag):
-            facts[id(child)] = _Facts(here.in_list or tag.name in _LISTS, here.in_landmark or _is_landmark(child))
+            within = here.in_list or tag.name in _LISTS, here.in_landmark or _is_landmark(child)
+            facts[id(child)] = _Facts(*within, _is_never_main(child), first=len(facts), last=len(facts))
             if child.name in INVISIBLE:
                 facts[id(tag)].add(facts[id(child)], child)
             else:
@@ -138,6 +150,10 @@ def _surveyed(body: Tag) -> dict[int, _Facts]:
             here.words += words(text)
             here.characters += len(text)
     return facts
+
+
+def _is_never_main(tag: Tag) -> bool:
+    return tag.name in _NEVER_MAIN or tag.get("role") in _NEVER_MAIN_ROLES or hidden(tag)
 
 
 def _is_landmark(tag: Tag) -> bool:

@@ -9,13 +9,36 @@ from collections.abc import Iterable, Sequence
 
 # Invisible in a browser, noise in a token: soft hyphen, zero-width characters (the joiners stay, scripts need them), marks of direction.
 _INVISIBLE = dict.fromkeys([0x00AD, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+# Signs that are no letters, in which longer runs of combining marks than any language has may hide.
+_SIGNS = re.compile("[^\\w\\s\x00-\u02ff]{31,}")
+_MARKS_AT_MOST = 30  # in a row; to put more in order takes the time of their number's square
+_JOINER = "\u034f"  # combining grapheme joiner: invisible, and marks are not put in order across it
 # Control characters but for those that str.split() takes as white space; lone surrogates.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
 
 def collapse(text: str) -> str:
     """One line: every run of white space (line breaks and no-break spaces included) is one blank, Unicode form NFC."""
-    return " ".join(unicodedata.normalize("NFC", _CONTROL.sub("", text.translate(_INVISIBLE))).split())
+    return " ".join(unicodedata.normalize("NFC", stream_safe(_CONTROL.sub("", text.translate(_INVISIBLE)))).split())
+
+
+def stream_safe(text: str) -> str:
+    """`text`, whose combining marks can be put in order (NFC) in bearable time: "Stream-Safe Text Format", UAX #15."""
+    return text if text.isascii() else _SIGNS.sub(_in_short_runs, text)
+
+
+def _in_short_runs(signs: re.Match[str]) -> str:
+    """The signs with a joiner wherever too many combining marks follow one another."""
+    out: list[str] = []
+    run = 0
+    for char in signs[0]:
+        marks = len(unicodedata.normalize("NFD", char)) if unicodedata.combining(char) else 0  # one may stand for two
+        run = run + marks if marks else 0
+        if run > _MARKS_AT_MOST:
+            out.append(_JOINER)
+            run = marks
+        out.append(char)
+    return "".join(out)
 
 
 def paragraphs(lines: Iterable[str]) -> tuple[str, ...]:

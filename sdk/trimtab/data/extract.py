@@ -17,31 +17,38 @@ from bs4 import BeautifulSoup
 from bs4.element import Tag
 
 from trimtab.data.boilerplate import Boxes, hidden, plays, weights
-from trimtab.data.clean import collapse, paragraphs, words
-from trimtab.data.markup import HEADINGS, INVISIBLE, Block, blocks, parse
+from trimtab.data.clean import collapse, paragraphs, stream_safe, words
+from trimtab.data.markup import HEADINGS, INVISIBLE, Block, blocks, elements, parse, span
 
 logging.getLogger("trafilatura").addHandler(logging.NullHandler())  # it finding nothing is no news: the body is taken then
 
 _LANDMARK_SHARE = 0.5  # of trafilatura's text that <main> must hold to be believed
 _SURE_WORDS = 5  # a shorter block of trafilatura's text (a date, a label) does not widen the container chosen by it
 _PART_SHARE = 2 / 3  # of the body's words, boxes left out, that this container must hold: with less it would lose main text
-_COMPARED_AT_MOST = 2_000_000_000  # characters, over all blocks of a page
+_COMPARED_AT_MOST = 500_000_000  # characters, over all blocks of a page
+# What trafilatura takes the time of: its tables take that of a row's width squared, its parser that of an element's attributes squared.
+_ELEMENTS_AT_MOST, _ATTRIBUTES_AT_MOST, _TABLE_WORK_AT_MOST = 100_000, 1_000, 100_000_000
+_TITLE_AT_MOST = 1_000  # characters; a longer one is no title, and each sample of the page would begin with it
+_WIDEST_SPAN = 100  # as trafilatura reads it
 
 
 @dataclass(frozen=True)
 class Extracted:
-    title: str  # of <title>, else the first <h1>, else ""
+    title: str  # of <title>, else the first <h1>, else ""; none is longer than 1,000 characters
     lines: tuple[str, ...]  # one for each paragraph, heading, list item, table row
     page_words: int  # in the whole page as a browser shows it
     found_by: str  # "landmark" (<main>, <article>), "trafilatura", "body"
 
 
 def extract(html: str, tree: BeautifulSoup | None = None) -> Extracted:
-    """The main text of a page, whose `tree` may be given if it is at hand. A page without text gives no lines."""
+    """The main text of a page, whose `tree` may be given if it is at hand. A page without text gives no lines.
+
+    Raises DataError for a page of more tags than are read.
+    """
     tree = parse(html) if tree is None else tree
     body = tree.body or tree
     everything = blocks(body, dropped=hidden)
-    found = _located(html, everything)
+    found = _located(html, tree, everything)
     boxes = Boxes(body, found)
     roots, found_by = _roots(body, found, boxes)
     lines = [line for root in roots for line in _without_empty_headings(boxes.main_blocks(root), boxes)]
@@ -54,19 +61,34 @@ def extract(html: str, tree: BeautifulSoup | None = None) -> Extracted:
 def _title(tree: BeautifulSoup) -> str:
     for name in ("title", "h1"):
         for tag in tree.find_all(name, limit=10):
-            if tag.find_parent("svg") is None and (text := collapse(tag.get_text())):
+            if tag.find_parent("svg") is None and 0 < len(text := collapse(tag.get_text())) <= _TITLE_AT_MOST:
                 return text
     return ""
 
 
-def _located(html: str, everything: Sequence[Block]) -> list[Block]:
-    """The blocks whose text trafilatura takes for main text."""
-    text = trafilatura.extract(html, fast=True, favor_recall=True, include_comments=False, deduplicate=False) or ""
+def _located(html: str, tree: BeautifulSoup, everything: Sequence[Block]) -> list[Block]:
+    """The blocks whose text trafilatura takes for main text; none of a page that would keep it busy for minutes."""
+    if not _bearable(tree):
+        return []
+    text = trafilatura.extract(stream_safe(html), fast=True, favor_recall=True, include_comments=False, deduplicate=False) or ""
     lines = [_squeezed(line.removeprefix("- ")) for line in text.split("\n")]
     known, joined = set(lines), "".join(lines)
     if len(joined) * len(everything) > _COMPARED_AT_MOST:
         joined = ""
     return [block for block in everything if (short := _squeezed(block.text)) in known or (len(short) > 30 and short in joined)]
+
+
+def _bearable(tree: BeautifulSoup) -> bool:
+    """Whether trafilatura reads this page in seconds."""
+    tags = tree.find_all(True)
+    if len(tags) > _ELEMENTS_AT_MOST or any(len(tag.attrs) > _ATTRIBUTES_AT_MOST for tag in tags):
+        return False
+    work = 0
+    for row in tags:
+        if row.name == "tr":
+            cells = (cell for cell in elements(row) if cell.name in ("td", "th"))
+            work += sum(span(cell, "rowspan", _WIDEST_SPAN) * span(cell, "colspan", _WIDEST_SPAN) for cell in cells) ** 2
+    return work <= _TABLE_WORK_AT_MOST
 
 
 def _squeezed(text: str) -> str:
@@ -76,7 +98,7 @@ def _squeezed(text: str) -> str:
 def _roots(body: Tag, found: Sequence[Block], boxes: Boxes) -> tuple[list[Tag], str]:
     """The parts of the tree that hold the main text, in order, and what showed them."""
     for name in ("main", "article"):
-        marked = [tag for tag in body.find_all(lambda tag, name=name: plays(tag, name)) if not _covered(tag, name)]
+        marked = _outermost(body, name)
         held = sum(boxes.weight[id(tag)] for tag in marked)
         if marked and held >= _LANDMARK_SHARE * boxes.weight[id(body)] and any(boxes.main_blocks(tag) for tag in marked):
             return marked, "landmark"
@@ -88,13 +110,22 @@ def _roots(body: Tag, found: Sequence[Block], boxes: Boxes) -> tuple[list[Tag], 
     return [body], "body"
 
 
-def _covered(tag: Tag, name: str) -> bool:
-    return any(hidden(parent) or plays(parent, name) or parent.name in INVISIBLE for parent in tag.parents)
+def _outermost(body: Tag, name: str) -> list[Tag]:
+    """The landmarks of that name in `body` that are shown and in no other one."""
+    found: list[Tag] = []
+    left = [] if plays(body, name) else [body]
+    while left:
+        tag = left.pop()
+        if plays(tag, name):
+            found.append(tag)
+        elif not hidden(tag) and tag.name not in INVISIBLE:
+            left += reversed(elements(tag))
+    return found
 
 
 def _container(body: Tag, sure: Sequence[Block], headline: Tag | None) -> Tag:
     """The innermost element around all blocks, and around the first heading, which often stands beside the main part."""
-    weight = weights(sure)
+    weight = weights(body, sure)
     around = {id(tag) for tag in (headline, *headline.parents)} if headline else None
     root = body
     while inner := next((tag for tag in root.find_all(True, recursive=False) if weight[id(tag)] == weight[id(body)]), None):
@@ -119,7 +150,8 @@ def _leads_nowhere(heading: Tag, following: Block | None, boxes: Boxes) -> bool:
         return False
     if following is None:
         return True
-    around = [following.tag, *following.tag.parents]
-    if any(tag is after for tag in around):
+    if boxes.holds(after, following.tag):
         return False
-    return (following.tag.name in HEADINGS and following.tag.name <= heading.name) or not any(tag is heading.parent for tag in around)
+    return (following.tag.name in HEADINGS and following.tag.name <= heading.name) or not (
+        heading.parent is None or boxes.holds(heading.parent, following.tag)
+    )

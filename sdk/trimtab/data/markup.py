@@ -11,6 +11,7 @@ from bs4.element import CData, NavigableString, Tag
 
 from trimtab.data.clean import collapse
 from trimtab.data.tables import row_lines
+from trimtab.errors import DataError
 
 HEADINGS = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
 # Never shown, or shown as a control. A form itself stays: some sites wrap the whole page in one.
@@ -31,6 +32,8 @@ _BLOCKS = frozenset(
 )
 _SPAN_AT_MOST = 50  # rows and columns that one cell may cover; a page can ask for billions
 _LAYOUT_WORDS = 60  # a table without <th> and with a longer cell, or with one column, only arranges the page
+_TAGS_AT_MOST = 300_000  # half a gigabyte of memory and half a minute; the longest specifications on one page have fewer
+_TAG = re.compile(r"<[A-Za-z]")
 _XML_DECLARATION = re.compile(r"\A\s*<\?xml[^>]*>")
 _TABLES_DEEP = 3  # tables within so many others only arrange the page
 _ANCHOR_SIGNS = frozenset("¶#§🔗")
@@ -42,13 +45,26 @@ class Block:
     tag: Tag  # the innermost block element around it
 
 
+@dataclass(frozen=True)
+class _Row:
+    cells: list[Tag]
+    in_head: bool
+
+
 def parse(html: str) -> BeautifulSoup:
-    """A tree of `html`; any text gives one."""
+    """A tree of `html`; any text gives one. Raises DataError as `parseable` does."""
     return BeautifulSoup(parseable(html), "lxml")
 
 
 def parseable(html: str) -> str:
-    """`html` without what makes the parser warn: an XML declaration, or a short text that looks like a file name."""
+    """`html` without what makes the parser warn: an XML declaration, or a short text that looks like a file name.
+
+    Raises DataError for one of so many tags that its tree would fill the memory.
+    """
+    if html.count("<") > _TAGS_AT_MOST and (tags := sum(1 for _ in _TAG.finditer(html))) > _TAGS_AT_MOST:
+        raise DataError(
+            f"it has {tags:,} tags, and {_TAGS_AT_MOST:,} are read of one page; save it in parts, or its text as .txt, and pass them"
+        )
     return _XML_DECLARATION.sub("", html, count=1) + "\n"
 
 
@@ -86,7 +102,9 @@ def _walk(root: Tag, dropped: Callable[[Tag], bool]) -> Iterator[Block]:
             if child.name in INVISIBLE or dropped(child) or _is_anchor_sign(child):
                 continue
             if child.name == "br":
-                follows = child.find_previous_sibling()
+                follows = child.previous_sibling
+                while follows is not None and not isinstance(follows, Tag):
+                    follows = follows.previous_sibling
                 if follows is not None and follows.name == "br" and not collapse("".join(text[-1:])):
                     yield from flush()
                 text.append(" ")
@@ -134,38 +152,60 @@ def _data_rows(table: Tag, dropped: Callable[[Tag], bool]) -> list[str] | None:
     """The lines of a table of data, its caption first; None for a table that only arranges the page."""
     if table.get("role") in ("presentation", "none") or table.find("table") is not None:
         return None
-    rows = [row for row in table.find_all("tr") if not any(map(dropped, _up_to(row, table)))]
-    cells = [[cell for cell in row.find_all(["td", "th"]) if not dropped(cell)] for row in rows]
+    rows = _rows(table, dropped)
+    if rows is None:
+        return None
+    cells = [row.cells for row in rows]
     has_heads = any(cell.name == "th" for row in cells for cell in row)
     texts = {id(cell): _cell_text(cell, dropped) for row in cells for cell in row}
     if not has_heads and (max(map(len, cells), default=0) < 2 or any(len(text.split()) > _LAYOUT_WORDS for text in texts.values())):
         return None
-    in_head = [any(tag.name == "thead" for tag in _up_to(row, table)) for row in rows]
+    in_head = [row.in_head for row in rows]
     all_heads = [bool(row) and all(cell.name == "th" for cell in row) for row in cells]
     first = next((i for i, row in enumerate(cells) if row), 0)
     has_header = len(rows) > 1 and bool(cells[first:]) and len(cells[first]) > 1 and (in_head[first] or all_heads[first])
     if has_header:  # of several header rows the last names the columns
         while first + 1 < len(rows) - 1 and in_head[first + 1]:
             first += 1
-    grid = _grid([[(texts[id(cell)], _span(cell, "rowspan"), _span(cell, "colspan")) for cell in row] for row in cells[first:]])
+    grid = _grid([[(texts[id(cell)], span(cell, "rowspan"), span(cell, "colspan")) for cell in row] for row in cells[first:]])
     caption = table.find("caption")
     return [*([caption.get_text()] if caption else []), *row_lines(grid, has_header=has_header)]
 
 
-def _up_to(tag: Tag, ancestor: Tag) -> Iterator[Tag]:
-    """`tag` and what is around it, below `ancestor`."""
-    while tag is not ancestor and tag.parent is not None:
-        yield tag
-        tag = tag.parent
+def _rows(table: Tag, dropped: Callable[[Tag], bool]) -> list[_Row] | None:
+    """The rows of `table` with their cells; what stands in a cell is the cell's. None where there is text outside the cells."""
+    rows: list[_Row] = []
+    left: list[tuple[Tag, _Row | None, bool]] = [(table, None, False)]  # an element, the row around it, whether a head is
+    while left:
+        tag, row, in_head = left.pop()
+        if tag is not table and (tag.name == "caption" or tag.name in INVISIBLE or dropped(tag)):
+            continue
+        if tag.name in ("td", "th") and row is not None:
+            row.cells.append(tag)
+            continue
+        if any(type(child) in (NavigableString, CData) and any(map(str.isalnum, str(child))) for child in tag.children):
+            return None
+        if tag.name == "tr":
+            row = _Row([], in_head)
+            rows.append(row)
+        in_head = in_head or tag.name == "thead"
+        left += [(child, row, in_head) for child in reversed(elements(tag))]
+    return rows
 
 
 def _cell_text(cell: Tag, dropped: Callable[[Tag], bool]) -> str:
     return " ".join(block.text for block in _walk(cell, dropped))
 
 
-def _span(cell: Tag, name: str) -> int:
+def elements(tag: Tag) -> list[Tag]:
+    """The elements right in `tag`."""
+    return [child for child in tag.children if isinstance(child, Tag)]
+
+
+def span(cell: Tag, name: str, at_most: int = _SPAN_AT_MOST) -> int:
+    """How many rows or columns a cell covers."""
     value = str(cell.get(name, "1")).strip()
-    return min(max(int(value), 1), _SPAN_AT_MOST) if value.isascii() and value.isdigit() and len(value) < 10 else 1
+    return min(max(int(value), 1), at_most) if value.isascii() and value.isdigit() and len(value) < 10 else 1
 
 
 def _grid(rows: list[list[tuple[str, int, int]]]) -> list[list[str]]:
