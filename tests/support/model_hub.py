@@ -1,7 +1,8 @@
-"""A model hub on the loopback interface: the endpoints that huggingface_hub asks for model files, with a real hub's refusals.
+"""A model hub on the loopback interface: the endpoints that huggingface_hub asks for model and dataset files, with a real hub's refusals.
 
-Imitated from the Hub's HTTP behaviour: `/api/models/ID/revision/REV`, `/api/models/ID/tree/REV`, `/ID/resolve/REV/FILE`, the headers
-X-Repo-Commit, X-Linked-Etag and X-Error-Code, ranges, and 401 and 403 for gated repositories.
+Imitated from the Hub's HTTP behaviour: `/api/models/ID/revision/REV`, `/api/models/ID/tree/REV`, `/ID/resolve/REV/FILE`, for datasets
+`/api/datasets/...` and `/datasets/ID/resolve/...`, the headers X-Repo-Commit, X-Linked-Etag and X-Error-Code, ranges, and 401 and 403
+for gated repositories.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ class Repository:
     commits: dict[str, dict[str, bytes]]
     gated: bool = False
     private: bool = False
+    card: dict[str, object] | None = None  # what the hub reads at the top of a dataset's README.md
 
 
 @dataclass
 class ModelHub:
-    """Serves `repositories` at `url` while it is entered. `readers` holds the tokens that may read gated and private ones,
+    """Serves `repositories` of models and `datasets` at `url` while it is entered. `readers` holds the tokens that may read gated and private ones,
     `tokens` those that exist at all.
 
     `cut` makes the hub close the connection after that many bytes of a large file, `cuts` times. `altered` names files that are served
@@ -37,6 +39,7 @@ class ModelHub:
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
+    datasets: dict[str, Repository] = field(default_factory=dict)
     tokens: set[str] = field(default_factory=set)
     readers: set[str] = field(default_factory=set)
     cut: int = 0
@@ -88,11 +91,14 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if bearer and bearer not in self.served.tokens:
                 raise _Refused(401, message="Invalid credentials in Authorization header")
-            if path.startswith("/api/models/"):
-                self._send_json(self._listing(path.removeprefix("/api/models/"), bearer))
+            parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]  # a revision may hold a quoted slash
+            repositories = self.served.datasets if "datasets" in parts[: 2 if parts[0] == "api" else 1] else self.served.repositories
+            if parts[0] == "api":
+                owner, name, kind, revision = parts[2:6]
+                self._send_json(self._listing(repositories, f"{owner}/{name}", kind, revision, bearer))
             else:
-                owner, name, _, revision, file = path.strip("/").split("/", 4)
-                self._send_file(f"{owner}/{name}", revision, file, bearer)
+                owner, name, _, revision, *file = parts[1:] if repositories is self.served.datasets else parts
+                self._send_file(repositories, f"{owner}/{name}", revision, "/".join(file), bearer)
         except _Refused as refused:
             self.send_response(refused.status)
             if refused.code:
@@ -101,8 +107,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-    def _files(self, hub_id: str, revision: str, bearer: str | None, *, contents: bool) -> tuple[Repository, str, dict[str, bytes]]:
-        repository = self.served.repositories.get(hub_id)
+    def _files(
+        self, repositories: dict[str, Repository], hub_id: str, revision: str, bearer: str | None, *, contents: bool
+    ) -> tuple[Repository, str, dict[str, bytes]]:
+        repository = repositories.get(hub_id)
         if repository is None or (repository.private and bearer not in self.served.readers):
             raise _Refused(404 if bearer else 401, "RepoNotFound", "Repository not found")
         if contents and repository.gated and bearer not in self.served.readers:
@@ -112,16 +120,16 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return repository, commit, repository.commits[commit]
 
-    def _listing(self, path: str, bearer: str | None) -> object:
-        owner, name, kind, revision = path.split("/", 3)
-        repository, commit, files = self._files(f"{owner}/{name}", revision, bearer, contents=kind == "tree")
+    def _listing(self, repositories: dict[str, Repository], hub_id: str, kind: str, revision: str, bearer: str | None) -> object:
+        repository, commit, files = self._files(repositories, hub_id, revision, bearer, contents=kind == "tree")
         if kind == "tree":
             return [
                 {"type": "file", "path": file, "size": len(data), "oid": _git_id(data), **_lfs(data, "oid")} for file, data in files.items()
             ]
         siblings = [{"rfilename": file, "size": len(data), "blobId": _git_id(data), **_lfs(data, "sha256")} for file, data in files.items()]
         gated = "manual" if repository.gated else False
-        return {"id": f"{owner}/{name}", "sha": commit, "siblings": siblings, "gated": gated, "private": repository.private, "tags": []}
+        card = {"cardData": repository.card} if repository.card else {}
+        return {"id": hub_id, "sha": commit, "siblings": siblings, "gated": gated, "private": repository.private, "tags": [], **card}
 
     def _send_json(self, content: object) -> None:
         body = json.dumps(content).encode()
@@ -131,8 +139,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def _send_file(self, hub_id: str, revision: str, file: str, bearer: str | None) -> None:
-        _, commit, files = self._files(hub_id, revision, bearer, contents=True)
+    def _send_file(self, repositories: dict[str, Repository], hub_id: str, revision: str, file: str, bearer: str | None) -> None:
+        _, commit, files = self._files(repositories, hub_id, revision, bearer, contents=True)
         if file not in files or file in self.served.vanished:
             raise _Refused(404, "EntryNotFound", "Entry not found")
         data = files[file]

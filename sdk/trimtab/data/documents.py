@@ -267,10 +267,10 @@ def _broken(told: Told, *, go_on: bool) -> str:
     if not told.broken:
         return ""
     lines = list(told.broken)
-    if told.broken_count > len(lines):
-        lines.append(f"and {told.broken_count - len(lines):,} more of {told.read:,} records")
+    if told.broken_count > NAMED:
+        lines.append(f"and {told.broken_count - NAMED:,} more of {told.read:,} records")
     elif told.broken_count == NAMED and not go_on:
-        lines.append("and what comes after it was not looked at")
+        lines.append("what comes after these was not looked at")
     return lines[0] if len(lines) == 1 else "\n    ".join(["", *lines])
 
 

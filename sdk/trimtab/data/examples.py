@@ -20,7 +20,7 @@ from typing import IO
 from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab.data.forms import Canonical, canonical, learned
-from trimtab.data.parts import Broken, Part, place
+from trimtab.data.parts import Broken, Part, places
 from trimtab.data.records import read
 from trimtab.data.turns import FormError
 from trimtab.errors import DataError
@@ -50,7 +50,7 @@ class Told(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     lines: tuple[str, ...]
-    broken: tuple[str, ...]  # the first, each with its place
+    broken: tuple[str, ...]  # what is wrong, each with the places of the first that have it
     broken_count: int
     read: int
 
@@ -144,7 +144,7 @@ def collect(part: Part, writer: Writer, add_text: Callable[[str, str, str], bool
     """
     shapes: Counter[tuple[str, tuple[str, ...]]] = Counter()
     left_out: dict[str, None] = {}
-    broken: list[str] = []
+    broken: dict[str, list[int]] = {}
     broken_count = total = again = 0
     first_again = ""
     for number, record, why in _canonical(part):
@@ -161,13 +161,13 @@ def collect(part: Part, writer: Writer, add_text: Callable[[str, str, str], bool
                 new = writer.add(record.content, source)
         except FormError as exc:
             broken_count += 1
-            if len(broken) < NAMED:
-                broken.append(f"{place(part, number)}: {exc}")
+            if broken_count <= NAMED:
+                broken.setdefault(str(exc), []).append(number)
             if broken_count == NAMED and not go_on:
                 break
             continue
         if not new:
-            again, first_again = again + 1, first_again or place(part, number)
+            again, first_again = again + 1, first_again or places(part, [number])
         shapes[record.name, record.used] += 1
         left_out |= dict.fromkeys(record.left_out)
     lines = [f"{part.name}: {_shape_line(name, used, count, objective)}" for (name, used), count in shapes.items()]
@@ -175,7 +175,8 @@ def collect(part: Part, writer: Writer, add_text: Callable[[str, str, str], bool
         lines.append(f"{part.name}: left out, because no form reads them there: {_listed(list(left_out))}")
     if again:
         lines.append(f"{part.name}: {again:,} {_noun(again)} the same as one before (the first: {first_again}); each is kept once")
-    return Told(lines=tuple(lines), broken=tuple(broken), broken_count=broken_count, read=total)
+    named = tuple(f"{places(part, numbers)}: {reason}" for reason, numbers in broken.items())
+    return Told(lines=tuple(lines), broken=named, broken_count=broken_count, read=total)
 
 
 def _canonical(part: Part) -> Iterator[tuple[int, Canonical | None, str]]:

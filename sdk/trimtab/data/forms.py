@@ -5,8 +5,8 @@ text         text (title)                                                a docum
 guanaco      text with "### Human: ... ### Assistant: ..."               guanaco: text
 prompt       prompt, completion: two strings                             completion: prompt, completion, joined as they are
              prompt, completion: two lists of messages                   chat, of which only the completion is learned
-alpaca       instruction | question | query | prompt | input, and        completion: instruction, input, completion; with system or
-             output | response | answer | completion                     history: chat
+alpaca       instruction | question | query | prompt | q | input, and    completion: instruction, input, completion; with system or
+             output | response | answer | completion | a                 history: chat
              (input | context) (system | system_prompt) (history)
 chat         messages | conversations | conversation: turns of           chat: messages, tools
              role and content (OpenAI) or from and value (ShareGPT)
@@ -32,8 +32,8 @@ from trimtab.data.turns import FormError, messages_of, said, text_of, tools_of
 CHAT = ("messages", "conversations", "conversation")
 TOOLS = ("tools", "functions")
 SYSTEM = ("system", "system_prompt")
-ASKED = ("instruction", "question", "query", "prompt", "input")
-ANSWERED = ("output", "response", "answer", "completion")
+ASKED = ("instruction", "question", "query", "prompt", "q", "input")
+ANSWERED = ("output", "response", "answer", "completion", "a")
 GIVEN = ("input", "context")
 KNOWN = frozenset((*CHAT, *TOOLS, *SYSTEM, *ASKED, *ANSWERED, *GIVEN, "history", "text", "title"))
 """Every column that some form reads. A reader of wide tables need not read others."""
@@ -87,13 +87,15 @@ def learned(name: str, objective: str) -> str:
         return "loss on every token"
     return {
         ALPACA: "loss on the answer",
+        ASKED_AND_ANSWERED: "loss on the answer",
         PROMPT: "loss on the completion",
         PAIRS: "loss on the completion's turns",
         GUANACO: "loss on what the assistant says",
     }.get(name, "loss on every assistant turn")
 
 
-TEXT, GUANACO, PROMPT, PAIRS, ALPACA = "running text", "Guanaco", "prompt and completion", "conversational prompt and completion", "Alpaca"
+TEXT, GUANACO, PROMPT, PAIRS = "running text", "Guanaco", "prompt and completion", "conversational prompt and completion"
+ALPACA, ASKED_AND_ANSWERED = "Alpaca", "question and answer"
 OPENAI, SHAREGPT = "conversations", "ShareGPT"
 
 
@@ -125,7 +127,7 @@ def shape_of(columns: tuple[str, ...]) -> Shape:
     for name in names:
         if name not in read.values() and name not in KNOWN and (near := _nearest(name, [word for word in optional if word not in names])):
             raise FormError(f"there is no column {names[name]!r}; did you mean {near}? Rename it, or remove it")
-    used = {part: names[name] for part, name in read.items()}
+    used = {part: names[name] for part, name in sorted(read.items(), key=lambda item: columns.index(names[item[1]]))}
     return Shape(form, used, tuple(name for name in columns if name not in used.values()))
 
 
@@ -208,10 +210,10 @@ def _pair(record: Mapping[str, Any], shape: Shape) -> Canonical:
     columns = shape.columns
     asked = messages_of(record[columns["prompt"]], columns["prompt"], answered=False)
     answer = messages_of(record[columns["completion"]], columns["completion"])
-    if len(answer.messages) != 1:
-        raise FormError(
-            f"completion has {len(answer.messages)} messages and one answer is learned; move the ones before the last to prompt"
-        )
+    if (role := asked.messages[-1]["role"]) not in ("user", "system"):
+        raise FormError(f"prompt ends with a turn of the {role}; end it with the user's, and move what follows to completion")
+    if (role := next((one["role"] for one in answer.messages if one["role"] in ("user", "system")), "")) != "":
+        raise FormError(f"completion has a turn of the {role}, which is not learned; move what stands before the answer to prompt")
     content: dict[str, Any] = {"form": "chat", "messages": [*asked.messages, *answer.messages], "learn_last": True}
     if tools := tools_of(record.get(columns.get("tools", ""))):
         content["tools"] = tools
@@ -231,12 +233,12 @@ def _alpaca(record: Mapping[str, Any], shape: Shape) -> Canonical:
     used = tuple(columns.values())
     if not system.strip() and not earlier:
         content = {"form": "completion", "instruction": instruction, "input": given, "completion": completion}
-        return Canonical(ALPACA, used, shape.left_out, content)
+        return Canonical(ALPACA if columns["instruction"].lower() == "instruction" else ASKED_AND_ANSWERED, used, shape.left_out, content)
     messages = [{"role": "system", "content": system}] if system.strip() else []
     messages += earlier
     messages.append({"role": "user", "content": "\n\n".join(part for part in (instruction, given) if part.strip())})
     messages.append({"role": "assistant", "content": completion})
-    return Canonical(f"{ALPACA} with turns before", used, shape.left_out, {"form": "chat", "messages": messages})
+    return Canonical("conversations of a question and what comes before it", used, shape.left_out, {"form": "chat", "messages": messages})
 
 
 def _history(value: Any) -> list[dict[str, str]]:

@@ -48,7 +48,8 @@ def _rows(given: Any) -> Iterable[Mapping[str, Any]]:
     if hasattr(given, "to_dict") and hasattr(given, "iloc"):  # pandas, a thousand rows at a time
         return (row for start in range(0, len(given), 1000) for row in given.iloc[start : start + 1000].to_dict("records"))
     if hasattr(given, "column_names") and hasattr(given, "__iter__"):  # a dataset, one that is streamed too
-        return iter(given)
+        dataset: Iterable[Mapping[str, Any]] = given
+        return dataset
     raise DataError(f"data of type {type(given).__name__} is not read; pass paths, addresses, or a list with a dictionary for each record")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def kind_of(name: str) -> str | None:
     return next((kind for ending, kind in sorted(KINDS.items(), key=lambda pair: -len(pair[0])) if lower.endswith(ending)), None)
 
 
-def place(part: Part, number: int) -> str:
-    """Where a record stands, in words."""
-    return f"row {number}" if part.kind in ("parquet", "arrow") else f"line {number}"
+def places(part: Part, numbers: Sequence[int]) -> str:
+    """Where records stand, in words."""
+    word = "row" if part.kind in ("parquet", "arrow") else "line"
+    return f"{word}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from trimtab.data.forms import KNOWN
 from trimtab.data.parts import Broken, Numbered, Part
 from trimtab.errors import DataError
 
 LONGEST = 100_000_000  # bytes of one line or field: more is no record but a file of another kind, and would fill the memory
 LARGEST_JSON = 500_000_000  # bytes of a .json file, which is held in memory
-_LIST_NAMES = ("data", "train", "rows")  # where an object keeps its list of records
 
 
 def read(part: Part) -> Iterator[Numbered]:
@@ -250,13 +250,14 @@ def _skip(text: str, at: int) -> int:
 
 
 def _object(value: Any) -> Iterator[Numbered]:
-    """The records of an object: a list in it, or columns of one length. They have no lines of their own and are counted."""
+    """The records of an object: the one list of objects in it, such as `data`, or columns of one length. They are counted; they have
+    no lines of their own."""
     lists = [name for name, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
-    if named := [name for name in lists if name in _LIST_NAMES]:
+    if lists and not KNOWN & {name.lower() for name in value}:
         if len(lists) > 1:
             yield 1, Broken(f"it has several lists of records ({', '.join(lists)}); keep one in a file", last=True)
             return
-        for number, row in enumerate(value[named[0]], start=1):
+        for number, row in enumerate(value[lists[0]], start=1):
             yield number, row if isinstance(row, dict) else Broken("it is no object; write each record as an object, {...}")
         return
     columns = {name: _column(column) for name, column in value.items()}
