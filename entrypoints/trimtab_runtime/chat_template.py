@@ -187,11 +187,10 @@ class _Turns:
             full = self._template.marked(given, self._tools, False)
         places = full.places()
         marked = {number for number, (one, plain) in enumerate(zip(given, self._messages, strict=True)) if one is not plain}
-        for number in marked - places.keys():
-            if number not in self._own:
-                raise SpecError(
-                    f"the chat template leaves out a {self._messages[number].get('role')} message: remove it, or change its role"
-                )
+        for number in sorted(marked - places.keys()):
+            if number in self._own:
+                raise SpecError(_left_out(self._messages[number]))
+            raise SpecError(f"the chat template leaves out a {self._messages[number].get('role')} message: remove it, or change its role")
         begins = [self._begin(number, given, full, places) for number in self._own]
         controls = list(self._controls(full))
         written = []
@@ -265,27 +264,26 @@ class _Turns:
         for _, end, word in inside:
             if word in self._template.ends:
                 return end
-        said = self._said(number)
-        at = text.find(said, begin, limit)
+        words = self._words(number)
+        at, said = next(((at, one) for one in (words, words.strip()) if (at := text.find(one, begin, limit)) >= 0), (-1, ""))
         if at < 0 or (not said and self._messages[number].get("tool_calls")):
             raise SpecError("the chat template does not say where a turn of the assistant ends: use one with {% generation %}")
         spoken = at + len(said)
         return next((end for start, end, _ in inside if start >= spoken), spoken)
 
-    def _said(self, number: int) -> str:
+    def _words(self, number: int) -> str:
         content = self._messages[number].get("content")
-        return content.rpartition(_THOUGHT)[2].strip() if isinstance(content, str) else ""
+        return content.rpartition(_THOUGHT)[2] if isinstance(content, str) else ""
+
+    def _said(self, number: int) -> str:
+        return self._words(number).strip()
 
     def _refuse_changed(self, number: int, span: Span, text: str, places: Mapping[int, int], marked: bool) -> None:
         """Raise SpecError where what the assistant said does not stand in its turn."""
         message = self._messages[number]
-        inside = span[0] <= places[number] < span[1] if number in places else not marked and self._said(number) in text[slice(*span)]
+        inside = span[0] < places[number] <= span[1] if number in places else not marked and self._said(number) in text[slice(*span)]
         if not inside:
-            raise SpecError(
-                "the chat template leaves out what the assistant says beside a tool call: remove the text, or the call"
-                if message.get("tool_calls")
-                else "the chat template leaves out or moves a turn of the assistant: remove it, or change the order of the roles"
-            )
+            raise SpecError(_left_out(message))
         names = [call.get("function", call).get("name") for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
         if any(isinstance(name, str) and name not in text[slice(*span)] for name in names):
             raise SpecError("the chat template leaves out a tool call: use a model whose template takes tools, or remove the calls")
@@ -306,6 +304,12 @@ class _Generation(Extension):
 
     def _between_marks(self, caller: Macro) -> str:
         return f"{_mark(_BEGIN)}{caller()}{_mark(_END)}"
+
+
+def _left_out(message: Message) -> str:
+    if message.get("tool_calls"):
+        return "the chat template leaves out what the assistant says beside a tool call: remove the text, or the call"
+    return "the chat template leaves out or moves a turn of the assistant: remove it, or change the order of the roles"
 
 
 def _refuse(message: str) -> str:

@@ -58,6 +58,7 @@ def _sample(rows: PackedRows, tokenizer: Tokenizer, index: int, place: int) -> d
         "kind": kind,
         "ids": ids,
         "texts": tokenizer.pieces(ids),
+        "control": [id in tokenizer.control_ids for id in ids],
         "learned": [flag and at > 0 for at, flag in enumerate(learned)],  # nothing predicts a first token
         "taught": [at >= 0 for at in row.teacher[piece].tolist()],
     }

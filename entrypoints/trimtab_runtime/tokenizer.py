@@ -50,7 +50,8 @@ class Tokenizer:
         if eos_id is None:
             raise SpecError(f"{folder}/tokenizer_config.json names no eos_token of tokenizer.json: add it, training needs an end")
         self.eos_id: int = eos_id
-        self._control = [token.content for token in self._fast.get_added_tokens_decoder().values() if token.special]
+        special = {id: token.content for id, token in self._fast.get_added_tokens_decoder().items() if token.special}
+        self._control, self.control_ids = list(special.values()), frozenset(special)
         bos = self._special["bos_token"]
         first = self._fast.encode("a", add_special_tokens=True).ids[:1]
         self.bos_id: int | None = self._fast.token_to_id(bos) if bos and first == [self._fast.token_to_id(bos)] else None
