@@ -96,8 +96,8 @@ def test_skip_goes_on_and_says_so(site: SiteServer):
     said = Said()
     loaded = read(site.url("/vane"), site.url("/none"), site.url("/orla"), on_error="skip", said=said)
     assert [document.title for document in loaded.documents] == ["The Vane", "The Orla"]
-    assert loaded.skipped == (Skipped(source=site.url("/none"), reason="HTTP 404 Not Found"),)
-    assert f"data: skipped {site.url('/none')}: HTTP 404 Not Found" in said
+    assert loaded.skipped == (Skipped(source=site.url("/none"), reason="HTTP 404 Not Found; check the address"),)
+    assert f"data: skipped {site.url('/none')}: HTTP 404 Not Found; check the address" in said
 
 
 @pytest.mark.parametrize("on_error", ["fail", "skip"])

@@ -85,9 +85,9 @@ def test_a_proxy_when_asked_for(site: SiteServer, monkeypatch: pytest.MonkeyPatc
 def test_errors_of_the_server_are_named(site: SiteServer):
     site.pages["/gone"] = Reply("<p>gone</p>", 410)
     site.pages["/none"] = Reply("", 204)
-    assert failure(site, "/missing") == "HTTP 404 Not Found"
-    assert failure(site, "/gone") == "HTTP 410 Gone"
-    assert failure(site, "/none") == "HTTP 204 No Content; only 200 brings a page"
+    assert failure(site, "/missing") == "HTTP 404 Not Found; check the address"
+    assert failure(site, "/gone") == "HTTP 410 Gone; check the address"
+    assert failure(site, "/none") == "HTTP 204 No Content; only 200 brings a page: save it from a browser and pass the file"
     assert len(site.requests) == 3
 
 
@@ -100,7 +100,7 @@ def test_a_passing_error_is_tried_again(site: SiteServer, status: int):
 
 def test_a_lasting_error_is_given_up(site: SiteServer):
     site.pages["/"] = Reply("", 503)
-    assert failure(site) == "HTTP 503 Service Unavailable"
+    assert failure(site) == "HTTP 503 Service Unavailable; try again later"
     assert len(site.requests) == 3
 
 
@@ -134,7 +134,7 @@ def test_redirects_are_followed_with_cookies(site: SiteServer):
 
 def test_a_loop_of_redirects_ends(site: SiteServer):
     site.pages["/a"], site.pages["/b"] = redirect("/b"), redirect("/a")
-    assert failure(site, "/a") == "more than 5 redirects"
+    assert failure(site, "/a") == "more than 5 redirects; open it in a browser and pass the address that it ends at"
     assert len(site.requests) == 6
 
 
@@ -283,9 +283,9 @@ def test_damaged_compression(site: SiteServer):
     site.pages["/not"] = Reply(VANE.body, headers={"Content-Encoding": "gzip"})
     site.pages["/br"] = Reply(b"\x0b", headers={"Content-Encoding": "br"})
     site.pages["/once"] = lambda count: Reply(packed[:-12] if count == 1 else packed, headers={"Content-Encoding": "gzip"})
-    assert failure(site, "/cut") == "the connection failed (the compressed body ends early)"
-    assert failure(site, "/broken") == "the connection failed (the compressed body is damaged)"
-    assert failure(site, "/not") == "the connection failed (the compressed body is damaged)"
+    assert failure(site, "/cut") == "the connection failed (the compressed body ends early); check the address, or try again later"
+    assert failure(site, "/broken").startswith("the connection failed (the compressed body is damaged)")
+    assert failure(site, "/not").startswith("the connection failed (the compressed body is damaged)")
     assert failure(site, "/br").startswith("it is compressed with br")
     assert fetch(site, "/once").text == VANE.body
 
@@ -316,7 +316,7 @@ def test_a_page_that_drips(site: SiteServer, reply: Reply):
 
 def test_a_server_that_says_nothing(site: SiteServer):
     site.pages["/"] = Reply("x", wait_s=5)
-    assert failure(site, limits=QUICK.model_copy(update={"read_s": 0.3, "retries": 0})) == "no data for 0.3 s"
+    assert failure(site, limits=QUICK.model_copy(update={"read_s": 0.3, "retries": 0})) == "no data for 0.3 s; try again later"
 
 
 def test_content_types(site: SiteServer):

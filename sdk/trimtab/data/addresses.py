@@ -41,7 +41,8 @@ def checked(host: str, addresses: Sequence[str], *, allow_private_hosts: bool) -
     if not allow_private_hosts:
         for address in addresses:
             if kind := kind_of_private(address):
-                what = f"{host} is a {kind} address" if host.strip("[]") == address else f"{host} has the {kind} address {address}"
+                article = "an" if kind[0] in "aeiou" else "a"
+                what = f"{host} is {article} {kind} address" if host.strip("[]") == address else f"{host} has the {kind} address {address}"
                 raise DataError(f"{what}; pass allow_private_hosts=True if you mean a machine of your own network")
     return tuple(addresses)
 

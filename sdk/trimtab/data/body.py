@@ -13,6 +13,7 @@ from trimtab.errors import DataError
 
 HTML_TYPES = ("text/html", "application/xhtml+xml")
 TEXT_TYPES = ("text/plain", "text/markdown")
+_PAGE_TYPES = (*HTML_TYPES, *TEXT_TYPES)
 _CHUNK = 16_384  # compressed bytes at a time
 
 
@@ -26,7 +27,7 @@ def content_type(headers: Any, *, records: bool = False) -> tuple[str, str | Non
     if records and media_type in HTML_TYPES:
         raise DataError("it is a web page and not the file that its address names; look at it in a browser, and pass the file's address")
     if media_type and not records and media_type not in (*HTML_TYPES, *TEXT_TYPES, *RECORD_TYPES):
-        raise DataError(f"it is {media_type}, which is not read; pages are {', '.join((*HTML_TYPES, *TEXT_TYPES))}")
+        raise DataError(f"it is {media_type}, which is not read; pages are {', '.join(_PAGE_TYPES)}: save its text as .txt or .md")
     charset = message.get_param("charset")
     return media_type, charset if isinstance(charset, str) else None
 

@@ -13,6 +13,7 @@ import io
 import os
 import time
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -81,7 +82,8 @@ def fetch_page(
                 raise
             except (requests.RequestException, HTTPError, OSError, ValueError) as exc:
                 raise DataError(deadline.reason() or _reason(exc, limits)) from exc
-    assert adapter.page is not None, "neither an error nor a page"
+    if adapter.page is None:
+        raise DataError("it redirects, and says not where to; pass the address of the page itself")
     assert loader.tree is not None
     return Page(url, *adapter.page, loader.tree)
 
@@ -200,12 +202,24 @@ class _Adapter(HTTPAdapter):
                     text = decode(body, header_charset=charset, markup=media_type in HTML_TYPES).text
                 self.page = media_type, body, text
                 text = parseable(text)
-            elif response.status_code < 400 and not response.is_redirect:
-                raise DataError(f"HTTP {response.status_code} {response.reason or ''}".rstrip() + "; only 200 brings a page")
+            elif not 400 <= response.status_code < 600 and not response.is_redirect:
+                raise DataError(f"{_status(response)}; only 200 brings a page: save it from a browser and pass the file")
         finally:
             raw.close()
         response.raw = io.BytesIO(text.encode("utf-8", errors="replace"))
         return response
+
+
+def _status(response: requests.Response) -> str:
+    return f"HTTP {response.status_code} {response.reason or ''}".rstrip()
+
+
+def _next_step(status: int) -> str:
+    if status in (401, 402, 403, 407, 451):
+        return "the site does not give it to programs: save it from a browser and pass the file"
+    if status in _WORTH_A_RETRY or status == 408:
+        return "try again later"
+    return "check the address"
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -227,22 +241,27 @@ def _reason(exc: Exception, limits: FetchLimits) -> str:
         inner = [error.__cause__, error.__context__, getattr(error, "reason", None), *error.args]
         chain += [item for item in inner if isinstance(item, BaseException) and item not in chain]
     if isinstance(exc, requests.HTTPError) and exc.response is not None:
-        return f"HTTP {exc.response.status_code} {exc.response.reason or ''}".rstrip()
+        return f"{_status(exc.response)}; {_next_step(exc.response.status_code)}"
     if isinstance(exc, requests.TooManyRedirects):
-        return f"more than {limits.redirects} redirects"
+        return f"more than {limits.redirects} redirects; open it in a browser and pass the address that it ends at"
     if isinstance(exc, requests.exceptions.InvalidSchema):
-        return "it redirects to an address that is neither http nor https"
+        return "it redirects to an address that is neither http nor https; pass the address of the page itself"
+    if isinstance(exc, requests.exceptions.InvalidHeader):
+        return "its headers contradict each other; save it from a browser and pass the file"
     if any(isinstance(error, NameResolutionError) for error in chain):
         return "its host name does not resolve; check the spelling and the network"
     if isinstance(exc, requests.exceptions.SSLError):
-        return f"its certificate or its TLS is not accepted ({_innermost(chain)})"
+        return (
+            f"its certificate or its TLS is not accepted ({_innermost(chain)}); check the address, "
+            "or name the file of your own authority in SSL_CERT_FILE"
+        )
     if isinstance(exc, requests.ConnectTimeout):
-        return f"no connection within {limits.connect_s:g} s"
+        return f"no connection within {limits.connect_s:g} s; check the address and the network, or try later"
     if isinstance(exc, requests.Timeout) or any(isinstance(error, TimeoutError) for error in chain):
-        return f"no data for {limits.read_s:g} s"
+        return f"no data for {limits.read_s:g} s; try again later"
     if isinstance(exc, ValueError):
-        return "it is, or redirects to, an address that cannot be read"
-    return f"the connection failed ({_innermost(chain)})"
+        return "it is, or redirects to, an address that cannot be read; check its spelling, or pass the address of the page itself"
+    return f"the connection failed ({_innermost(chain)}); check the address, or try again later"
 
 
 def _innermost(chain: list[BaseException]) -> str:
@@ -251,5 +270,7 @@ def _innermost(chain: list[BaseException]) -> str:
     for error in chain:
         if isinstance(error, OSError) and error.strerror:
             return error.strerror
+        if isinstance(error, HTTPException) and str(error):
+            return str(error)
     last = chain[-1]
     return str(last.args[0]) if isinstance(last, HTTPError | requests.RequestException) and len(last.args) == 1 else type(last).__name__
