@@ -20,6 +20,7 @@ COMMANDS = {
     "close": "trimtab.endpoint_cli:close",
     "compare": "trimtab.compare_cli:compare",
     "completion": "trimtab.completion_cli:completion",
+    "data": "trimtab.data_cli:data",
     "deploy": "trimtab.endpoint_cli:deploy",
     "doctor": "trimtab.doctor.command:doctor",
     "endpoints": "trimtab.endpoint_cli:endpoints",
