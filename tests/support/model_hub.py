@@ -31,8 +31,8 @@ class Repository:
 
 @dataclass
 class ModelHub:
-    """Serves `repositories` of models and `datasets` at `url` while it is entered. `readers` holds the tokens that may read gated and private ones,
-    `tokens` those that exist at all.
+    """Serves `repositories` of models and `datasets` at `url` while it is entered. `readers` holds the tokens that may read gated and
+    private ones, `tokens` those that exist at all.
 
     `cut` makes the hub close the connection after that many bytes of a large file, `cuts` times. `altered` names files that are served
     with other bytes than listed, `vanished` files that are listed and refused. `requests` records (method, path, Range header, token).

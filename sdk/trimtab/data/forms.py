@@ -202,7 +202,7 @@ def _prompt(record: Mapping[str, Any], shape: Shape) -> Canonical:
         "prompt": text_of(record, columns["prompt"], may_be_empty=True),
         "completion": text_of(record, columns["completion"]),
     }
-    return Canonical(PROMPT, (columns["prompt"], columns["completion"]), left_out, content)
+    return Canonical(PROMPT, tuple(name for part, name in columns.items() if part != "tools"), left_out, content)
 
 
 def _pair(record: Mapping[str, Any], shape: Shape) -> Canonical:

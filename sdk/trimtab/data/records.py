@@ -122,7 +122,7 @@ def _json_lines(file: io.BufferedIOBase, part: Part) -> Iterator[Numbered]:
             return
         if not line or line.isspace():
             continue
-        yield number, _record(line, number)
+        yield number, _record(line.rstrip(b"\r\n"), number)
 
 
 def _record(line: bytes, number: int) -> dict[str, Any] | Broken:
