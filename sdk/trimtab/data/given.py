@@ -25,13 +25,13 @@ def as_sources(given: Any, cache: Path | None = None) -> list[str]:
     """
     if isinstance(given, str | os.PathLike):
         return [str(given)]
-    if isinstance(given, Sequence) and not _are_rows(given):
-        return [source for item in given for source in as_sources(item, cache)]
+    if isinstance(given, Sequence):
+        rows = [isinstance(item, Mapping) for item in given]
+        if not any(rows):
+            return [source for item in given for source in as_sources(item, cache)]
+        if not all(rows):
+            raise DataError("the data is a list of dictionaries and of other things; pass the records as a list of their own")
     return [_written(_rows(given), (cache or cache_dir()) / "given")]
-
-
-def _are_rows(given: Sequence[Any]) -> bool:
-    return bool(given) and all(isinstance(item, Mapping) for item in given)
 
 
 def _rows(given: Any) -> Iterable[Mapping[str, Any]]:
@@ -64,6 +64,8 @@ def _written(rows: Iterable[Mapping[str, Any]], folder: Path) -> str:
                     count += 1
                     digest.update(line)
                     file.write(line)
+            if not count:
+                raise DataError("the data holds no records; pass at least one")
             path = folder / f"records-{digest.hexdigest()[:16]}.jsonl"
             Path(name).chmod(0o644)
             Path(name).replace(path)
@@ -71,8 +73,6 @@ def _written(rows: Iterable[Mapping[str, Any]], folder: Path) -> str:
             Path(name).unlink(missing_ok=True)
     except OSError as exc:
         raise DataError(f"the data cannot be written to {folder} ({exc.strerror or exc}); set TRIMTAB_CACHE to another folder") from exc
-    if not count:
-        raise DataError("the data holds no records; pass at least one")
     return str(path)
 
 

@@ -1,0 +1,66 @@
+"""Data in memory as sources."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+
+from trimtab.data import as_sources, load
+from trimtab.errors import DataError
+
+ROWS = [{"question": f"Question {number}?", "answer": "Yes.", "score": None} for number in range(1500)]
+
+
+def test_paths_and_addresses_stay_as_they_are(tmp_path: Path):
+    assert as_sources("https://a.test", tmp_path) == ["https://a.test"]
+    assert as_sources([tmp_path / "a.jsonl", "b.csv"], tmp_path) == [str(tmp_path / "a.jsonl"), "b.csv"]
+    assert as_sources([], tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_in_memory_become_one_file_named_by_its_content(tmp_path: Path):
+    table = pyarrow.Table.from_pylist(ROWS)
+    (path,) = as_sources(ROWS, tmp_path)
+    assert as_sources(table, tmp_path) == as_sources(tuple(ROWS), tmp_path) == [path]
+    assert as_sources(["pages/", ROWS], tmp_path) == ["pages/", path]
+    assert [entry.name for entry in (tmp_path / "given").iterdir()] == [Path(path).name]
+    loaded = load(path, cache=tmp_path, say=lambda line: None)
+    assert loaded.examples is not None
+    assert loaded.examples.count == 1500
+
+
+class Number:
+    """What numpy's numbers and arrays have."""
+
+    def tolist(self) -> list[int]:
+        return [1, 2]
+
+
+def test_what_json_lacks_becomes_what_it_has(tmp_path: Path):
+    (path,) = as_sources([{"text": "x", "vector": Number(), "nothing": float("nan"), 3: "three"}], tmp_path)
+    assert Path(path).read_text() == '{"text": "x", "vector": [1, 2], "nothing": null, "3": "three"}\n'
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"train": ROWS, "test": ROWS}, "the data is a dictionary of train, test; pass one split of it"),
+        (3, "data of type int is not read; pass paths, addresses, or a list with a dictionary for each record"),
+        ([{"text": "x"}, "a.jsonl"], "the data is a list of dictionaries and of other things"),
+        (
+            [{"text": "x"}, {"text": "x", "image": b"x"}],
+            "record 2 cannot be written as JSON (a value is of type bytes); leave that column out",
+        ),
+        ([{"text": {"deep": float("inf")}}], "record 1 cannot be written as JSON"),
+        (pyarrow.Table.from_pylist([{"text": "x"}]).slice(0, 0), "the data holds no records; pass at least one"),
+    ],
+    ids=range(6),
+)
+def test_what_is_no_data_is_refused(tmp_path: Path, given: Any, said: str):
+    with pytest.raises(DataError) as caught:
+        as_sources(given, tmp_path)
+    assert said in str(caught.value)
+    assert not [entry for entry in tmp_path.rglob("*") if entry.is_file()]
