@@ -61,7 +61,9 @@ def fit(data: tuple[str, ...], backend: str, detach: bool, dry_run: str | None, 
       trimtab fit notes/ --model smollm2-135m-instruct --dry-run=render
     """
     job = _job(data, backend, options)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a half-made folder is removed then, too
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a half-made folder is removed then, too; with nohup a closed terminal ends nothing
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     if dry_run == "render":
         print(json.dumps(job.fit(dry_run="render"), indent=2, ensure_ascii=False))
         return
