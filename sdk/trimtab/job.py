@@ -98,6 +98,8 @@ class Job:
         except KeyboardInterrupt:
             if run is not None:
                 detach_or_stop(run)
+            elif not dry_run:
+                print("Nothing was started. Begin again by repeating the command.", file=sys.stderr)
             raise
 
     def plan(self, *, dry_run: bool = False, progress: bool = True) -> Plan:
