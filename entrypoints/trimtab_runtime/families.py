@@ -41,7 +41,7 @@ def mask_dtype(base: PreTrainedModel) -> torch.dtype | None:
     return base.get_input_embeddings().weight.dtype if is_masked(base) else None
 
 
-def sayings(base: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+def sayings(base: PreTrainedModel, method: str, dtype: torch.dtype) -> list[str]:
     """What to say of the family of a model that is about to be trained, a sentence each; none for one without peculiarities."""
     config = base.config.to_dict()
     family, name, said = family_of(config), config.get("model_type"), list[str]()
@@ -50,10 +50,15 @@ def sayings(base: PreTrainedModel, dtype: torch.dtype) -> list[str]:
             f"family {name}: not one of {', '.join(FAMILIES)}; its own attention with a mask over the whole row keeps samples apart, which "
             "was tried out just now; that takes longer, and memory by the square of a row"
         )
-    elif family.note:
+    elif family.note and method != "full":
         said.append(f"family {name}: {family.note}")
     if experts := sum(parameter.numel() for parameter in base.parameters() if parameter.dim() == 3):
-        said.append(f"family {name}: {experts:,} of {base.num_parameters():,} weights are the experts', kept in {str(dtype)[6:]}")
+        kept = (
+            "trained as all others, and the router by the loss of the tokens alone, without one that balances the experts"
+            if method == "full"
+            else f"kept in {str(dtype).removeprefix('torch.')}"
+        )
+        said.append(f"family {name}: {experts:,} of {base.num_parameters():,} weights are the experts', {kept}")
     return said
 
 

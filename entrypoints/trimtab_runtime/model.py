@@ -71,7 +71,7 @@ def load_model(
         families.prove(base)
     if spec.method != "full" and not linear_layers(base):
         raise SpecError(f"models of type {base.config.model_type} have no linear layers that adapters could go on: choose --method full")
-    for line in families.sayings(base, dtype):
+    for line in families.sayings(base, spec.method, dtype):
         say(line)
     return train_by(base, spec, dtype, typical.to(device).inputs(families.mask_dtype(base)) if typical else None, fused=fused)
 

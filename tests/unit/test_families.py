@@ -19,7 +19,8 @@ from trimtab import families
 from trimtab.errors import SpecError
 from trimtab.events import EventLog
 from trimtab.layout import JobDir
-from trimtab.spec import TrainSpec
+from trimtab.spec import JobSpec, TrainSpec
+from trimtab.staging import stage
 from trimtab_runtime import recipe
 from trimtab_runtime.batch import Batch, as_batch, batch_loss
 from trimtab_runtime.engine import Engine
@@ -130,6 +131,15 @@ def test_a_window_that_is_not_used_or_is_known_refuses_nothing() -> None:
     sizes = {"max_position_embeddings": 32768, "sliding_window": 4096}
     assert not families.refusal({"model_type": "mistral", **sizes}, 8192)
     assert not families.refusal({"model_type": "qwen2_moe", "use_sliding_window": False, **sizes}, 8192)
+
+
+def test_a_row_beyond_the_model_is_refused_once_its_config_is_known(tmp_path: Path, folders: Callable[[str], Path]) -> None:
+    """Before the data is looked at: that there is none is not said."""
+    spec = JobSpec(train=TrainSpec(model=str(folders("qwen3")), max_seq_len=1024, replay=0), data=(str(tmp_path / "nothing.txt"),))
+    with pytest.raises(SpecError, match=r"max_seq_len 1,024 is beyond this model's 512 positions: .*--max-seq-len 512"):
+        stage(spec, cache=tmp_path / "cache", say=lambda line: None)
+    with pytest.raises(SpecError, match="beyond this model's 512 positions"):  # whoever prepared the rows
+        load_model(folders("qwen3"), spec.train, torch.float32)
 
 
 # what serves it -------------------------------------------------------------------------------------------------------------------------
@@ -251,6 +261,10 @@ def test_what_stays_of_a_mixture_is_said(folders: Callable[[str], Path]) -> None
     frozen = dict(model.get_base_model().named_parameters())
     assert not any(parameter.requires_grad for key, parameter in frozen.items() if "experts" in key or key.endswith("gate.weight"))
     assert all(parameter.dtype is torch.float32 for key, parameter in frozen.items() if "experts" in key)
+    said.clear()
+    load_model(folders("mixtral"), TrainSpec(model="tiny", method="full", max_seq_len=512), torch.float32, say=said.append)
+    assert "trained as all others, and the router by the loss of the tokens alone" in " ".join(said)
+    assert "adapters" not in " ".join(said)
 
 
 # training -------------------------------------------------------------------------------------------------------------------------------
