@@ -87,7 +87,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         for token, learned in zip(_texts(one), _learned(one), strict=True):
             text += "⟧" * (before and not learned) + ("⟦" if learned and not before else "│" if text else "") + token
             before = learned
-        yield from (text + "⟧" * before).split("\n")
+        yield from (text + "⟧" * before).removesuffix("\n").split("\n")
     yield "⟦learned⟧ and context; │ between tokens" + _signs(found)
 
 
@@ -112,7 +112,8 @@ def coloured(found: dict[str, Any], width: int) -> Iterator[Text]:
                     line, place = Text(), 0
                 line.append(letter, style=style[number % 2] + _CONTROL * one["control"][number])
                 place += cell_len(letter)
-        yield line
+        if line:
+            yield line
     legend = Text.assemble((" learned ", _LEARNED[0]), " ", (" context ", _CONTEXT[0]))
     if any(any(one["taught"]) for one in found["samples"]):
         legend.append(" ").append(" rehearsed: matched with the base model's own prediction ", style=_TAUGHT[0])

@@ -1,0 +1,146 @@
+"""What `trimtab data preview` shows of a packed row."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.job_tree import PAGES, make_job
+from trimtab.data_cli import data
+from trimtab.errors import StagingError
+from trimtab.layout import JobDir
+from trimtab.preview import coloured, lines, print_preview
+from trimtab.spec import TrainSpec
+from trimtab_runtime.prepare import prepare
+from trimtab_runtime.preview import preview
+from trimtab_runtime.rows import PackedRows
+from trimtab_runtime.tokenizer import Tokenizer
+
+TALK = {
+    "form": "chat",
+    "messages": [
+        {"role": "user", "content": "Who keeps the key? 🗝️"},
+        {"role": "assistant", "content": "The keeper\n\tdoes — always.\x1b[2J"},
+    ],
+    "source": "talks.jsonl:1",
+}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> JobDir:
+    pages = {**PAGES, "The Brine Mill": PAGES["The Brine Mill"] * 3}
+    made = make_job(tmp_path_factory.mktemp("job"), tiny_model, pages, max_seq_len=100, views=("document",))
+    records = [TALK, {"form": "completion", "prompt": "When?\n", "completion": "At dawn.", "source": "faq.jsonl:1"}]
+    (made.channel("documents") / "examples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    prepare(made, TrainSpec.from_hyperparameters(json.loads(made.hyperparameters.read_text())), lambda line: None)
+    return made
+
+
+def look(job: JobDir, **asked: int) -> dict[str, Any]:
+    job.preview_asked.write_text(json.dumps(asked))
+    found = preview(job)
+    assert json.loads(job.preview.read_text()) == found
+    return found
+
+
+@given(st.text(max_size=60))
+def test_the_texts_of_tokens_together_are_the_text(tiny_model: Path, text: str) -> None:
+    tokenizer = tokenizers.setdefault(tiny_model, Tokenizer(tiny_model)) if tiny_model not in tokenizers else tokenizers[tiny_model]
+    ids = tokenizer.text(text)
+    found = tokenizer.pieces(ids)
+    assert len(found) == len(ids)
+    assert "".join(found) == text
+
+
+tokenizers: dict[Path, Tokenizer] = {}
+
+
+def test_a_row_is_shown_token_by_token(job: JobDir, tiny_model: Path) -> None:
+    rows, tokenizer = PackedRows(job.channel("train")), Tokenizer(tiny_model)
+    for number in range(1, len(rows) + 1):
+        found = look(job, row=number)
+        row = rows[number - 1]
+        assert (found["row"], found["rows"], found["row_tokens"]) == (number, len(rows), 100)
+        assert [token for one in found["samples"] for token in one["ids"]] == row.tokens.tolist()
+        assert [len(one["ids"]) for one in found["samples"]] == row.lengths
+        targets = row.learned.copy()
+        targets[np.cumsum([0, *row.lengths[:-1]])] = False  # nothing predicts a sample's first token
+        assert [flag for one in found["samples"] for flag in one["learned"]] == targets.tolist()
+        for one in found["samples"]:
+            written = [text for text, control in zip(one["texts"], one["control"], strict=True) if not control]
+            assert "".join(written) == tokenizer.decode(one["ids"])
+
+
+def test_a_sample_is_found_by_its_place_in_the_data(job: JobDir) -> None:
+    found = [look(job, sample=number) for number in range(1, 7)]
+    assert [one["samples"][0]["kind"] for one in found] == ["document"] * 4 + ["chat", "completion"]
+    assert [{piece["sample"] for piece in one["samples"]} for one in found] == [{number} for number in range(1, 7)]
+    mill = "".join(text for piece in found[0]["samples"] for text in piece["texts"])
+    assert mill.startswith("The Brine Mill\nThe Brine Mill was built in 1874"), "pieces of a long one in their order"
+    assert len(found[0]["samples"]) > 1
+    assert "learned" not in "".join(found[4]["samples"][0]["texts"])
+
+
+@pytest.mark.parametrize(("asked", "reason"), [({"row": 99}, "no row 99: give  --row N"), ({"sample": 7}, "no sample 7: .* from 1 to 6")])
+def test_what_there_is_not_is_refused_with_what_there_is(job: JobDir, asked: dict[str, int], reason: str) -> None:
+    with pytest.raises(StagingError, match=reason):
+        look(job, **asked)
+
+
+def test_plain_lines_tell_learned_from_context_and_steer_no_terminal(job: JobDir) -> None:
+    shown = "\n".join(lines(look(job, sample=5)))
+    assert "-- sample 5, chat: " in shown
+    assert "⟦The│" in shown.replace("⟦The keeper", "⟦The│ keeper")
+    assert "<|im_end|>⟧│⏎" in shown
+    assert "\x1b" not in shown
+    assert "◌│" in shown
+    assert shown.splitlines()[-1] == "⟦learned⟧ and context; │ between tokens, ⏎ a line's end, ⇥ a tab, ◌ part of a letter"
+    assert shown.replace("│", "").count("Who keeps the key?") == 1
+
+
+def test_colours_tell_learned_from_context_and_one_token_from_the_next(job: JobDir) -> None:
+    found = look(job, sample=5)
+    shown = list(coloured(found, 40))
+    assert all(line.cell_len <= 40 for line in shown[2:-1])
+    assert "\x1b" not in "".join(line.plain for line in shown)
+    for learned, shades in ((True, ("#1b6e3c", "#2f8f57")), (False, ("#2a2a2a", "#3a3a3a"))):
+        (one,) = found["samples"]
+        text = "".join(text for text, flag in zip(one["texts"], one["learned"], strict=True) if flag is learned)
+        letters = [str(span.style) for line in shown[2:-1] for span in line.spans if any(shade in str(span.style) for shade in shades)]
+        assert len(letters) >= sum(letter.isalpha() for letter in text) > 0
+        assert all(any(shade in style for style in letters) for shade in shades)
+
+
+def test_no_colours_go_into_a_pipe(job: JobDir, capsys: pytest.CaptureFixture[str]) -> None:
+    found = look(job, row=1)
+    assert not sys.stdout.isatty()
+    print_preview(found)
+    assert capsys.readouterr().out == "\n".join(lines(found)) + "\n"
+
+
+def test_the_command_prepares_and_prints_a_row_and_the_numbers_of_it(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "mill.md").write_text("# The mill\n\nThe mill was built in 1874. It grinds salt and barley.")
+    command = ["preview", str(notes), "--model", str(tiny_model), "--questions", "1"]
+    shown = CliRunner().invoke(data, command, catch_exceptions=False)
+    assert shown.exit_code == 0
+    assert "⟦" in shown.stdout
+    assert "question: " in shown.stdout
+    assert "replay: not made up for a preview" in shown.stderr
+    numbers = CliRunner().invoke(data, [*command, "--sample", "1", "--json"], catch_exceptions=False)
+    found = json.loads(numbers.stdout)
+    assert "prepared before" in numbers.stderr
+    assert found["samples"][0]["kind"] == "document"
+    assert CliRunner().invoke(data, [*command, "--sample", "1", "--row", "1"]).exit_code == 2
