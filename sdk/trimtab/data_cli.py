@@ -18,7 +18,7 @@ _SOURCES = {"on_error", "allow_private_hosts", "max_page_mb", "max_page_seconds"
 _TAKEN = [name for name in OPTIONS if name in {"model", "recipe", *PREPARATION_FIELDS, *_SOURCES}]
 
 
-@click.group()
+@click.group(cls=cli_options.Commands)
 def data() -> None:
     """Look at training data as the model will see it.
 
@@ -34,7 +34,7 @@ def _options(command: cli_options.Command) -> cli_options.Command:
     return click.argument("data", nargs=-1, required=True, type=click.Path())(command)
 
 
-@data.command(name="preview")
+@data.command(name="preview", cls=cli_options.InSections)
 @_options
 @click.option("--row", type=click.IntRange(1), help="which packed row  [default: 1]")
 @click.option("--sample", type=click.IntRange(1), help="which sample instead, as it came: pages first, then records")

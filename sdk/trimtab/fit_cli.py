@@ -50,13 +50,15 @@ class _DryRunAlone(cli_options.InSections):
 )
 @cli_options.as_json
 def fit(data: tuple[str, ...], backend: str, detach: bool, dry_run: str | None, as_json: bool, **options: Any) -> None:
-    """Tune a model on DATA: URLs, files and folders.
+    """Tune a model on DATA: URLs, files, folders and datasets, of pages and of records.
 
-    Prints the run's handle at the end. Ctrl-C ends the waiting; the run goes on. A dry run is ended by it.
+    What is not given comes from the recipe, and then from the defaults named here. Prints the run's handle at the end. Ctrl-C ends the
+    waiting; the run goes on. A dry run is ended by it.
 
     \b
     Example:
       trimtab fit https://example.com/a.html notes/ --model smollm2-135m-instruct --epochs 4
+      trimtab fit chats.jsonl --model qwen2.5-0.5b-instruct --recipe instruct --method lora --max-seq-len 2048
       trimtab fit notes/ --model smollm2-135m-instruct --dry-run
       trimtab fit notes/ --model smollm2-135m-instruct --dry-run=render
     """

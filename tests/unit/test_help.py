@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from trimtab.cli import COMMANDS, every_command, main, trimtab
 from trimtab.cli_options import SECTIONS
 from trimtab.fit_cli import fit, plan
-from trimtab.job import OPTIONS
+from trimtab.job import OPTIONS, Job
 
 WRITE_HELP = Path(__file__).parents[2] / "docs" / "write_help.py"
 EVERY = list(every_command())
@@ -34,8 +35,11 @@ def examples(command: click.Command) -> list[str]:
     return [line.strip() for line in after.splitlines() if line.strip().startswith("trimtab")]
 
 
-def parsed(line: str) -> list[str]:
-    """Let click parse a command line down to its last command, and do nothing; the words of the commands. Raises click's UsageError."""
+def parsed(line: str) -> tuple[list[str], dict[str, Any]]:
+    """Let click parse a command line down to its last command, and do nothing; the words of the commands, and the last one's values.
+
+    Raises click's UsageError.
+    """
     words = shlex.split(line, comments=True)
     words = words[: next((place for place, word in enumerate(words) if word in (">", "|", ">>")), len(words))]
     named, command, rest = [words[0]], trimtab, words[1:]
@@ -45,7 +49,7 @@ def parsed(line: str) -> list[str]:
         assert name is not None
         named.append(name)
         context = command.make_context(name, rest, parent=context)
-    return named
+    return named, context.params
 
 
 @pytest.mark.parametrize(("words", "command"), EVERY, ids=[" ".join(words) for words, _ in EVERY])
@@ -55,7 +59,10 @@ def test_every_help_has_examples_that_click_takes(words, command, tmp_path, monk
     lines = examples(command)
     assert lines, f"{' '.join(words)} --help has no example"
     for line in lines:
-        assert parsed(line)[: len(words)] == list(words)
+        named, values = parsed(line)
+        assert named[: len(words)] == list(words)
+        if words[-1] in ("fit", "plan"):  # and what they ask for is a job
+            Job(**{name: value for name, value in values.items() if name in OPTIONS and value not in (None, ())})
 
 
 @pytest.mark.parametrize("line", ["trimtab statsu x", "trimtab status", "trimtab status x --jsn", "trimtab fit x --model m --method ful"])
@@ -73,6 +80,13 @@ def test_every_command_says_its_example_and_ends_well(capsys):
 def test_what_is_listed_can_be_had_as_json():
     without = {" ".join(words) for words, command in EVERY if not any(each.name == "as_json" for each in command.params)}
     assert without == set(WITHOUT_JSON) & {" ".join(words) for words, _ in EVERY}
+
+
+@pytest.mark.parametrize("line", ["list", "endpoints --backend process", "models", "recipes"])
+def test_a_list_as_json_is_one_value_on_standard_output_and_nothing_else(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path))
+    assert main([*line.split(), "--json"]) == 0
+    assert isinstance(json.loads(capsys.readouterr().out), list)
 
 
 def test_models_and_recipes_are_listed_for_people_and_as_json(capsys):
