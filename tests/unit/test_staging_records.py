@@ -23,7 +23,6 @@ def test_records_alone_are_staged_and_found_again_from_another_file(small_job: J
     said: list[str] = []
     first = stage(small_job.model_copy(update={"data": (str(lines),)}), cache=tmp_path, say=said.append)
     assert first.ledger.accounts["completion"].samples == 12
-    assert 0 < first.ledger.accounts["completion"].trained < first.ledger.accounts["completion"].tokens  # the questions are not learned
     assert first.loaded.examples is not None
     assert first.loaded.documents == ()
     folder = first.channels["train"].parent / "documents"
