@@ -60,6 +60,7 @@ def main(arguments: list[str]) -> int:
         threading.Thread(target=_end_with_client, daemon=True).start()
     began = time.monotonic()
     reserve: disk.Reserve | None = None
+    cause = ""
     try:
         _make(job)
         with _only_one(job.root):
@@ -71,9 +72,10 @@ def main(arguments: list[str]) -> int:
                     unfold(channel)
                 code = commands[arguments[0]](job, events)
             except BaseException as exc:
+                cause = _cause(job, exc)
                 reserve.free()
                 with contextlib.suppress(OSError):  # the failure file will say it
-                    events.write(Finished(state="failed", reason=_cause(job, exc), seconds=time.monotonic() - began))
+                    events.write(Finished(state="failed", reason=cause, seconds=time.monotonic() - began))
                 raise
             reserve.free()
             if arguments[0] == "train":
@@ -86,7 +88,7 @@ def main(arguments: list[str]) -> int:
     except BaseException as exc:  # noqa: BLE001  the border: whatever it is, the platform gets the reason and the log the traceback
         if reserve is not None:
             reserve.free()
-        return _failed(job, exc)
+        return _failed(job, exc, cause or _cause(job, exc))
 
 
 def _generate(job: JobDir, events: EventLog) -> int:
@@ -130,7 +132,7 @@ def _train(job: JobDir, events: EventLog) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # who started it with nohup, or in the background, wants that one ignored
             signal.signal(number, lambda number, _: asked_to_stop.append(number))
     spec = _spec(job)
-    disk.refuse_unwritable((job.checkpoints, job.model, job.events.parent))  # now, and not at the first checkpoint
+    disk.refuse_unwritable((job.checkpoints, job.model))  # now, and not at the first checkpoint
     events.write(Phase(name="start", at=time.time()))
     _before_torch()
     if spec.method != "qlora":
@@ -219,11 +221,12 @@ def _spec(job: JobDir) -> TrainSpec:
 
 
 def _make(job: JobDir) -> None:
-    """The job's folders. Raises StagingError where they cannot be made."""
+    """The job's folders. Raises StagingError where they cannot be made, or where what is said of the job cannot be written."""
     try:
         job.make()
     except OSError as exc:
         raise disk.unwritable(Path(exc.filename or job.root), exc) from exc
+    disk.refuse_unwritable((job.events.parent,))
 
 
 class _InUse(TrimtabError):
@@ -266,14 +269,15 @@ def _cause(job: JobDir, exc: BaseException) -> str:
     """What happened and what to type next."""
     if memory.ran_out(exc):
         return memory.explain(job, exc)
+    if isinstance(exc, KeyboardInterrupt):
+        return "interrupted; nothing half-made counts. Do it again, or go on with a run by  trimtab resume RUN"
     if isinstance(exc, OSError) and exc.errno in disk.FULL:
         return str(disk.full(job.root))
     return str(exc) if isinstance(exc, TrimtabError) else f"{type(exc).__name__}: {exc}"
 
 
-def _failed(job: JobDir, exc: BaseException) -> int:
+def _failed(job: JobDir, exc: BaseException, cause: str) -> int:
     """The cause first, the traceback after; on the log the same."""
-    cause = _cause(job, exc)
     text = f"{cause}\n\n" + "".join(traceback.format_exception(exc))
     try:
         job.failure.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,9 @@ from trimtab.spec import TrainSpec
 
 # what torch, mmap, OpenMP and the system say, each in its own class of error
 _NO_MEMORY = re.compile(
-    r"can't allocate memory|Cannot allocate memory|out of memory|std::bad_alloc|can't start new thread|\(os error 12\)", re.I
+    r"can't allocate memory|Cannot allocate memory|out of memory|std::bad_alloc|can't start new thread|failed to map segment"
+    r"|\(os error 12\)",
+    re.I,
 )
 
 

@@ -35,11 +35,14 @@ def make_job(root: Path, model: Path, documents: dict[str, str] | None = None, /
     return job
 
 
-def start(job: JobDir, verb: str, python: Path | str = sys.executable, **variables: str) -> subprocess.Popen[str]:
+def start(
+    job: JobDir, verb: str, python: Path | str = sys.executable, *, start_new_session: bool = False, **variables: str
+) -> subprocess.Popen[str]:
     """The runtime's process for a verb; its output is one text stream."""
     environment = {**os.environ, "TRIMTAB_ROOT": str(job.root), **variables}
     command = [str(python), "-m", "trimtab_runtime", verb]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    out = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, text=True, start_new_session=start_new_session)
 
 
 def run(job: JobDir, verb: str, *, expect: int = 0, **how: Any) -> str:
