@@ -53,6 +53,7 @@ def merge(
     """
     from trimtab import data, weights
     from trimtab.artifact import Artifact
+    from trimtab.errors import DataError
     from trimtab.merge import export, merged, pick_of, refuse_used
     from trimtab.merge_report import measure
     from trimtab.named import named, refuse_foreign
@@ -73,6 +74,10 @@ def merge(
         report = None
         if held_out or onto == "auto":
             loaded = data.load(held_out, allow_private_hosts=allow_private_hosts, say=screen.say) if held_out else None
+            if loaded is not None and loaded.examples is not None:
+                raise DataError(
+                    "the loss is measured on running text, and DATA holds other records: pass pages, or records with a column text"
+                )
             documents = loaded.documents if loaded else ()
             report = measure(artifact, base, documents, show=screen.show)
         folder = merged(artifact, base, onto=onto, say=screen.say, show=screen.show)

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from trimtab.cache import cache_dir
 from trimtab.data.clean import without_repeated_edges, words
-from trimtab.data.examples import NAMED, Examples, Told, Writer, collect
+from trimtab.data.examples import Examples, Writer, collect
 from trimtab.data.limits import FetchLimits
 from trimtab.data.reading import Asking, Reading, RecordFiles, Result, read_all
 from trimtab.data.sources import Refused, expand
@@ -238,16 +238,13 @@ class _Gathered:
 
     def records(self, files: RecordFiles, writer: Writer, objective: str, *, go_on: bool) -> Refused | None:
         """Read a source of records, and say what its files hold; what is broken in it, if anything."""
-        broken = []
-        for part in files.parts:
-            told = collect(part, writer, self.text, objective=objective, go_on=go_on)
-            for line in told.lines:
-                self._say(f"data: {line}")
-            if reason := _broken(told, go_on=go_on):
-                broken.append(f"{part.name}: {reason}" if len(files.parts) > 1 else reason)
-                if go_on:
-                    self._say(f"data: skipped in {part.name}: {reason}")
-        return Refused(files.source.name, "\n  ".join(broken)) if broken else None
+        told = collect(files.parts, writer, self.text, go_on=go_on, say=self._say)
+        for line in told.lines(files.source.name, objective):
+            self._say(f"data: {line}")
+        problem = told.problem(go_on=go_on)
+        if problem and go_on:
+            self._say(f"data: skipped in {files.source.name}: {problem}")
+        return Refused(files.source.name, problem) if problem else None
 
     def tell(self, examples: Examples | None) -> None:
         if self._pages:
@@ -258,20 +255,6 @@ class _Gathered:
         if examples:
             forms = ", ".join(f"{count:,} {form}" for form, count in examples.forms.items())
             self._say(f"data: {examples.count:,} {'example' if examples.count == 1 else 'examples'} ({forms})")
-
-
-def _broken(told: Told, *, go_on: bool) -> str:
-    """What is said of a file's broken records, the first by their places; "" when there are none."""
-    if not told.read:
-        return "it holds no records"
-    if not told.broken:
-        return ""
-    lines = list(told.broken)
-    if told.broken_count > NAMED:
-        lines.append(f"and {told.broken_count - NAMED:,} more of {told.read:,} records")
-    elif told.broken_count == NAMED and not go_on:
-        lines.append("what comes after these was not looked at")
-    return lines[0] if len(lines) == 1 else "\n    ".join(["", *lines])
 
 
 def _failure(failed: Sequence[Refused], total: int) -> str:

@@ -12,7 +12,8 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -27,6 +28,7 @@ from trimtab.errors import DataError
 
 NAMED = 5  # broken records of a file that are named; a file with more is not read on where it would fail anyway
 _STALE_S = 24 * 3600.0  # after which a half-written file has no writer any more
+_TELL_EVERY_S = 5.0
 _ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -44,15 +46,40 @@ class Examples(BaseModel):
     digest: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class Told(BaseModel):
-    """What is said of one file."""
+@dataclass
+class Told:
+    """What is to be said of a source, gathered over its files."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    shapes: Counter[tuple[str, tuple[str, ...]]] = field(default_factory=Counter)  # by the form's name and the columns read
+    left_out: dict[str, None] = field(default_factory=dict)
+    read: int = 0
+    again: int = 0  # the same as one before
+    first_again: str = ""
+    broken_count: int = 0
+    broken: list[str] = field(default_factory=list)  # what is wrong, each with the places of the first that have it
 
-    lines: tuple[str, ...]
-    broken: tuple[str, ...]  # what is wrong, each with the places of the first that have it
-    broken_count: int
-    read: int
+    def lines(self, name: str, objective: str) -> list[str]:
+        found = [
+            f"{name}: {count:,} {'record' if count == 1 else 'records'} with {', '.join(used)}: {form}; {learned(form, objective)}"
+            for (form, used), count in self.shapes.items()
+        ]
+        if self.left_out:
+            found.append(f"{name}: left out, because no form reads them there: {_listed(list(self.left_out))}")
+        if self.again:
+            noun = "record is" if self.again == 1 else "records are"
+            found.append(f"{name}: {self.again:,} {noun} the same as one before (the first: {self.first_again}); each is kept once")
+        return found
+
+    def problem(self, *, go_on: bool) -> str:
+        """What is broken; "" when nothing is. With `go_on` the broken records were left out and counted."""
+        if not self.read:
+            return "it holds no records"
+        found = list(self.broken)
+        if self.broken_count > NAMED:
+            found.append(f"and {self.broken_count - NAMED:,} more of {self.read:,} records")
+        elif self.broken_count == NAMED and not go_on:
+            found.append("what comes after these was not looked at")
+        return found[0] if len(found) == 1 else "\n    ".join(["", *found]) if found else ""
 
 
 class Writer:
@@ -81,7 +108,7 @@ class Writer:
 
     def add(self, content: dict[str, object], source: str) -> bool:
         """Write one example; False for one that is there already. Raises FormError for a text that cannot be written."""
-        line = _encoded(content)
+        line = encoded(content)
         key = hashlib.blake2b(line, digest_size=16).digest()
         if key in self._seen:
             return False
@@ -127,7 +154,8 @@ class Writer:
         )
 
 
-def _encoded(content: dict[str, object]) -> bytes:
+def encoded(content: dict[str, object]) -> bytes:
+    """One line of JSON. Raises FormError for what UTF-8 or JSON cannot hold."""
     try:
         return _ENCODE(content).encode("utf-8")
     except UnicodeEncodeError as exc:
@@ -136,47 +164,50 @@ def _encoded(content: dict[str, object]) -> bytes:
         raise FormError("it holds what is no text, or is nested too deeply; correct it, or remove the record") from exc
 
 
-def collect(part: Part, writer: Writer, add_text: Callable[[str, str, str], bool], *, objective: str, go_on: bool) -> Told:
-    """Read one file: examples to `writer`, running text to `add_text` (title, text, source; False: it is there already).
+def collect(
+    parts: Sequence[Part], writer: Writer, add_text: Callable[[str, str, str], bool], *, go_on: bool, say: Callable[[str], None]
+) -> Told:
+    """Read a source's files: examples to `writer`, running text to `add_text` (title, text, source; False: it is there already).
 
-    A broken record is left out. Where that fails the load anyway (not `go_on`), the reading ends after NAMED of them.
-    Raises DataError when a package is missing or the disk is full.
+    A broken record is left out. Where that fails the load anyway (not `go_on`), the reading ends after NAMED of them. `say` hears how
+    far a long reading is. Raises DataError when a package is missing or the disk is full.
     """
-    shapes: Counter[tuple[str, tuple[str, ...]]] = Counter()
-    left_out: dict[str, None] = {}
-    broken: dict[str, list[int]] = {}
-    broken_count = total = again = 0
-    first_again = ""
-    for number, record, why in _canonical(part):
-        total += 1
-        source = f"{part.name}:{number}"
-        try:
-            if record is None:
-                raise FormError(why)
-            text = record.content["form"] == "text"
-            if text:
-                _encoded(record.content)
-                new = add_text(str(record.content["title"]), str(record.content["text"]), source)
-            else:
-                new = writer.add(record.content, source)
-        except FormError as exc:
-            broken_count += 1
-            if broken_count <= NAMED:
-                broken.setdefault(str(exc), []).append(number)
-            if broken_count == NAMED and not go_on:
-                break
-            continue
-        if not new:
-            again, first_again = again + 1, first_again or places(part, [number])
-        shapes[record.name, record.used] += 1
-        left_out |= dict.fromkeys(record.left_out)
-    lines = [f"{part.name}: {_shape_line(name, used, count, objective)}" for (name, used), count in shapes.items()]
-    if left_out:
-        lines.append(f"{part.name}: left out, because no form reads them there: {_listed(list(left_out))}")
-    if again:
-        lines.append(f"{part.name}: {again:,} {_noun(again)} the same as one before (the first: {first_again}); each is kept once")
-    named = tuple(f"{places(part, numbers)}: {reason}" for reason, numbers in broken.items())
-    return Told(lines=tuple(lines), broken=named, broken_count=broken_count, read=total)
+    told, spoke = Told(), time.monotonic()
+    for part in parts:
+        broken: dict[str, list[int]] = {}
+        shown = f"{part.name}, " if len(parts) > 1 else ""
+        for number, record, why in _canonical(part):
+            told.read += 1
+            if told.read % 4096 == 0 and time.monotonic() - spoke > _TELL_EVERY_S:
+                spoke = time.monotonic()
+                say(f"data: {told.read:,} records of {part.name} read")
+            try:
+                if record is None:
+                    raise FormError(why)
+                new = _add(record, writer, add_text, f"{part.name}:{number}")
+            except FormError as exc:
+                told.broken_count += 1
+                if told.broken_count <= NAMED:
+                    broken.setdefault(str(exc), []).append(number)
+                if told.broken_count == NAMED and not go_on:
+                    break
+                continue
+            if not new:
+                told.again, told.first_again = told.again + 1, told.first_again or shown + places(part, [number])
+            told.shapes[record.name, record.used] += 1
+            if record.left_out:
+                told.left_out |= dict.fromkeys(record.left_out)
+        told.broken += [f"{shown}{places(part, numbers)}: {reason}" for reason, numbers in broken.items()]
+        if told.broken_count >= NAMED and not go_on:
+            break
+    return told
+
+
+def _add(record: Canonical, writer: Writer, add_text: Callable[[str, str, str], bool], source: str) -> bool:
+    if record.content["form"] != "text":
+        return writer.add(record.content, source)
+    encoded(record.content)
+    return add_text(record.content["title"], record.content["text"], source)
 
 
 def _canonical(part: Part) -> Iterator[tuple[int, Canonical | None, str]]:
@@ -191,14 +222,6 @@ def _canonical(part: Part) -> Iterator[tuple[int, Canonical | None, str]]:
             yield number, None, str(exc)
         else:
             yield number, found, ""
-
-
-def _shape_line(name: str, used: tuple[str, ...], count: int, objective: str) -> str:
-    return f"{count:,} {'record' if count == 1 else 'records'} with {', '.join(used)}: {name}; {learned(name, objective)}"
-
-
-def _noun(count: int) -> str:
-    return "record is" if count == 1 else "records are"
 
 
 def _listed(names: list[str]) -> str:
