@@ -61,7 +61,10 @@ class ModelFacts:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelFacts | None:
-        """From the fields of a transformers configuration; None for one that does not name these sizes."""
+        """From the fields of a transformers configuration; None for one that does not name these sizes (Falcon's), and for a mixture of
+        experts, whose sizes do not say what they are taken to say here."""
+        if any(config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
+            return None
         try:
             layers, hidden, intermediate, heads, vocabulary = (
                 int(config[name]) for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")

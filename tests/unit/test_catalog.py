@@ -9,6 +9,7 @@ import pytest
 
 from trimtab.catalog import CatalogEntry, catalog, is_path, lookup, markdown, refuse_too_long, rows
 from trimtab.errors import SpecError
+from trimtab.estimate import ModelFacts
 from trimtab.families import FAMILIES
 
 # layers, hidden, intermediate, heads, heads of keys, vocabulary, tied: as the models' config.json publish them
@@ -187,3 +188,13 @@ def test_a_row_longer_than_the_model_is_refused_before_anything_is_fetched():
     refuse_too_long("falcon-7b", 2048)
     refuse_too_long("tiiuae/falcon-7b@main", 4096)  # another revision may say otherwise
     refuse_too_long("someone/something", 1_000_000)
+
+
+@pytest.mark.parametrize("entry", usable(), ids=lambda entry: entry.alias)
+def test_the_estimate_knows_a_models_size_or_says_nothing(entry: CatalogEntry):
+    """Biases and further norms, which it leaves out, are less than a thousandth; experts and Falcon's fused layers would be more."""
+    facts = ModelFacts.from_config(
+        {"model_type": entry.architecture, "num_local_experts": 8 * (entry.architecture == "mixtral"), **shape(entry.alias)}
+    )
+    assert (facts is None) == (entry.architecture in ("mixtral", "falcon"))
+    assert facts is None or abs(facts.parameters / entry.parameters - 1) < 1e-3
