@@ -37,6 +37,7 @@ _MARK = re.compile(_NONCE + r"(\d{6})")
 _BREAK, _BEGIN, _END = 999_999, 999_998, 999_997  # others are the places of messages
 # a word of a message that stands in no tag: templates look for tags, and at both ends
 _WORD = re.compile(r"(?<![\w</|\[])\w+(?![\w>|\]])")
+_WORDS = 16  # of which the longest is taken
 _THOUGHT = "</think>"  # what stands before it, templates take out of earlier turns
 
 
@@ -203,18 +204,18 @@ class _Turns:
         return Rendered(self._shown.text, self._shown.letters, written, self._thoughts)
 
     def _with_mark(self, number: int, message: Message) -> Message:
-        """The message with a mark inside its longest word, of an assistant's those that every template leaves in."""
+        """The message with a mark inside a long word; of what the assistant says, where every template leaves it in."""
         content = message.get("content")
         if not isinstance(content, str):
             return message
         at = content.rfind(_THOUGHT) + len(_THOUGHT) if message.get("role") == "assistant" and _THOUGHT in content else 0
         taken = [found.span() for found in self._template.control.finditer(content)]
-        words = [
-            found.start()
-            for found in sorted(_WORD.finditer(content, at), key=lambda found: found.start() - found.end())
-            if not any(start < found.end() and found.start() < end for start, end in taken)
-        ]
-        return {**message, "content": content[: words[0] + 1] + _mark(number) + content[words[0] + 1 :]} if words else message
+        words = (one.span() for one in itertools.islice(_WORD.finditer(content, at), _WORDS))
+        free = [(start - end, start) for start, end in words if not any(begin < end and start < upto for begin, upto in taken)]
+        if not free:
+            return message
+        behind = min(free)[1] + 1
+        return {**message, "content": content[:behind] + _mark(number) + content[behind:]}
 
     def _controls(self, found: _Marked) -> Iterator[tuple[int, int, str]]:
         return self._template.real(found.text, found.letters(self._template.control))
