@@ -231,11 +231,12 @@ def test_the_memory_that_is_expected_is_the_plans_estimate(tiny_model, tmp_path)
 
 def test_out_of_memory_names_phase_step_limit_and_what_to_type():
     step = Step(step=7, of=60, epoch=0.1, loss=1, lr=1, grad_norm=1, tokens_per_second=1, seconds_left=1, memory_mb=3000)
-    assert out_of_memory(HANDLE, "", Said(step, "train"), 3 << 30) == (
-        "out of memory, killed at its container's limit of 3g, in the phase train, after step 7 of 60, with a peak of 3000 MB; "
+    assert out_of_memory(HANDLE, "", Said(step, "train", expected_memory="about 2,900 MB"), 3 << 30) == (
+        "out of memory, killed at its container's limit of 3g, in the phase train, after step 7 of 60, with a peak of 3000 MB, "
+        "expected to take about 2,900 MB; a new run with a smaller --batch-rows or --max-seq-len, or with --method qlora, needs less; "
         "give it more:  trimtab resume docker://trim-12345678 --backend-option memory=5g"
     )
     early = out_of_memory(HANDLE, "train was killed with 0.2 GB of memory in use.\nmore", Said(phase="load"), 256 << 20)
-    assert "in the phase load, before its first step (train was killed with 0.2 GB of memory in use); give it more:" in early
+    assert "in the phase load, before its first step (train was killed with 0.2 GB of memory in use); a new run with" in early
     assert early.endswith("memory=1g")
     assert "end other work on the machine" in out_of_memory(HANDLE, "", Said(), 0)

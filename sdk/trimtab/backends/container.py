@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from trimtab.backends.base import RunHandle
-from trimtab.backends.run_folder import Said, again
+from trimtab.backends.run_folder import NEEDS_LESS, Said, again
 from trimtab.command import TUNING, inherited, runtime_environment
 from trimtab.errors import SpecError, StagingError
 from trimtab.estimate import ModelFacts, dtype_of, peak_memory
@@ -222,8 +222,9 @@ def out_of_memory(handle: RunHandle, cause: str, told: Said, limit: int, expecte
     needed = needed_memory(limit, (step.memory_mb << 20) if step else 0, expected)
     more = f"give it more:  trimtab resume {handle} --backend-option memory={show_size(needed)}"
     remedy = more if limit else f"end other work on the machine, then {again(handle)}"
-    facts = ", ".join([bound, *seen, when])
-    return f"out of memory, killed {facts}" + (f" ({cause.splitlines()[0].rstrip('.')})" if cause else "") + f"; {remedy}"
+    facts = ", ".join([bound, *seen, when, *([f"expected to take {told.expected_memory}"] if told.expected_memory else [])])
+    said = f" ({cause.splitlines()[0].rstrip('.')})" if cause else ""
+    return f"out of memory, killed {facts}{said}; {NEEDS_LESS}; {remedy}"
 
 
 def _written(job: JobDir) -> tuple[Path, Path, Path]:

@@ -35,6 +35,7 @@ from trimtab.spec import JobSpec
 
 GRACE = 120.0  # seconds from SIGTERM to SIGKILL, as SageMaker gives
 POLL = 0.1
+NEEDS_LESS = "a new run with a smaller --batch-rows or --max-seq-len, or with --method qlora, needs less"
 _TAIL = 65_536  # bytes of events that hold the last step and the last word
 
 _T = TypeVar("_T")
@@ -182,8 +183,7 @@ def short_of_memory(told: Said) -> str:
     """What is known of its memory, of a run that may have been killed for it."""
     facts = [f"it held {told.step.memory_mb:,} MB at step {told.step.step}"] if told.step else []
     facts += [f"it was expected to take {told.expected_memory}"] if told.expected_memory else []
-    smaller = "choose a smaller --batch-rows or --max-seq-len, or --method qlora, for a new run"
-    return f"killed? out of memory? {', '.join(facts)}{'; ' if facts else ''}if so, end other work on the machine, or {smaller}"
+    return f"killed? out of memory? {', '.join(facts)}{'; ' if facts else ''}if so, end other work on the machine; {NEEDS_LESS}"
 
 
 def ended_silently(handle: RunHandle, folder: Path, how: str) -> str:
