@@ -23,11 +23,7 @@ def rows(part: Part) -> Iterator[Numbered]:
 
     Raises DataError when pyarrow is missing.
     """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as exc:
-        raise DataError(f"reading {part.name} needs pyarrow ({exc}):  {REMEDY}") from exc
+    pyarrow = needed(part.name)
     number = 0
     try:
         for batch, others in _parquet(part) if part.kind == "parquet" else _arrow(part):
@@ -38,6 +34,16 @@ def rows(part: Part) -> Iterator[Numbered]:
         why = " ".join(str(exc).split())[:200]
         where = "from here on" if number else "at all"
         yield number + 1, Broken(f"the file cannot be read {where} ({why}); it may be cut short: copy it again", last=True)
+
+
+def needed(name: str) -> Any:
+    """pyarrow. Raises DataError with the remedy when it is missing."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as exc:
+        raise DataError(f"reading {name} needs pyarrow ({exc}):  {REMEDY}") from exc
+    return pyarrow
 
 
 _Batch = tuple[list[dict[str, Any]], list[str]]  # rows of the known columns, and the names of the others
