@@ -86,7 +86,7 @@ def test_a_person_at_a_bash_gets_the_whole_handle_and_files_for_data(home, scrip
 
     def until(word: bytes) -> None:
         nonlocal seen
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while word not in seen:
             assert select.select([person], [], [], max(0.0, end - time.monotonic()))[0], f"no {word!r} in {seen!r}"
             seen += os.read(person, 4096)
