@@ -1,6 +1,6 @@
 """Memory and step time as estimated, beside what runs take:  python benchmarks/estimate.py --check
 
-Six cases of (model, method, tokens in a row): a random Llama of two million parameters, SmolLM2-135M, and a random one with four of
+Eight cases of (model, method, tokens in a row): a random Llama of two million parameters, SmolLM2-135M, and a random one with four of
 TinyLlama-1.1B's layers (300 million). Each is a real run in a process of its own, three passes over its rows, made from the demo's
 pages with the default views and questions and without replay, which only changes what is in the rows.
 
@@ -44,6 +44,8 @@ CASES = (
     ("tiny", "qlora", 2048),
     ("smollm2", "lora", 1024),
     ("smollm2", "qlora", 512),
+    ("tiny", "full", 512),
+    ("smollm2", "full", 512),
     ("wide", "lora", 512),
     ("wide", "qlora", 1024),
 )

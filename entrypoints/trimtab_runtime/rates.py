@@ -56,11 +56,13 @@ def rates_for(folder: Path, spec: TrainSpec, dtype: torch.dtype) -> Rates:
         raise SpecError(f"the model in {folder} does not name its sizes as Llamas do, so nothing is estimated for it: use --dry-run")
     name: Literal["bfloat16", "float32"] = "bfloat16" if dtype is torch.bfloat16 else "float32"
     size = dtype.itemsize
+    # a layer's own time is found beside adapters, whatever is trained
+    asked = TrainSpec(model=spec.model, method="lora") if spec.method == "full" else spec.model_copy(update={"use_dora": False})
     a_layer = model.linear // model.layers
     copies = _copies(a_layer * size)
     tokens = max(_SHORT * 2, min(_TOKENS, spec.batch_rows * spec.max_seq_len, int(_MOST / (4 * a_layer))))
     with torch.enable_grad():
-        linear, adapters = _products(model, spec.lora_rank, tokens, dtype)
+        linear, adapters = _products(model, asked.lora_rank, tokens, dtype)
         alone = sum(_seconds(_attention(model, [length], dtype)) for length in _SAMPLES)
         together = _seconds(_attention(model, [*_SAMPLES], dtype))
         a_place = 2 * (model.heads + model.kv_heads) * model.head_width
@@ -76,8 +78,8 @@ def rates_for(folder: Path, spec: TrainSpec, dtype: torch.dtype) -> Rates:
         for count in (_SHORT, tokens):
             lengths = _lengths(count)
             row = shape_of_row(lengths, [True] * count)
-            layer[count] = _seconds(_layers(folder, spec, lengths, copies, dtype)) / copies
-            known = count * (4 * a_layer / linear + 6 * model.adapter(spec.lora_rank) / model.layers / adapters) + row.groups * group
+            layer[count] = _seconds(_layers(folder, asked, lengths, copies, dtype)) / copies
+            known = count * (4 * a_layer / linear + 6 * model.trained(asked) / model.layers / adapters) + row.groups * group
             known += model.heads * (row.explicit / explicit + row.flash / flash)
             rest[count] = layer[count] - known - (row.padded * a_place / gathered if row.groups > 1 else 0)
     moved = elementwise_bytes(model, size)

@@ -101,8 +101,32 @@ class ModelFacts:
 
     def adapter(self, rank: int) -> int:
         """Weights of adapters of this rank on every linear map of the layers."""
-        query, keys = self.heads * self.head_width, self.kv_heads * self.head_width
-        return self.layers * rank * (2 * (self.hidden + query) + 2 * (self.hidden + keys) + 3 * (self.hidden + self.intermediate))
+        return sum(rank * times * (out + inner) for times, out, inner in self._adapted(()))
+
+    def _adapted(self, targets: Sequence[str]) -> list[tuple[int, int, int]]:
+        """(in how many layers, out, in) of each linear map that gets adapters, by the ends of their names as `lora_targets` has them.
+
+        Names that no Llama has are taken for all maps.
+        """
+        query, keys, hidden, inner = self.heads * self.head_width, self.kv_heads * self.head_width, self.hidden, self.intermediate
+        maps = {"q_proj": (query, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, query)}
+        maps |= {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+        ends = [target.rpartition(".")[::2] for target in targets]
+        if not all(name in maps for _, name in ends) or not ends:
+            return [(self.layers, *shape) for shape in maps.values()]
+        found = []
+        for name, shape in maps.items():
+            of_it = {path for path, end in ends if end == name}
+            numbered = {path for path in of_it if any(part.isdigit() for part in path.split("."))}
+            found.append((min(self.layers, len(numbered)) if numbered == of_it else self.layers, *shape))
+        return found
+
+    def trained(self, spec: TrainSpec) -> int:
+        """Numbers that the spec's method trains."""
+        if spec.method == "full":
+            return self.parameters
+        adapted = self._adapted(spec.lora_targets)
+        return sum(times * (spec.lora_rank * (out + inner) + (out if spec.use_dora else 0)) for times, out, inner in adapted)
 
 
 class _Facts(BaseModel):
@@ -180,17 +204,17 @@ class PeakMemory:
 
     runtime: int
     base: int
-    adapters: int
+    trained: int  # with its gradients and its optimiser
     activations: int
     logits: int
     loading: int = 0  # what loading and quantising take beyond all that
 
     @property
     def total(self) -> int:
-        return self.runtime + self.base + self.adapters + self.activations + self.logits + self.loading
+        return self.runtime + self.base + self.trained + self.activations + self.logits + self.loading
 
     def __str__(self) -> str:
-        parts = {"libraries": self.runtime, "model": self.base, "adapters and optimiser": self.adapters, "activations": self.activations}
+        parts = {"libraries": self.runtime, "model": self.base, "trained and optimiser": self.trained, "activations": self.activations}
         parts |= {"logits": self.logits, "loading": self.loading}
         return ", ".join(f"{name} {size:,}" for name, size in parts.items() if size)
 
@@ -211,42 +235,49 @@ def peak_memory(
 
         base         on a CPU the pages of the model's file that are read (all, but for rows of an embedding that is not the head, too);
                      where the file has another dtype s bytes a weight more, with qlora not for those of the layers; with qlora 0.53 bytes
-                     more for each weight of the layers. On a GPU s bytes a weight, with qlora 0.53 for those of the layers
-        adapters     16 bytes a weight: fp32 value, gradient and AdamW's two moments
+                     more for each weight of the layers; with full only the copies in bf16. On a GPU s bytes a weight, with qlora 0.53 for
+                     those of the layers
+        trained      16 bytes for each number that is: fp32 value, gradient and AdamW's two moments; with full on a CPU 12, for gradients
+                     come to lie where the activations were, and the more of the two counts; 16 with several passes a step, for
+                     the gradients of one are there in the next
         activations  kept for the backward pass (counted with hooks on saved tensors):
                          L (n (8 h + s (2 h + 4 f + 7 r)) + p s (2 a d + 2 k) + e a (4, in bf16 6)) + s * adapters in bf16
                      and on a CPU the temporaries of every layer, for glibc's heap does not give an aligned block that was freed to
                      the next of the same size, so the gaps stay between what is kept:
                          L (n (16 h + 4 s h + 3 s (a d + k), in bf16 4 h more) + 2 s e a); a GPU has them for one layer
-        logits       (4 + s) * vocabulary * min(learned places, 512)
+        logits       (4 + s) * vocabulary * min(learned places, 512); with full the head's gradient, too
         loading      beyond all that, what the heap got to quantise the largest map (11 times its size); on a GPU, to which the model
                      goes before it is quantised, s bytes for each weight where these are more
 
     485 MB and 11 were fitted, and temporaries were counted in full, on runs of two random Llamas (2M; 300M in 4 layers) and SmolLM2-135M,
     lora and qlora, 512 to 2,048 tokens; 18 in bf16 took 0.92 to 1.05 times as much, 5 in fp32 0.90 to 1.03. The six cases of
-    `python benchmarks/estimate.py`, other rows of the same three models, took 0.86 to 1.10 times. Not measured: a GPU (1.1 is
-    assumed), other models, models beyond 300M.
+    `python benchmarks/estimate.py` with adapters, other rows of the same three models, took 0.86 to 1.10 times; full in bf16, one pass a
+    step of 512 tokens, 0.97 (2M) and 1.00 (SmolLM2). Not measured: a GPU (1.1 is assumed), other models, models beyond 300M.
     """
     size = 2 if dtype == "bfloat16" else 4
     rows = rows or RowFacts.worst(spec)
-    row, low_rank = rows.most.times(spec.batch_rows), model.adapter(spec.lora_rank)
+    row, trained = rows.most.times(spec.batch_rows), model.trained(spec)
     quantised = _NF4 * model.linear if spec.method == "qlora" else 0.0
     kept, passing = _kept(spec, model, size, row), _passing(model, size, row)
     logits = (4 + size) * model.vocabulary * min(row.learned, LOGITS_AT_ONCE)
     if device == "gpu":
         left = model.parameters - (model.linear if quantised else 0)
         base, activations = size * left + quantised, _SPLIT * (kept + passing / model.layers)
-        while_training = base + 16 * low_rank + activations + 2 * logits
+        if spec.method == "full" and size == 4:
+            base = 0.0  # the fp32 values are the model
+        while_training = base + 16 * trained + activations + 2 * logits
         return PeakMemory(
             runtime=0,
             base=_mb(base),
-            adapters=_mb(16 * low_rank),
+            trained=_mb(16 * trained),
             activations=_mb(activations),
             logits=_mb(2 * logits),
             loading=_mb(max(0.0, size * model.parameters - while_training)),
         )
     read = model.parameters - (0 if model.tied else max(0, model.vocabulary - rows.distinct) * model.hidden)
     pages, base, loaded = model.stored * read, model.stored * read + quantised, 0.0
+    if spec.method == "full":
+        return _all_trained(spec, model, size, row, kept + passing, logits)
     if size != model.stored:
         base += size * (model.parameters - (model.linear if quantised else 0))
         loaded = pages + size * model.parameters
@@ -254,21 +285,41 @@ def peak_memory(
     return PeakMemory(
         runtime=_LIBRARIES_MB,
         base=_mb(base),
-        adapters=_mb(16 * low_rank),
+        trained=_mb(16 * trained),
         activations=_mb(kept + passing),
         logits=_mb(logits),
-        loading=_mb(max(heap, loaded - base - 16 * low_rank - kept - passing - logits)),
+        loading=_mb(max(heap, loaded - base - 16 * trained - kept - passing - logits)),
+    )
+
+
+def _all_trained(spec: TrainSpec, model: ModelFacts, size: int, row: RowShape, activations: float, logits: float) -> PeakMemory:
+    gradients, passes = 4 * model.parameters, spec.accumulation
+    of_head = model.vocabulary * model.hidden * (size + (4 if row.learned > LOGITS_AT_ONCE else 0))
+    return PeakMemory(
+        runtime=_LIBRARIES_MB,
+        base=_mb(size * model.parameters if size == 2 else 0),
+        trained=_mb(12 * model.parameters + (gradients if passes > 1 else 0)),
+        activations=_mb(activations if passes > 1 else max(activations, gradients - logits - of_head)),
+        logits=_mb(logits + of_head),
     )
 
 
 def _kept(spec: TrainSpec, model: ModelFacts, size: int, row: RowShape) -> float:
     """Bytes that the forward pass of a row keeps for its backward pass, in numbers of `size` bytes."""
     query, keys = model.heads * model.head_width, model.kv_heads * model.head_width
-    a_token = 8 * model.hidden + size * (2 * model.hidden + 4 * model.intermediate + 7 * spec.lora_rank)
+    a_token = 8 * model.hidden + size * (2 * model.hidden + 4 * model.intermediate) + size * _of_adapters(spec, model)
     a_place = size * (2 * query + 2 * keys) + (0 if row.groups <= spec.batch_rows else size * query)
     a_score = 6 if size == 2 else 4
-    low = size * model.adapter(spec.lora_rank) if size == 2 else 0  # their copies in bf16
+    low = size * model.trained(spec) if size == 2 and spec.method != "full" else 0  # their copies in bf16
     return low + model.layers * (row.tokens * a_token + row.padded * a_place + row.explicit * model.heads * a_score)
+
+
+def _of_adapters(spec: TrainSpec, model: ModelFacts) -> float:
+    """Numbers a token and layer that adapters keep: between their two products, and with DoRA each map's output before it is scaled."""
+    if spec.method == "full":
+        return 0.0
+    adapted = model._adapted(spec.lora_targets)
+    return sum(times * (spec.lora_rank + (out if spec.use_dora else 0)) for times, out, _ in adapted) / model.layers
 
 
 def _passing(model: ModelFacts, size: int, row: RowShape) -> float:
@@ -318,13 +369,13 @@ def step_seconds(spec: TrainSpec, model: ModelFacts, rates: Rates, rows: RowFact
     """
     size = 2 if rates.dtype == "bfloat16" else 4
     row = (rows or RowFacts.worst(spec)).mean.times(spec.batch_rows)
-    low_rank = model.adapter(spec.lora_rank)
+    trained, full = model.trained(spec), spec.method == "full"
     forward_and_backward = (
-        row.tokens * 4 * model.linear / rates.linear
-        + row.tokens * 6 * low_rank / rates.adapters
+        row.tokens * (6 if full else 4) * model.linear / rates.linear
+        + (0 if full else row.tokens * 6 * trained / rates.adapters)
         + row.explicit * model.heads * model.layers / rates.explicit
         + row.flash * model.heads * model.layers / rates.flash
-        + row.learned * model.vocabulary * (4 * model.hidden / rates.linear + 1 / rates.logits)
+        + row.learned * model.vocabulary * ((6 if full else 4) * model.hidden / rates.linear + 1 / rates.logits)
         + row.tokens * model.layers * elementwise_bytes(model, size) / rates.bandwidth
         + model.layers * (rates.layer_seconds + row.groups * rates.group_seconds)
     )
@@ -333,8 +384,12 @@ def step_seconds(spec: TrainSpec, model: ModelFacts, rates: Rates, rows: RowFact
         forward_and_backward += model.layers * places / rates.gathered
     if spec.method == "qlora":
         forward_and_backward += 2 * model.linear / rates.dequantised
-    update = 40 * low_rank / rates.bandwidth  # AdamW reads and writes values, moments and gradients, which were clipped before
-    shared = 8 * low_rank * (nodes - 1) / nodes / rates.network if rates.network else 0.0
+    if spec.use_dora:  # the norms of each weight's rows, and each output once more both ways
+        outs = sum(times * out for times, out, _ in model._adapted(spec.lora_targets))
+        forward_and_backward += 2 * model.linear * spec.lora_rank / rates.linear + row.tokens * outs * 8 * size / rates.bandwidth
+    # AdamW reads and writes values, moments and gradients, which were clipped before; gradients in bf16 and copies come on top of it
+    update = (52 if full and size == 2 else 40) * trained / rates.bandwidth
+    shared = 8 * trained * (nodes - 1) / nodes / rates.network if rates.network else 0.0
     return spec.accumulation * forward_and_backward + update + shared
 
 

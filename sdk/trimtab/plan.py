@@ -249,7 +249,7 @@ def plan(
         reasons.append(f"time at most {spec.max_minutes:g} min: max_minutes; the run may stop before its last step")
     if memory is not None:
         reasons.append(
-            f"memory about {memory.total:,} MB: model {memory.base:,}, adapters {memory.adapters:,}, activations of {spec.batch_rows} x "
+            f"memory about {memory.total:,} MB: model {memory.base:,}, trained {memory.trained:,}, activations of {spec.batch_rows} x "
             f"{spec.max_seq_len:,} tokens up to {memory.activations:,}, logits {memory.logits:,}, libraries {memory.runtime:,}"
             + (f", loading {memory.loading:,}" if memory.loading else "")
             + "; --dry-run measures it"

@@ -103,6 +103,15 @@ def test_what_an_engine_does_not_take() -> None:
     assert set(refusals(four, spec, ALL)) == {"vllm"}
 
 
+def test_dora_beside_its_base_is_for_transformers_alone(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "use_dora": True}))
+    tree = Tree(Path("m"), ("tuned", "base"), {"tuned": tmp_path}, LLAMA, {"tuned": "lora"})
+    found = refusals(tree, ServeSpec(), ALL)
+    assert set(found) == {"openvino", "vllm"}
+    assert all("use_dora = True" in why and "merge it (leave out --no-merge)" in why for why in found.values())
+    assert pick_engine("auto", ALL, found, "xeon").value == "transformers"
+
+
 def test_here_are_two_of_them() -> None:
     assert {"openvino", "transformers"} <= installed()
 

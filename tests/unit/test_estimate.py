@@ -137,6 +137,32 @@ def test_each_rate_counts(name):
     assert seconds(SLOW.model_copy(update={name: getattr(SLOW, name) / 2})) > seconds()
 
 
+def test_all_parameters_take_more_than_adapters_of_them():
+    assert seconds(method="full") > seconds(method="lora")
+    model = facts(SMOLLM2)
+    whole = TrainSpec(model="m", method="full", max_seq_len=512)
+    for dtype in ("bfloat16", "float32"):
+        for device in ("cpu", "gpu"):
+            few = peak_memory(whole.model_copy(update={"method": "lora"}), model, dtype, device=device)
+            assert peak_memory(whole, model, dtype, device=device).total > few.total + 4 * model.parameters / 2**20
+    once, twice = (peak_memory(whole.model_copy(update={"accumulation": passes}), model, "bfloat16") for passes in (1, 2))
+    assert twice.total - once.total == pytest.approx(4 * model.parameters / 2**20, abs=2), "gradients of one pass are there in the next"
+
+
+def test_fewer_targets_take_less_and_dora_takes_more():
+    model = facts(SMOLLM2)
+    every, some = TrainSpec(model="m", method="lora"), TrainSpec(model="m", method="lora", lora_targets=("q_proj", "layers.1.mlp.up_proj"))
+    directed = TrainSpec(model="m", method="lora", use_dora=True)
+    assert model.trained(every) == model.adapter(32)
+    hidden, inner = model.hidden, model.intermediate
+    assert model.trained(some) == 32 * (model.layers * 2 * hidden + hidden + inner)
+    assert model.trained(TrainSpec(model="m", lora_targets=("query_key_value",))) == model.adapter(32), "a name of another family"
+    assert 0 < model.trained(directed) - model.trained(every) < model.trained(every) / 20
+    assert peak_memory(some, model, "bfloat16").total < peak_memory(every, model, "bfloat16").total
+    assert peak_memory(directed, model, "bfloat16").total > peak_memory(every, model, "bfloat16").total
+    assert step_seconds(some, model, SLOW) < step_seconds(every, model, SLOW) < step_seconds(directed, model, SLOW)
+
+
 def test_machines_share_gradients_where_their_network_is_known():
     assert seconds(nodes=4) == seconds()
     known = SLOW.model_copy(update={"network": 1e9})

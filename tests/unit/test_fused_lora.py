@@ -14,13 +14,16 @@ from trimtab_runtime.xeon.attention import plan_groups
 from trimtab_runtime.xeon.lora import fuse
 
 
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"use_rslora": True, "use_dora": True}])
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_same_output_and_same_gradients_as_peft(tiny_model: Path, method: str) -> None:
+def test_same_output_and_same_gradients_as_peft(tiny_model: Path, method: str, kind: dict[str, bool]) -> None:
     torch.manual_seed(0)
-    theirs = load_model(tiny_model, TrainSpec(model="tiny", method=method, lora_rank=4), torch.float32, fused=False).train()
+    theirs = load_model(tiny_model, TrainSpec(model="tiny", method=method, lora_rank=4, **kind), torch.float32, fused=False).train()
     for name, parameter in theirs.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
+        if "magnitude" in name:
+            parameter.data.mul_(1 + 0.1 * torch.randn_like(parameter))
     ours = copy.deepcopy(theirs)
     assert fuse(ours) == 28
     given = {"input_ids": torch.arange(3, 40)[None], "position_ids": torch.arange(37)[None], "packed_groups": plan_groups([37])}

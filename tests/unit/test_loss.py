@@ -21,11 +21,44 @@ def test_cross_entropy_and_gradient(tokens: int) -> None:
     torch.testing.assert_close(ours, torch.autograd.grad(expected * 3, hidden)[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [5, 512, 1100])
+def test_a_head_that_is_trained_gets_its_gradient(tokens: int) -> None:
+    """Beside that of the states, of both losses together, as the full logits give it; tied or not is autograd's to add up."""
+    torch.manual_seed(0)
+    hidden, head = (torch.randn(tokens, 32) * 0.3).requires_grad_(), torch.randn(77, 32, requires_grad=True)
+    targets, teacher = torch.randint(0, 77, (tokens,)), torch.softmax(torch.randn(tokens, 77), -1)
+    chances, ids = teacher.topk(8)
+    ours = linear_cross_entropy(hidden, head, targets, scale=0.25) + linear_distillation(hidden, head, ids, chances, scale=0.5)
+
+    student = torch.softmax(hidden @ head.t(), -1)
+    known = student.gather(1, ids)
+    p, q = (torch.cat([some, 1 - some.sum(-1, keepdim=True)], -1) for some in (known, chances))
+    whole = functional.cross_entropy(hidden @ head.t(), targets, reduction="sum") * 0.25 + (q * (q.log() - p.log())).sum() * 0.5
+    torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-3)
+    for found, expected in zip(torch.autograd.grad(ours * 3, (hidden, head)), torch.autograd.grad(whole * 3, (hidden, head)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    (alone,) = torch.autograd.grad(linear_cross_entropy(hidden.detach(), head, targets, scale=1.0), head)
+    assert alone.abs().sum() > 0, "a head may be trained above states that are not"
+
+
+def test_in_bf16_the_heads_gradient_is_summed_in_fp32() -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(4000, 16).bfloat16(), torch.randn(50, 16).bfloat16().requires_grad_()
+    targets = torch.randint(0, 50, (4000,))
+    (found,) = torch.autograd.grad(linear_cross_entropy(hidden, head, targets, scale=1.0), head)
+    exact = head.detach().float().requires_grad_()
+    (expected,) = torch.autograd.grad(functional.cross_entropy(hidden.float() @ exact.t(), targets, reduction="sum"), exact)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() < 0.01 * expected.norm()
+
+
 def test_no_label_at_all_is_no_loss() -> None:
     hidden = torch.zeros(0, 8, requires_grad=True)
-    loss = linear_cross_entropy(hidden, torch.randn(5, 8), torch.zeros(0, dtype=torch.int64), scale=1.0)
+    head = torch.randn(5, 8, requires_grad=True)
+    loss = linear_cross_entropy(hidden, head, torch.zeros(0, dtype=torch.int64), scale=1.0)
     loss.backward()
     assert loss.item() == 0.0
+    assert not head.grad.any()
 
 
 @pytest.mark.parametrize("tokens", [3, 600])

@@ -22,6 +22,7 @@ from trimtab_runtime.engines.adapters import read_adapter as read_beside
 from trimtab_runtime.engines.adapters import refusal
 from trimtab_runtime.engines.mapped import map_folder
 from trimtab_runtime.engines.openvino_graph import build
+from trimtab_runtime.losses import variant
 from trimtab_runtime.merge import merge, read_adapter
 from trimtab_runtime.methods.qlora import dequantised_nf4
 from trimtab_runtime.shards import read_header, rewrite
@@ -87,6 +88,49 @@ def test_equals_pefts_merge_but_for_one_rounding_to_the_bases_type(base: Path, a
         exact = (tensor == expected[name].to(torch.bfloat16)).float().mean()
         assert exact > 0.999, "fp32 sums in another order differ in the last bit of one weight in thousands"
         assert torch.equal(tensor, original[name]) == ("_proj" not in name), name
+
+
+def directed(folder: Path, base: Path, method: str) -> Path:
+    """PEFT's files of a DoRA adapter with rsLoRA's scale and magnitudes that were moved, on some of the layers."""
+    torch.manual_seed(4)
+    kind = {"use_dora": True, "use_rslora": True, "target_modules": ["q_proj", "o_proj", "down_proj"]}
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=4, lora_alpha=3, init_lora_weights=False, task_type="CAUSAL_LM", **kind),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    (folder / "trimtab.json").write_text(json.dumps({"spec": {"method": method, "dtype": "float32"}}))
+    return folder
+
+
+@pytest.mark.parametrize("onto", ["original", "dequantised"])
+def test_dora_and_rslora_are_merged_as_peft_does(base: Path, tmp_path: Path, onto: str) -> None:
+    tuned = directed(tmp_path / "tuned", base, "lora" if onto == "original" else "qlora")
+    found, expected = tensors(merged_into(tmp_path / "job", base, tuned, onto)), by_peft(base, tuned, nf4=onto == "dequantised")
+    original = tensors(base)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name].to(torch.bfloat16), rtol=2**-7, atol=1e-6, msg=name)
+        assert (tensor == expected[name].to(torch.bfloat16)).float().mean() > 0.99, name
+        adapted = any(end in name for end in ("q_proj", "o_proj", "down_proj"))
+        assert torch.equal(tensor, original[name]) == (not adapted and (onto == "original" or "_proj" not in name)), name
+
+
+def test_a_dora_adapter_beside_its_base_is_what_it_is_merged(base: Path, tmp_path: Path) -> None:
+    """As what merging costs is measured; PEFT, which the transformers engine asks, says the same."""
+    tuned = directed(tmp_path / "tuned", base, "lora")
+    ids = torch.arange(5, 45)[None]
+    with torch.inference_mode():
+        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(tuned))(ids).logits
+        ours = variant(base, read_adapter(tuned), "unmerged", None, torch.float32)(ids).logits
+        served = Engine.load(base, tuned, dtype="float32").model("tuned")(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(served, theirs, rtol=1e-4, atol=1e-4)
+    with pytest.raises(WeightsError, match=r"use_dora = True.*merge it"):
+        read_beside(tuned, "tuned")
 
 
 def test_the_folder_is_laid_out_as_the_base_is(base: Path, artifact: Path, tmp_path: Path) -> None:

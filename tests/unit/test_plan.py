@@ -23,7 +23,7 @@ from trimtab.staging import Staged
 PAGES = Path(__file__).parents[1] / "support" / "pages"
 LEDGER = Ledger(accounts={"document": Account(samples=9, tokens=900, trained=900)}, rounds=(10,), row_tokens=100)
 SPEC = TrainSpec(model="m", epochs=3)
-MEMORY = PeakMemory(runtime=400, base=100, adapters=10, activations=80, logits=5)
+MEMORY = PeakMemory(runtime=400, base=100, trained=10, activations=80, logits=5)
 FORESEEN = Foreseen(
     instance="ml.m7i.4xlarge",
     memory=MEMORY,

@@ -1,0 +1,233 @@
+"""All parameters trained: the same steps as transformers' Trainer, an exact resume, and a whole model that everything takes as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from support.job_tree import PAGES, losses, make_job, run, train_here
+from support.tiny_adapter import digest
+from trimtab.artifact import Artifact
+from trimtab.cli import main
+from trimtab.compare_targets import targets
+from trimtab.endpoint import deploy
+from trimtab.errors import SpecError
+from trimtab.events import EventLog
+from trimtab.layout import JobDir
+from trimtab.merge import merged
+from trimtab.named import named
+from trimtab.serving import serving
+from trimtab.spec import TrainSpec
+from trimtab.weights import resolve
+from trimtab_runtime import artifact
+from trimtab_runtime.batch import as_batch, batch_loss
+from trimtab_runtime.engine import Engine
+from trimtab_runtime.methods import trained_parts
+from trimtab_runtime.model import load_model
+from trimtab_runtime.recipe import rows_of_step, train
+from trimtab_runtime.rows import PackedRows
+
+WHOLE = {"method": "full", "lora_rank": 32, "learning_rate": 1e-3}
+
+
+def spec_of(job: JobDir) -> TrainSpec:
+    return TrainSpec.from_hyperparameters(json.loads(job.hyperparameters.read_text()))
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_first_twenty_losses_are_those_of_transformers_trainer(tmp_path: Path, tiny_model: Path) -> None:
+    """Same model, same unpacked samples, same order, fp32, norms without decay: our loop and the library's take the same steps."""
+    from torch.utils.data import SequentialSampler
+    from transformers import Trainer, TrainingArguments
+
+    text = {f"Page {number}": "".join(chr(97 + (number * 7 + place) % 26) for place in range(70)) + "." for number in range(30)}
+    options = {"views": ("document",), "max_seq_len": 90, "max_steps": 20, "weight_decay": 0.1}  # rows so short that nothing is packed
+    steady = {"lr_schedule": "constant", "warmup_ratio": 0, "learning_rate": 5e-4}
+    before = sha256(tiny_model / "model.safetensors")
+    job = make_job(tmp_path / "job", tiny_model, text, **WHOLE | options | steady)
+    run(job, "prepare")
+    train_here(job)
+    ours, spec, rows = list(losses(job).values()), spec_of(job), PackedRows(job.channel("train"))
+    assert sha256(tiny_model / "model.safetensors") == before, "the base's file, which may be mapped, is not what is trained"
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    order = [rows[index] for step in range(20) for index in rows_of_step(step, rows.ledger.rounds, spec)]
+    data = [{"input_ids": row.tokens.tolist(), "labels": row.tokens.tolist(), "attention_mask": [1] * len(row.tokens)} for row in order]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "theirs"), per_device_train_batch_size=1, max_steps=20, learning_rate=spec.learning_rate, report_to=[],
+        lr_scheduler_type="constant", weight_decay=0.1, max_grad_norm=spec.max_grad_norm, logging_steps=1, save_strategy="no", use_cpu=True,
+        seed=spec.seed, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_: object) -> SequentialSampler:
+            return SequentialSampler(data)
+
+    trainer = InOrder(model=model, args=arguments, train_dataset=data)
+    trainer.train()
+    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(ours) == len(theirs) == 20
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    found = load_file(job.model / "model.safetensors")
+    for name, tensor in model.state_dict().items():
+        if name in found:
+            assert float((found[name] - tensor).norm() / tensor.norm()) < 1e-3, name
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> JobDir:
+    """Forty steps in bf16 on four short pages, three of them of two passes' rows."""
+    options = {"dtype": "bfloat16", "max_steps": 40, "epochs": 40, "accumulation": 2, "save_every_steps": 15}
+    root = tmp_path_factory.mktemp("full") / "job"
+    job = make_job(root, tiny_model, model=str(tiny_model), model_digest=digest(tiny_model), **WHOLE | options)
+    run(job, "prepare")
+    said = train_here(job)
+    assert "kept in fp32, computed in bfloat16" in said
+    assert "saved_dtype bfloat16: what models of this kind are served in" in said
+    return job
+
+
+def test_it_learns(finished: JobDir) -> None:
+    curve = list(losses(finished).values())
+    assert sum(curve[-5:]) < 0.7 * sum(curve[:5])
+
+
+def test_a_stopped_run_goes_on_with_the_very_same_steps(finished: JobDir, tmp_path: Path) -> None:
+    """Bit by bit, in bf16: what the checkpoint holds are the fp32 values, of which the copies are made again."""
+    stopped = JobDir(tmp_path / "stopped")
+    shutil.copytree(finished.root, stopped.root, symlinks=True, ignore=shutil.ignore_patterns("step-*"))
+    for path in (*stopped.model.iterdir(), *stopped.checkpoints.iterdir(), stopped.events):
+        path.unlink()
+    events = EventLog(stopped.events)
+    try:
+        ending = train(stopped, spec_of(stopped), events, lambda line: None, lambda: len(losses(stopped)) >= 17)
+    finally:
+        events.close()
+    assert ending == "stopped"
+    at = len(losses(stopped))
+    assert 17 <= at < 40
+    assert json.loads((stopped.model / "trimtab.json").read_text())["metrics"]["steps"] == at, "a usable artifact all the same"
+    state = load_file(next(stopped.checkpoints.glob(f"step-*{at}")) / "adapter.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert f"going on after step {at}" in train_here(stopped)
+    assert losses(stopped) == losses(finished)
+    assert Artifact(stopped.model) == Artifact(finished.model)
+
+
+def test_the_artifact_is_a_plain_model(finished: JobDir, tiny_model: Path) -> None:
+    found = Artifact(finished.model)
+    found.verify()
+    assert found.is_whole
+    names = {path.name for path in finished.model.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md", "trimtab.json"} <= names
+    assert not [name for name in names if "adapter" in name]
+    assert set(found.manifest["files"]) == names - {"trimtab.json"}
+    card = (finished.model / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert "method: full, all parameters" in card
+    assert "lora" not in card
+    config, base = (json.loads((folder / "config.json").read_text()) for folder in (finished.model, tiny_model))
+    assert config == base | {"dtype": "bfloat16"}
+    model = AutoModelForCausalLM.from_pretrained(finished.model)
+    assert model.dtype == torch.bfloat16
+    assert AutoTokenizer.from_pretrained(finished.model).chat_template
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_saved_answers_as_what_was_trained(
+    tmp_path: Path, tiny_model: Path, finished: JobDir, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in several files it is the same artifact."""
+    job = make_job(tmp_path / "job", tiny_model, **WHOLE, dtype=dtype)
+    spec, rows = spec_of(job), PackedRows(finished.channel("train"))
+    model = load_model(job.channel("model"), spec, getattr(torch, dtype))
+    trained = trained_parts(model, spec, getattr(torch, dtype))
+    optimizer = torch.optim.AdamW(trained.groups(0.0), lr=1e-3)
+    for index in range(3):
+        batch = as_batch([rows[index]])
+        batch_loss(model, batch, scale=1 / batch.learned).backward()
+        assert all(copy.grad is None for copy in trained.copies.values()), "handed on"
+        assert all(parameter.grad.dtype == torch.float32 for parameter in trained.parameters.values())
+        optimizer.step()
+        trained.write_back()
+        optimizer.zero_grad()
+    metrics = {"steps": 3, "of": 3, "first_loss": 1.0, "last_loss": 1.0, "ended_by": "all steps done"}
+    artifact.write(job, spec, model, rows.ledger, metrics)
+    whole = Artifact(job.model).digest
+    monkeypatch.setattr(artifact, "SHARD", "2MB")
+    artifact.write(job, spec, model, rows.ledger, metrics)
+    shards = [path.name for path in job.model.glob("model-*.safetensors")]
+    assert len(shards) > 1
+    assert not (job.model / "model.safetensors").exists(), "of the first writing"
+    assert Artifact(job.model).digest == whole
+    assert {f"model/{name}" for name in shards} < set(serving(job.model).files)
+
+    again = AutoModelForCausalLM.from_pretrained(job.model)
+    assert again.dtype == getattr(torch, dtype)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    batch = as_batch([rows[0]])
+    first = rows[0].lengths[0]
+    with torch.inference_mode():
+        ours = model.get_decoder()(**batch.inputs()).last_hidden_state[0, :first].float()
+        theirs = again.get_decoder()(input_ids=batch.tokens[:, :first]).last_hidden_state[0].float()
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == "float32" else {"rtol": 0.1, "atol": 0.1}
+    torch.testing.assert_close(ours, theirs, **close)
+
+
+def test_it_is_judged_beside_its_base(finished: JobDir, tiny_model: Path) -> None:
+    from trimtab_runtime.evaluate import perplexity
+
+    engine = Engine.load(tiny_model, finished.model, dtype="float32")
+    assert engine.names == ("tuned", "base")
+    ids = engine.encode(" ".join(PAGES.values()))
+    assert perplexity(engine.model("tuned"), ids) < 0.5 * perplexity(engine.model("base"), ids)
+
+
+def test_it_is_served_as_it_is(finished: JobDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By both engines of a processor, with the words that the model gives by itself."""
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
+    prompt = "The Brine Mill was built in"
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(finished.model, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(finished.model),
+    )
+    ids = Engine.load(finished.model, dtype="float32").encode(prompt)
+    made = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
+    wanted = tokenizer.decode(made, skip_special_tokens=True)
+    for engine in ("openvino", "transformers"):
+        with deploy(finished.model, engine=engine, dtype="float32") as endpoint:
+            assert endpoint.models()[0] == "tuned"
+            assert endpoint.generate(prompt, max_new_tokens=8, temperature=0) == wanted
+
+
+def test_there_is_nothing_to_merge_and_no_base_is_needed(
+    finished: JobDir, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Artifact(finished.model)
+    assert named(str(finished.model)).kind == "artifact"
+    assert [one.kind for one in targets([str(finished.model)], {})] == ["model", "tuned"]
+    base = resolve(str(tiny_model), say=lambda line: None)
+    with pytest.raises(SpecError, match=r"nothing to merge: .* is a whole model"):
+        merged(found, base)
+    for given in ({"merge": False}, {"base_model": str(tiny_model)}, {"adapters": {"law": found.path}}):
+        with pytest.raises(SpecError, match=r"whole model .*serve it alone"):
+            serving(found, **given)
+    output = tmp_path / "copy"
+    assert main(["merge", str(finished.model), "--output", str(output), "--json"]) == 0
+    told = capsys.readouterr()
+    assert "nothing to merge: the model is whole" in told.err
+    assert json.loads(told.out) == {"folder": str(output), "onto": None, "reason": "the model is whole", "report": None}
+    assert Artifact(output) == found
+    moved = make_job(tmp_path / "moved", tiny_model)  # of a merged folder the manifest names another method
+    assert named(str(moved.channel("model"))).kind == "model"
