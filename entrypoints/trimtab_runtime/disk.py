@@ -10,8 +10,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from trimtab.errors import StagingError
 
 RESERVED = 64 << 10  # bytes
@@ -23,6 +21,8 @@ _RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors tells what th
 
 def error_number(exc: BaseException) -> int | None:
     """The errno behind an error of writing; None where it is another error."""
+    from safetensors import SafetensorError  # here: what prepares data does without it
+
     if isinstance(exc, OSError):
         return exc.errno
     found = _RUST_ERROR.search(str(exc)) if isinstance(exc, SafetensorError) else None
@@ -60,6 +60,8 @@ def whole_or_nothing(folder: Path, what: str, needed: int, undo: Callable[[], No
 
     Raises StagingError.
     """
+    from safetensors import SafetensorError
+
     try:
         yield
     except (OSError, SafetensorError) as exc:
