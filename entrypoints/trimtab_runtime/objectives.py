@@ -243,11 +243,11 @@ def read_examples(file: Path) -> Iterator[dict[str, Any]]:
     """The examples of a JSON lines file; none where there is no file. Raises StagingError that names file and line."""
     if not file.is_file():
         return
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-            except ValueError as exc:
+            except (ValueError, RecursionError) as exc:
                 raise StagingError(f"{file}, line {number} is not JSON: {exc}. Correct or remove the line") from exc
             if problem := _problem(record):
                 raise StagingError(f"{file}, line {number} {problem}. Correct or remove the line")

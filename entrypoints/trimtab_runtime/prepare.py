@@ -224,15 +224,15 @@ def generated_sample(record: dict[str, Any], tokenizer: Tokenizer) -> Sample:
 def read_records(file: Path, needed: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Objects of a JSON lines file. Raises StagingError that names file and line."""
     try:
-        lines = file.open(encoding="utf-8")
+        lines = file.open("rb")
     except OSError as exc:
         raise StagingError(f"{file} cannot be read ({exc.strerror}): stage the documents first") from exc
     with lines:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as exc:
-                raise StagingError(f"{file}, line {number} is not JSON: {exc.msg}. Correct or remove the line") from exc
+            except (ValueError, RecursionError) as exc:
+                raise StagingError(f"{file}, line {number} is not JSON: {exc}. Correct or remove the line") from exc
             missing = [name for name in needed if not isinstance(record, dict) or not isinstance(record.get(name), str)]
             if missing:
                 raise StagingError(f"{file}, line {number} lacks the text field {missing[0]!r}. Correct or remove the line")
