@@ -155,6 +155,11 @@ def test_of_several_forms_the_most_particular_is_read():
     assert canonical({**record, "prompt": None, "completion": None}).name == "Alpaca"
 
 
+def test_a_column_that_only_sounds_alike_is_left_out():
+    record = {"question": "q", "answer": "a", "story": "s", "system_id": 1, "answers": ["a"], "question_id": 7}
+    assert canonical(record).left_out == ("story", "system_id", "answers", "question_id")
+
+
 def test_which_tokens_are_learned_is_said():
     assert learned(canonical({"text": "x"}).name, "answers") == "loss on every token"
     assert learned(canonical({"prompt": "p", "completion": "c"}).name, "auto") == "loss on the completion"

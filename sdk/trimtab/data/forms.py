@@ -19,7 +19,6 @@ agree on these names.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import re
@@ -27,7 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trimtab.data.turns import FormError, messages_of, said, text_of, tools_of
+from trimtab.data.turns import FormError, messages_of, nearest, said, text_of, tools_of
 
 CHAT = ("messages", "conversations", "conversation")
 TOOLS = ("tools", "functions")
@@ -38,7 +37,6 @@ GIVEN = ("input", "context")
 KNOWN = frozenset((*CHAT, *TOOLS, *SYSTEM, *ASKED, *ANSWERED, *GIVEN, "history", "text", "title"))
 """Every column that some form reads. A reader of wide tables need not read others."""
 
-_NEAR = 0.75  # how like a known name an unknown one must be to be taken for a slip of it: `form` and `from` are
 _HUMAN = re.compile(r"\s*###\s*Human\s*:")
 _ASSISTANT = re.compile(r"###\s*Assistant\s*:[ \t]*(.?)", re.S)
 
@@ -125,7 +123,7 @@ def shape_of(columns: tuple[str, ...]) -> Shape:
     else:
         raise FormError(_no_form(columns, names))
     for name in names:
-        if name not in read.values() and name not in KNOWN and (near := _nearest(name, [word for word in optional if word not in names])):
+        if name not in read.values() and name not in KNOWN and (near := nearest(name, [word for word in optional if word not in names])):
             raise FormError(f"there is no column {names[name]!r}; did you mean {near}? Rename it, or remove it")
     used = {part: names[name] for part, name in sorted(read.items(), key=lambda item: columns.index(names[item[1]]))}
     return Shape(form, used, tuple(name for name in columns if name not in used.values()))
@@ -147,18 +145,13 @@ def _some(**columns: str | None) -> dict[str, str]:
     return {part: name for part, name in columns.items() if name is not None}
 
 
-def _nearest(name: str, right: Iterable[str]) -> str | None:
-    found = difflib.get_close_matches(name, list(right), n=1, cutoff=_NEAR)
-    return found[0] if found else None
-
-
 def _no_form(columns: Sequence[str], names: Mapping[str, str]) -> str:
     if not columns:
         return "it has no columns with a value; remove it"
     shown = ", ".join(column if len(column) <= 40 else column[:40] + "…" for column in columns[:12])
     if "chosen" in names or "rejected" in names:
         return f"its columns are {shown}: a preference record, of which there is nothing to imitate; name what to learn completion"
-    hints = [f"did you mean {near} for {names[name]}?" for name in names if name not in KNOWN and (near := _nearest(name, sorted(KNOWN)))]
+    hints = [f"did you mean {near} for {names[name]}?" for name in names if name not in KNOWN and (near := nearest(name, sorted(KNOWN)))]
     if any(name in ASKED for name in names):
         hints = hints or ["the answer is missing: completion, output, response or answer"]
     elif any(name in ANSWERED for name in names):

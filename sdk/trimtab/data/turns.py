@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,19 @@ ROLES = {
 
 _ROLE_TURN = ("role", "content", "name", "tool_calls", "tool_call_id", "function_call", "weight")
 _FROM_TURN = ("from", "value", "weight")
-_NEAR = 0.75
+_NEAR = 0.75  # how like a known name an unknown one must be to be taken for a slip of it: `form` and `from` are
 _WORDS = {str: "a text", bool: "true or false", int: "a number", float: "a number", type(None): "null", dict: "an object"}
 
 
 class FormError(ValueError):
     """What is wrong with a record, and what to do. The reader adds where it stands."""
+
+
+def nearest(name: str, right: Iterable[str]) -> str | None:
+    """The right name of which `name` is a slip, or None: alike, and about as long (`story` is no slip of `history`)."""
+    more = 1 if len(name) < 6 else 2
+    found = difflib.get_close_matches(name, [word for word in right if abs(len(word) - len(name)) <= more], n=1, cutoff=_NEAR)
+    return found[0] if found else None
 
 
 @dataclass(frozen=True)
@@ -105,8 +112,8 @@ def _turn_shape(names: tuple[str, ...]) -> _Shape:
     others = tuple(name for name in names if name not in known)
     for name in others:
         absent = [word for word in (*_ROLE_TURN, *_FROM_TURN) if word not in names]
-        if near := difflib.get_close_matches(name, absent, n=1, cutoff=_NEAR):
-            raise FormError(f"there is no {name!r}; did you mean {near[0]}? Rename it, or remove it")
+        if near := nearest(name, absent):
+            raise FormError(f"there is no {name!r}; did you mean {near}? Rename it, or remove it")
     for needed in known[: 1 if known is _ROLE_TURN else 2]:
         if needed not in names:
             raise FormError(f"it has no {needed} (it has: {', '.join(names) or 'nothing'}); write {known[0]} and {known[1]}")
