@@ -259,7 +259,7 @@ _TEXTS = {"guanaco": ("text",), "completion": ("prompt", "completion"), "instruc
 
 def _problem(record: object) -> str:
     """What a record lacks to be an example; empty where it is one."""
-    if not isinstance(record, dict) or record.get("form") not in {"completion", "chat", "guanaco"}:
+    if not isinstance(record, dict) or record.get("form") not in ("completion", "chat", "guanaco"):
         return "is no example: its form is none of completion, chat, guanaco"
     if record["form"] == "chat":
         messages = record.get("messages")

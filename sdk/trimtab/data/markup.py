@@ -17,7 +17,22 @@ HEADINGS = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
 # Never shown, or shown as a control. A form itself stays: some sites wrap the whole page in one.
 INVISIBLE = frozenset(
     {
-        *("script", "style", "noscript", "template", "head", "title", "meta", "link", "svg", "canvas", "iframe", "frame", "object"),
+        *(
+            "script",
+            "style",
+            "noscript",
+            "noframes",
+            "template",
+            "head",
+            "title",
+            "meta",
+            "link",
+            "svg",
+            "canvas",
+            "iframe",
+            "frame",
+            "object",
+        ),
         *("embed", "audio", "video", "map", "button", "select", "textarea", "input", "option", "datalist", "progress", "meter"),
         *("rt", "rp", "dialog"),
     }
