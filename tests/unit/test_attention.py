@@ -76,16 +76,20 @@ def test_two_rows_in_one_batch_are_the_rows_one_by_one(model: torch.nn.Module) -
 
 
 @pytest.mark.parametrize("lengths", [[7, 3, 600, 12], [1], [40, 40, 40], [513, 2]])
-def test_attention_and_its_gradients_equal_a_masked_reference(lengths: list[int]) -> None:
+@pytest.mark.parametrize("window", [None, 30, 4096])
+def test_attention_and_its_gradients_equal_a_masked_reference(lengths: list[int], window: int | None) -> None:
     torch.manual_seed(0)
     total = sum(lengths)
     query, key, value = (torch.randn(1, heads, total, 16, requires_grad=True) for heads in (6, 2, 2))
-    out, _ = packed_attention(torch.nn.Identity(), query, key, value, None, packed_groups=plan_groups(lengths))
+    out, _ = packed_attention(torch.nn.Identity(), query, key, value, None, packed_groups=plan_groups(lengths), sliding_window=window)
     upstream = torch.randn_like(out)
     ours = torch.autograd.grad(out, (query, key, value), upstream)
 
     sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     mask = (sample[:, None] == sample[None, :]) & torch.ones(total, total, dtype=torch.bool).tril()
+    if window is not None:
+        place = torch.arange(total)
+        mask &= place[:, None] - place[None, :] < window
     reference = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True).transpose(1, 2)
     theirs = torch.autograd.grad(reference, (query, key, value), upstream)
     torch.testing.assert_close(out, reference, rtol=1e-4, atol=1e-5)
