@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as within
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from trimtab.errors import StagingError
@@ -61,9 +65,9 @@ def test_the_rows_of_a_round_hold_that_rounds_samples_and_no_others(tmp_path: Pa
     assert len(rows) == ledger.rows == sum(ledger.rounds)
     assert len(ledger.rounds) == 3
     first = 0
-    for given, count in zip(rounds, ledger.rounds, strict=True):
+    for those, count in zip(rounds, ledger.rounds, strict=True):
         found = sorted(token for index in range(first, first + count) for token in rows[index].tokens.tolist())
-        assert found == sorted(token for sample in given for token in sample.ids)
+        assert found == sorted(token for sample in those for token in sample.ids)
         first += count
     assert "3 rounds" in ledger.lines()[-1]
 
@@ -82,3 +86,48 @@ def test_a_ledger_that_does_not_balance_cannot_be_written_down() -> None:
         Account(samples=1, tokens=10, trained=8, dropped=1)
     with pytest.raises(ValidationError, match="cannot stand in"):
         Ledger(accounts={"document": Account(samples=1, tokens=65, trained=65, dropped=0)}, rounds=(1,), row_tokens=64)
+
+
+kinds = st.sampled_from(["document", "chat", "completion", "replay"])
+counts = st.integers(0, 10**9)
+dropped = st.builds(lambda samples, tokens: Account(samples=samples, tokens=tokens, dropped=tokens, left_out=samples), counts, counts)
+cut = st.builds(lambda samples, tokens: Account(tokens=tokens, dropped=tokens, cut=samples), counts, counts)
+
+
+@within(max_examples=30)
+@given(
+    rounds=st.lists(st.lists(st.tuples(kinds, st.integers(1, 90)), min_size=1, max_size=12), min_size=1, max_size=3),
+    left_out=st.dictionaries(kinds, dropped | cut, max_size=3),
+)
+def test_whatever_comes_in_is_trained_or_dropped_and_each_sample_is_found_again(
+    rounds: list[list[tuple[str, int]]], left_out: dict[str, Account]
+) -> None:
+    given = [
+        [Sample(kind, [1000 * number + place for place in range(size)], bytes([1]) * size) for number, (kind, size) in enumerate(one)]
+        for one in rounds
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = write_rows(Path(folder), given, 32, {}, left_out=left_out, notes=["a note"])
+        rows = PackedRows(Path(folder))
+        for number, sample in enumerate(given[0]):
+            pieces = rows.where(number)
+            assert {rows.sample(*piece) for piece in pieces} == {(sample.kind, number)}
+            begins = [sum(rows[row].lengths[:place]) for row, place in pieces]
+            found = [rows[row].tokens[begin:][: rows[row].lengths[place]] for (row, place), begin in zip(pieces, begins, strict=True)]
+            assert np.concatenate(found).tolist() == list(sample.ids)
+        assert rows.where(len(given[0])) == []
+    came = sum(size for one in rounds for _, size in one)
+    away = sum(account.dropped for account in left_out.values())
+    assert (ledger.total.trained, ledger.total.dropped, ledger.total.tokens) == (came, away, came + away)
+    assert ledger.total.left_out == sum(account.left_out for account in left_out.values())
+    assert Ledger.model_validate_json(ledger.model_dump_json()) == ledger
+    assert ledger.lines()[0] == "a note"
+
+
+@given(a=dropped, b=cut, trained=counts)
+def test_accounts_add_up_and_what_does_not_balance_is_refused(a: Account, b: Account, trained: int) -> None:
+    whole = a + b + Account(samples=1, tokens=trained, trained=trained)
+    assert (whole.tokens, whole.trained, whole.dropped) == (a.tokens + b.tokens + trained, trained, a.tokens + b.tokens)
+    assert (whole.left_out, whole.cut) == (a.left_out, b.cut)
+    with pytest.raises(ValidationError, match="left out"):
+        Account(**{**whole.model_dump(), "left_out": whole.samples + 1})
