@@ -248,9 +248,13 @@ def test_many_broken_lines_are_counted_and_the_first_named(tmp_path: Path):
     assert len(read(only, path, on_error="skip").skipped) == 2
 
 
-def test_numbers_as_long_as_python_refuses_hurt_nothing(tmp_path: Path):
-    path = written(tmp_path, "faq.jsonl", LINE[:-2] + b', "id": ' + b"9" * 10_000 + b"}\n")
-    assert len(examples(read(path))) == 1
+def test_numbers_that_json_or_python_cannot_hold_are_never_changed(tmp_path: Path):
+    long = written(tmp_path, "long.jsonl", LINE[:-2] + b', "id": ' + b"9" * 10_000 + b"}\n")
+    assert refused(long) == "line 1: it holds a number of 10,000 digits; write it as a text"
+    call = {"function": {"name": "berth", "arguments": {"at": 1}}}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
+    body = json.dumps({"messages": turns}).replace("1}", "1e999}").encode()
+    assert "it holds what JSON cannot, such as an infinite number" in refused(written(tmp_path, "infinite.jsonl", body))
 
 
 def test_a_line_of_ten_megabytes(tmp_path: Path):

@@ -29,7 +29,7 @@ from trimtab.errors import DataError
 NAMED = 5  # broken records of a file that are named; a file with more is not read on where it would fail anyway
 _STALE_S = 24 * 3600.0  # after which a half-written file has no writer any more
 _TELL_EVERY_S = 5.0
-_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 class Examples(BaseModel):
@@ -160,8 +160,8 @@ def encoded(content: dict[str, object]) -> bytes:
         return _ENCODE(content).encode("utf-8")
     except UnicodeEncodeError as exc:
         raise FormError("it holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; correct it") from exc
-    except (RecursionError, TypeError) as exc:
-        raise FormError("it holds what is no text, or is nested too deeply; correct it, or remove the record") from exc
+    except (RecursionError, TypeError, ValueError) as exc:
+        raise FormError("it holds what JSON cannot, such as an infinite number, or is nested too deeply; correct it") from exc
 
 
 def collect(

@@ -20,6 +20,7 @@ from trimtab.data.parts import Broken, Numbered, Part
 from trimtab.errors import DataError
 
 LONGEST = 100_000_000  # bytes of one line or field: more is no record but a file of another kind, and would fill the memory
+_DIGITS = 4000  # of a whole number: Python converts no more than 4,300
 LARGEST_JSON = 500_000_000  # bytes of a .json file, which is held in memory
 
 
@@ -170,7 +171,9 @@ def _no_constant(name: str) -> Any:
 
 
 def _int(digits: str) -> int:
-    return int(digits) if len(digits) < 400 else 0  # Python refuses thousands of digits; no form reads a number
+    if len(digits) > _DIGITS:
+        raise ValueError(f"it holds a number of {len(digits):,} digits; write it as a text")
+    return int(digits)
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant, parse_int=_int)
