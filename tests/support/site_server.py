@@ -62,7 +62,9 @@ def page(title: str, *paragraphs: str) -> Reply:
 class SiteServer:
     """Serves until the `with` block ends. What is not in `pages` comes from `folder`, else it is a 404."""
 
-    def __init__(self, pages: Mapping[str, Page] | None = None, *, folder: Path | None = None, tls: bool = False) -> None:
+    def __init__(
+        self, pages: Mapping[str, Page] | None = None, *, folder: Path | None = None, tls: bool = False, host: str = "127.0.0.1"
+    ) -> None:
         self.pages = dict(pages or {})
         self.folder = folder
         self.requests: list[Request] = []
@@ -71,7 +73,7 @@ class SiteServer:
         self._asked: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._server = _Server(("127.0.0.1", 0), _handler_of(self))
+        self._server = _Server((host, 0), _handler_of(self))
         self._scheme = "https" if tls else "http"
         if tls:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

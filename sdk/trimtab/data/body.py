@@ -45,13 +45,21 @@ def read(raw: Any, headers: Any, max_bytes: int) -> bytes:
         raise DataError(f"it is compressed with {encoding}, which was not asked for; save it as a file and pass that")
     inflate = _Inflate(encoding) if encoding != "identity" else None
     body = bytearray()
-    while chunk := raw.read(_CHUNK, decode_content=False):
+    while chunk := _next(raw):
         body += inflate.feed(chunk, max_bytes + 1 - len(body)) if inflate else chunk
         if len(body) > max_bytes:
             raise DataError(f"it is larger than {max_bytes:,} bytes; raise max_page_mb (--max-page-mb) if it is worth it")
     if inflate and not inflate.complete:
         raise requests.ConnectionError("the compressed body ends early")
     return bytes(body)
+
+
+def _next(raw: Any) -> bytes:
+    try:
+        chunk: bytes = raw.read(_CHUNK, decode_content=False)
+    except ValueError as exc:  # a chunk of a negative size
+        raise requests.ConnectionError("the body's chunks are damaged") from exc
+    return chunk
 
 
 class _Inflate:

@@ -67,6 +67,8 @@ _BINARY = {
     b"ID3": "a media file",
 }
 _NOT_TEXT = frozenset({"Cc", "Cn", "Co", "Cs"})  # Unicode categories: control, unassigned, private use, surrogate
+_FOREIGN = re.compile(rb"[\x80-\xff]+")
+_PAIRS_AT_LEAST = 8
 _ASCII = bytes(range(128))
 _REPLACED_AT_MOST = 0.1  # of the bytes outside ASCII: a stray byte in a page is common, a wrong encoding breaks most of them
 _NOT_TEXT_AT_MOST = 0.05  # of the first characters
@@ -79,7 +81,9 @@ class Decoded:
 
 
 def decode(body: bytes, *, header_charset: str | None = None, markup: bool = True) -> Decoded:
-    """`body` as text with "\\n" line ends. Never fails on a wrong or unknown encoding name; raises DataError for binary content.
+    """`body` as text with "\\n" line ends and without NULs. Never fails on a wrong or unknown encoding name.
+
+    Raises DataError for binary content.
 
     The first that fits: byte order mark, `header_charset` (of Content-Type), the page's own declaration when `markup`, UTF-8,
     detection, Windows-1252. UTF-8 goes before a declared one-byte encoding, in which any bytes are "valid".
@@ -92,7 +96,7 @@ def decode(body: bytes, *, header_charset: str | None = None, markup: bool = Tru
         char == "\ufffd" or (unicodedata.category(char) in _NOT_TEXT and char not in "\t\n\f\r\x1b\x85") for char in head
     ) > _NOT_TEXT_AT_MOST * len(head):
         raise DataError("it is binary data, not a page of text; check the address, or export it as .html, .txt or .md")
-    return Decoded(decoded.text.replace("\r\n", "\n").replace("\r", "\n"), decoded.encoding)
+    return Decoded(decoded.text.replace("\0", "").replace("\r\n", "\n").replace("\r", "\n"), decoded.encoding)
 
 
 def _decode(body: bytes, header_charset: str | None, markup: bool) -> Decoded:
@@ -102,6 +106,8 @@ def _decode(body: bytes, header_charset: str | None, markup: bool) -> Decoded:
     candidates = [name for name in (_known(header_charset), _declared(body) if markup else None) if name]
     if b"\0" not in body:  # two-byte encodings "read" anything of even length; in real text a blank or a tag has a zero byte
         candidates = [name for name in candidates if not name.startswith(("utf-16", "utf-32"))]
+    if _in_pairs(body):  # in no text of one-byte letters do they always come in twos: a server's default again
+        candidates = [name for name in candidates if not _one_byte(name)]
     candidates.sort(key=_one_byte)  # a server's default of Latin-1 is wrong more often than a page that says Shift JIS
     if b"\x1b$" in body and body.isascii():
         candidates.insert(0, "iso2022_jp")
@@ -146,6 +152,12 @@ def _declared(body: bytes) -> str | None:
 
 def _one_byte(name: str) -> bool:
     return name.startswith(("cp125", "iso8859", "koi8", "mac", "cp437", "cp85", "cp866"))
+
+
+def _in_pairs(body: bytes) -> bool:
+    """Whether the bytes outside ASCII come in twos throughout, as in EUC-JP, EUC-KR and GB 2312."""
+    runs = _FOREIGN.findall(body[:50_000])
+    return len(b"".join(runs)) >= _PAIRS_AT_LEAST * 2 and all(len(run) % 2 == 0 for run in runs[:-1])
 
 
 def _wide(body: bytes) -> str | None:

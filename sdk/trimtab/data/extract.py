@@ -22,7 +22,7 @@ from trimtab.data.markup import HEADINGS, INVISIBLE, Block, blocks, elements, pa
 
 logging.getLogger("trafilatura").addHandler(logging.NullHandler())  # it finding nothing is no news: the body is taken then
 
-_LANDMARK_SHARE = 0.5  # of trafilatura's text that <main> must hold to be believed
+_LANDMARK_SHARE = 0.5  # of trafilatura's text that <main> must hold to be believed; where it found none, of all but boilerplate
 _SURE_WORDS = 5  # a shorter block of trafilatura's text (a date, a label) does not widen the container chosen by it
 _PART_SHARE = 2 / 3  # of the body's words, boxes left out, that this container must hold: with less it would lose main text
 _COMPARED_AT_MOST = 500_000_000  # characters, over all blocks of a page
@@ -97,10 +97,11 @@ def _squeezed(text: str) -> str:
 
 def _roots(body: Tag, found: Sequence[Block], boxes: Boxes) -> tuple[list[Tag], str]:
     """The parts of the tree that hold the main text, in order, and what showed them."""
+    weight = boxes.weight if found else weights(body, boxes.main_blocks(body))
     for name in ("main", "article"):
         marked = _outermost(body, name)
-        held = sum(boxes.weight[id(tag)] for tag in marked)
-        if marked and held >= _LANDMARK_SHARE * boxes.weight[id(body)] and any(boxes.main_blocks(tag) for tag in marked):
+        held = sum(weight[id(tag)] for tag in marked)
+        if marked and held >= _LANDMARK_SHARE * weight[id(body)] and any(boxes.main_blocks(tag) for tag in marked):
             return marked, "landmark"
     if sure := [block for block in found if words(block.text) >= _SURE_WORDS]:
         cleaned = boxes.main_blocks(body)

@@ -17,24 +17,9 @@ HEADINGS = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
 # Never shown, or shown as a control. A form itself stays: some sites wrap the whole page in one.
 INVISIBLE = frozenset(
     {
-        *(
-            "script",
-            "style",
-            "noscript",
-            "noframes",
-            "template",
-            "head",
-            "title",
-            "meta",
-            "link",
-            "svg",
-            "canvas",
-            "iframe",
-            "frame",
-            "object",
-        ),
-        *("embed", "audio", "video", "map", "button", "select", "textarea", "input", "option", "datalist", "progress", "meter"),
-        *("rt", "rp", "dialog"),
+        *("script", "style", "noscript", "noframes", "template", "head", "title", "meta", "link", "svg", "canvas", "iframe", "frame"),
+        *("object", "embed", "audio", "video", "map", "button", "select", "textarea", "input", "option", "datalist", "progress"),
+        *("meter", "rt", "rp", "dialog"),
     }
 )
 _BLOCKS = frozenset(
