@@ -102,16 +102,15 @@ def coloured(found: dict[str, Any], width: int) -> Iterator[Text]:
         yield Text(heading + "─" * max(0, width - cell_len(heading)), style="cyan")
         line, place = Text(), 0
         for number, (text, style) in enumerate(zip(_texts(one), _styles(one), strict=True)):
+            shade, part = style[number % 2] + _CONTROL * one["control"][number], ""
             for letter in text:
-                if letter == "\n":
-                    yield line
-                    line, place = Text(), 0
-                    continue
-                if place + cell_len(letter) > width:
-                    yield line
-                    line, place = Text(), 0
-                line.append(letter, style=style[number % 2] + _CONTROL * one["control"][number])
-                place += cell_len(letter)
+                if letter == "\n" or place + cell_len(letter) > width:
+                    yield line.append(part, style=shade)
+                    line, part, place = Text(), "", 0
+                if letter != "\n":
+                    part += letter
+                    place += cell_len(letter)
+            line.append(part, style=shade)
         if line:
             yield line
     legend = Text.assemble((" learned ", _LEARNED[0]), " ", (" context ", _CONTEXT[0]))
