@@ -37,17 +37,19 @@ class Job:
     """Tune `model` on `data`. Every other option of `TrainSpec` and `JobSpec` may be given by its name; what is not given has the value of
     the `recipe`, else its own default.
 
-    `model` is a catalog alias, a Hub id or a folder; `data` one or more URLs, files and folders; `backend` the place to run, by name
-    or as an object with its own settings. A job keeps no state: each `fit` makes a new run.
+    `model` is a catalog alias, a Hub id or a folder; `data` one or more URLs, files, folders and `hf://datasets/...`, or records in memory:
+    a list of dictionaries, a `datasets.Dataset`, a data frame; `backend` the place to run, by name or as an object with its own settings. A job keeps no state: each `fit` makes a new run.
 
     Raises SpecError for an unknown name (with the nearest right one) or a value out of range.
     """
 
-    def __init__(
-        self, *, model: str | Path, data: str | Path | Sequence[str | Path], backend: str | Backend = "process", **options: Any
-    ) -> None:
+    def __init__(self, *, model: str | Path, data: Any, backend: str | Backend = "process", **options: Any) -> None:
         refuse_unknown(options, OPTIONS)
-        sources = [data] if isinstance(data, str | Path) else list(data)
+        sources = [data] if isinstance(data, str | Path) else data
+        if not isinstance(sources, Sequence) or not all(isinstance(source, str | Path) for source in sources):
+            from trimtab.data.given import as_sources  # here: who names sources need not wait for it
+
+            sources = as_sources(sources)
         of_job = {name: options.pop(name) for name in list(options) if name in JobSpec.model_fields}
         train = TrainSpec(model=str(model.expanduser().absolute() if isinstance(model, Path) else model), **with_recipe(options))
         self.spec = JobSpec(train=train, data=tuple(str(source) for source in sources), **of_job)

@@ -251,3 +251,13 @@ def test_ctrl_c_ends_the_waiting_and_not_the_run(job_with, capsys):
     assert f"trimtab stop {run.handle}" in capsys.readouterr().err
     assert not run.status().done
     run.stop()
+
+
+def test_records_in_memory_are_data_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
+    rows = [{"prompt": "The mill was built in", "completion": " 1874."}]
+    (source,) = Job(model="smollm2-135m-instruct", data=rows).spec.data
+    assert [json.loads(line) for line in Path(source).read_text().splitlines()] == rows
+    assert Job(model="smollm2-135m-instruct", data=[rows, "notes.txt"]).spec.data == (source, "notes.txt")
+    with pytest.raises(DataError, match="type int"):
+        Job(model="smollm2-135m-instruct", data=7)
