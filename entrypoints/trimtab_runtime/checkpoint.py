@@ -1,6 +1,7 @@
 """Checkpoints that exist whole or not at all, and resume exactly. safetensors and JSON only: nothing is unpickled.
 
-One folder a checkpoint, named by its step: adapter and optimiser tensors, state.json, and the manifest last.
+One folder a checkpoint, named by its step: what is trained, adapters or all (adapter.safetensors), the optimiser's moments, state.json,
+and the manifest last.
 
 A checkpoint without a manifest was never finished, and is passed over. One that was finished and is damaged now is passed over, too,
 and named; but where no other is left the run does not begin again by itself, because that could throw days of work away unseen.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import mmap
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -18,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trimtab.errors import SpecError, StagingError
 from trimtab_runtime import disk, manifest
+from trimtab_runtime.shards import tensors_in
 
 _PATTERN = "step-*"
 _STATE, _PARAMETERS, _MOMENTS = "state.json", "adapter.safetensors", "optimizer.safetensors"
@@ -103,28 +105,41 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def read(checkpoint: Path) -> dict[str, bytes]:
-    """The contents of a checkpoint's files by name, for `load`: here, or on a machine that has no such folder."""
-    return {file: (checkpoint / file).read_bytes() for file in _FILES}
+def read(checkpoint: Path) -> dict[str, bytes | mmap.mmap]:
+    """The contents of a checkpoint's files by name, for `load`: here, or on a machine that has no such folder.
+
+    Mapped, not read: of a model that is trained whole they are as large as all that training keeps.
+    """
+    found: dict[str, bytes | mmap.mmap] = {}
+    for file in _FILES:
+        with (checkpoint / file).open("rb") as opened:
+            found[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    return found
 
 
 def load(
-    files: Mapping[str, bytes], facts: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    files: Mapping[str, bytes | mmap.mmap],
+    facts: Mapping[str, Any],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
 ) -> Position:
     """Put a checkpoint back and return where it stood. Raises SpecError when it belongs to another job."""
-    state = json.loads(files[_STATE])
+    state = json.loads(bytes(files[_STATE]))
     changed = [fact for fact in {**state["facts"], **facts} if state["facts"].get(fact) != facts.get(fact)]
     if changed:
         raise SpecError(
             f"{name(state['step'])} was written by another job ({', '.join(changed)} differs): start a new run, or repeat the old options"
         )
-    saved, moments = (load_tensors(files[file]) for file in (_PARAMETERS, _MOMENTS))
+    saved = dict(tensors_in(files[_PARAMETERS]))
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(saved[key])
-    for key, parameter in parameters.items():
-        of_it = {moment: value for moment, value in moments.items() if moment.startswith(f"{key}|")}
-        optimizer.state[parameter] = {moment.removeprefix(f"{key}|"): value.to(parameter.device) for moment, value in of_it.items()}
+    for parameter in parameters.values():
+        optimizer.state[parameter] = {}
+    for path, value in tensors_in(files[_MOMENTS]):
+        key, _, moment = path.rpartition("|")
+        parameter = parameters[key]
+        optimizer.state[parameter][moment] = value.to(parameter.device, copy=True)
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
     return Position(state["step"], state["facts"], tuple(state["losses"]), state.get("seconds", 0.0))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import re
 import socket
@@ -117,7 +118,7 @@ class Team:
                 value = parameter.detach()
                 self._exchange(lambda value=value: dist.broadcast(value, src=0))
 
-    def files_of_first(self, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    def files_of_first(self, files: Mapping[str, bytes | mmap.mmap]) -> Mapping[str, bytes | mmap.mmap]:
         """The files that the first machine has in hand, whatever this one has."""
         if self.world == 1:
             return files
@@ -130,7 +131,7 @@ class Team:
             return word
         return next(filter(None, [self._said_by(rank, word.encode()).decode() for rank in range(self.world)]), "")
 
-    def _said_by(self, rank: int, content: bytes) -> bytes:
+    def _said_by(self, rank: int, content: bytes | mmap.mmap) -> bytes:
         size = torch.tensor(len(content))
         self._exchange(lambda: dist.broadcast(size, src=rank))
         data = torch.frombuffer(bytearray(content if rank == self.rank else int(size)) or bytearray(1), dtype=torch.uint8)[: int(size)]

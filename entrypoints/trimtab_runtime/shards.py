@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +31,19 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     """dtype, shape and data_offsets of each tensor by name, in the order of their bytes. Raises WeightsError for a file that is none."""
     with file.open("rb") as source:
         return _header(source, file)[1]
+
+
+def tensors_in(data: bytes | mmap.mmap) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor by name, in the place where it lies in the contents of a file that is whole."""
+    held = bytearray(data) if isinstance(data, bytes) else data  # torch wants what could be written to
+    begin = 8 + int.from_bytes(held[:8], "little")
+    for name, entry in json.loads(bytes(held[8:begin])).items():
+        if name != "__metadata__":
+            count = math.prod(entry["shape"])
+            place = begin + entry["data_offsets"][0]
+            empty = torch.empty(0, dtype=_TYPES[entry["dtype"]])
+            found = torch.frombuffer(held, dtype=_TYPES[entry["dtype"]], count=count, offset=place) if count else empty
+            yield name, found.reshape(entry["shape"])
 
 
 def rewrite(source: Path, target: Path, names: frozenset[str], change: Change, wrote: Callable[[int], None] = lambda count: None) -> str:
