@@ -38,7 +38,8 @@ class Job:
     the `recipe`, else its own default.
 
     `model` is a catalog alias, a Hub id or a folder; `data` one or more URLs, files, folders and `hf://datasets/...`, or records in memory:
-    a list of dictionaries, a `datasets.Dataset`, a data frame; `backend` the place to run, by name or as an object with its own settings. A job keeps no state: each `fit` makes a new run.
+    a list of dictionaries, a `datasets.Dataset`, a data frame; `backend` the place to run, by name
+    or as an object with its own settings. A job keeps no state: each `fit` makes a new run.
 
     Raises SpecError for an unknown name (with the nearest right one) or a value out of range.
     """
