@@ -12,7 +12,7 @@ from transformers.models.falcon import modeling_falcon
 from trimtab_runtime.xeon.attention import NAME, packed_attention, plan_groups
 
 
-class PackedFalconAttention(modeling_falcon.FalconAttention):  # type: ignore[misc]
+class PackedFalconAttention(modeling_falcon.FalconAttention):
     """Multi-query or grouped attention with rotary positions; each sample attends to itself alone.
 
     The layer around it hands on no arguments of ours, so samples are found by their positions, which begin at 0.
