@@ -1,5 +1,5 @@
-# make setup | demo | test | lint | types | check | docs | cloud | clean        (see README.md)
-.PHONY: setup demo test lint types check docs cloud clean help
+# make setup | demo | test | fuzz | lint | types | check | docs | cloud | clean        (see README.md)
+.PHONY: setup demo test fuzz lint types check docs cloud clean help
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 
@@ -14,6 +14,9 @@ demo: setup  ## tune the default model on pages and compare; PAGES=folder PROBES
 
 test: setup  ## every test, in two lanes: what needs the Docker engine in one
 	@$(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+fuzz: setup  ## tries parsers, masks, packing and the server on made-up input; SECONDS=60 in all, SEED=n, TARGETS="html http"
+	@PYTHONPATH=tests $(PY) -W error -m fuzz --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED)) $(TARGETS)
 
 lint: setup  ## ruff: rules and format; and whether docs/help.md is what the commands say
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) docs/write_help.py --check

@@ -34,7 +34,7 @@ _PLATFORM_KEYS = re.compile(r"^(sagemaker_.*|_tuning_objective_metric)$")
 class _Spec(BaseModel):
     """Frozen, strict about names, and refusing in our own words."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
         refuse_unknown(values, type(self).model_fields)

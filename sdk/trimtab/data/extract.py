@@ -117,9 +117,11 @@ def _outermost(body: Tag, name: str) -> list[Tag]:
     left = [] if plays(body, name) else [body]
     while left:
         tag = left.pop()
+        if hidden(tag) or tag.name in INVISIBLE:
+            continue
         if plays(tag, name):
             found.append(tag)
-        elif not hidden(tag) and tag.name not in INVISIBLE:
+        else:
             left += reversed(elements(tag))
     return found
 
