@@ -52,6 +52,28 @@ def test_a_merged_model_is_served_from_where_its_run_left_it(account: Account, s
         backend.aws.close()
 
 
+def test_a_whole_model_is_served_from_where_its_run_left_it(account: Account, small_job, staged, tmp_path: Path) -> None:
+    """Of the method full the artifact itself is the model: nothing is merged, and nothing is sent back."""
+    whole = {"method": "full", "lora_rank": 32, "max_steps": 2}
+    job = small_job.model_copy(update={"train": staged.train.model_copy(update=whole)})
+    backend = SageMakerBackend(role=ROLE, image="000000000000.dkr.ecr.us-east-1.amazonaws.com/any:1", home=tmp_path, poll_seconds=0.2)
+    try:
+        run = Run(backend.submit(job, staged.channels), backend)
+        run.wait(120)
+        uri = backend.merged_uri(run.handle)
+        assert uri.startswith("s3://")
+        assert uri.endswith("/output/model/")
+        before = len(account.plane.requests)
+        with run.deploy(role=ROLE, poll_seconds=0.2) as there:
+            (made,) = [sent for name, sent in account.plane.requests[before:] if name == "CreateModel"]
+            assert made["PrimaryContainer"]["ModelDataSource"]["S3DataSource"]["S3Uri"] == uri
+            answer = there.generate("The keeper", max_new_tokens=8)
+        with deploy(run.artifact(), title="here") as here:
+            assert here.generate("The keeper", max_new_tokens=8) == answer
+    finally:
+        backend.aws.close()
+
+
 def test_a_run_that_left_none_is_merged_here(account: Account, small_job, staged, tmp_path: Path) -> None:
     job = small_job.model_copy(update={"train": staged.train.model_copy(update={"max_steps": 1})})
     backend = SageMakerBackend(role=ROLE, image="000000000000.dkr.ecr.us-east-1.amazonaws.com/any:1", home=tmp_path, poll_seconds=0.2)
