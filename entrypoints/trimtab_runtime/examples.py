@@ -34,7 +34,7 @@ def sentences(paragraph: str) -> list[str]:
     """A paragraph's sentences, in order; together they hold all its words."""
     found, begin = [], 0
     for match in _BOUNDARY.finditer(paragraph):
-        word = paragraph[begin : match.start()].rsplit(None, 1)[-1:]
+        word = paragraph[max(begin, match.start() - 80) : match.start()].rsplit(None, 1)[-1:]  # no abbreviation is longer
         last = word[0].lower().lstrip("(\"'“‘[") if word else ""
         if match[1] == "." and (
             last in _ABBREVIATIONS or (re.fullmatch(r"(\w\.)*\w", last) and not last.isdigit() and len(last) < 4 and "." in last)
