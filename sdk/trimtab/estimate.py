@@ -237,22 +237,20 @@ def peak_memory(
                      where the file has another dtype s bytes a weight more, with qlora not for those of the layers; with qlora 0.53 bytes
                      more for each weight of the layers; with full only the copies in bf16. On a GPU s bytes a weight, with qlora 0.53 for
                      those of the layers
-        trained      16 bytes for each number that is: fp32 value, gradient and AdamW's two moments; with full on a CPU 12, for gradients
-                     come to lie where the activations were, and the more of the two counts; 16 with several passes a step, for
-                     the gradients of one are there in the next
+        trained      16 bytes for each number that is: fp32 value, gradient and AdamW's two moments
         activations  kept for the backward pass (counted with hooks on saved tensors):
                          L (n (8 h + s (2 h + 4 f + 7 r)) + p s (2 a d + 2 k) + e a (4, in bf16 6)) + s * adapters in bf16
                      and on a CPU the temporaries of every layer, for glibc's heap does not give an aligned block that was freed to
                      the next of the same size, so the gaps stay between what is kept:
                          L (n (16 h + 4 s h + 3 s (a d + k), in bf16 4 h more) + 2 s e a); a GPU has them for one layer
-        logits       (4 + s) * vocabulary * min(learned places, 512); with full the head's gradient, too
+        logits       (4 + s) * vocabulary * min(learned places, 512); with full the head's gradient, twice, too
         loading      beyond all that, what the heap got to quantise the largest map (11 times its size); on a GPU, to which the model
                      goes before it is quantised, s bytes for each weight where these are more
 
     485 MB and 11 were fitted, and temporaries were counted in full, on runs of two random Llamas (2M; 300M in 4 layers) and SmolLM2-135M,
     lora and qlora, 512 to 2,048 tokens; 18 in bf16 took 0.92 to 1.05 times as much, 5 in fp32 0.90 to 1.03. The six cases of
-    `python benchmarks/estimate.py` with adapters, other rows of the same three models, took 0.86 to 1.10 times; full in bf16, one pass a
-    step of 512 tokens, 0.97 (2M) and 1.00 (SmolLM2). Not measured: a GPU (1.1 is assumed), other models, models beyond 300M.
+    `python benchmarks/estimate.py` with adapters, other rows of the same three models, took 0.86 to 1.10 times; full in bf16 at
+    512 tokens 0.96 (2M), 0.87 (SmolLM2) and 1.13 (300M). Not measured: a GPU (1.1 is assumed), other models, models beyond 300M.
     """
     size = 2 if dtype == "bfloat16" else 4
     rows = rows or RowFacts.worst(spec)
@@ -277,8 +275,9 @@ def peak_memory(
     read = model.parameters - (0 if model.tied else max(0, model.vocabulary - rows.distinct) * model.hidden)
     pages, base, loaded = model.stored * read, model.stored * read + quantised, 0.0
     if spec.method == "full":
-        return _all_trained(spec, model, size, row, kept + passing, logits)
-    if size != model.stored:
+        base = size * model.parameters if size == 2 else 0  # the file's pages go once it is loaded
+        logits += model.vocabulary * model.hidden * (2 * size + (4 if row.learned > LOGITS_AT_ONCE else 0))
+    elif size != model.stored:
         base += size * (model.parameters - (model.linear if quantised else 0))
         loaded = pages + size * model.parameters
     heap = _QUANTISING * size * model.largest if quantised else 0.0
@@ -289,18 +288,6 @@ def peak_memory(
         activations=_mb(kept + passing),
         logits=_mb(logits),
         loading=_mb(max(heap, loaded - base - 16 * trained - kept - passing - logits)),
-    )
-
-
-def _all_trained(spec: TrainSpec, model: ModelFacts, size: int, row: RowShape, activations: float, logits: float) -> PeakMemory:
-    gradients, passes = 4 * model.parameters, spec.accumulation
-    of_head = model.vocabulary * model.hidden * (size + (4 if row.learned > LOGITS_AT_ONCE else 0))
-    return PeakMemory(
-        runtime=_LIBRARIES_MB,
-        base=_mb(size * model.parameters if size == 2 else 0),
-        trained=_mb(12 * model.parameters + (gradients if passes > 1 else 0)),
-        activations=_mb(activations if passes > 1 else max(activations, gradients - logits - of_head)),
-        logits=_mb(logits + of_head),
     )
 
 

@@ -145,8 +145,6 @@ def test_all_parameters_take_more_than_adapters_of_them():
         for device in ("cpu", "gpu"):
             few = peak_memory(whole.model_copy(update={"method": "lora"}), model, dtype, device=device)
             assert peak_memory(whole, model, dtype, device=device).total > few.total + 4 * model.parameters / 2**20
-    once, twice = (peak_memory(whole.model_copy(update={"accumulation": passes}), model, "bfloat16") for passes in (1, 2))
-    assert twice.total - once.total == pytest.approx(4 * model.parameters / 2**20, abs=2), "gradients of one pass are there in the next"
 
 
 def test_fewer_targets_take_less_and_dora_takes_more():
