@@ -51,6 +51,7 @@ _DAY = r"(?:(?:early|late|mid) |about |(?:the )?(?:spring|summer|autumn|winter|e
 _MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
 _MONTH = rf"(?:(?:{_MONTHS}) )?(?:\d{{1,2}} )?"
 _RECURRING = r"(?:every|each|last|next|this) (?:year|month|week|day|morning|evening|night|spring|summer|autumn|winter|\w+day)(?= (?!of ))"
+_LONGEST = 2_000  # characters; what is longer is no sentence of 70 words, and would be searched for minutes
 _DATED = re.compile(
     rf"(?:in|since|by|until|around|during|from|on|at) {_DAY}{_MONTH}(?:1[0-9]{{3}}|20[0-9]{{2}})s?(?= (?!of |and )|$)"
     rf"|on \d{{1,2}} (?:{_MONTHS})(?= (?:the|a|our) )|{_RECURRING}"
@@ -91,6 +92,8 @@ class Clause:
 
 def clauses(sentence: str) -> list[Clause]:
     """The clauses of a statement that could be read, the main one first. [] where there is none (headings, commands, speech)."""
+    if len(sentence) > _LONGEST:
+        return []
     speech = (
         re.search(r"[“\"].*\b(says?|said|asks?|asked)\b", sentence) or sentence.count('"') % 2 or ("“" in sentence and "”" not in sentence)
     )

@@ -391,6 +391,7 @@ def test_a_page_of_one_endless_line_becomes_rows_in_seconds(site: SiteServer, ti
         "a" * 40_000,
         "The ship is 5. " * 900,
         ", and the" * 5_000 + " ship.",
+        '"' * 40_000 + "A.",
     ]
     for number, body in enumerate(bodies):
         site.pages[f"/{number}"] = page(f"Page {number}", body)
