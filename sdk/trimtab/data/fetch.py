@@ -227,7 +227,7 @@ def _retry_after(value: str | None) -> float | None:
     if not value:
         return None
     if value.strip().isascii() and value.strip().isdigit():
-        return float(value)
+        return float(value.strip())
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except ValueError:
