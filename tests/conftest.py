@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ from hypothesis import settings
 from support.tiny_model import make_tiny_model
 from trimtab.spec import JobSpec, TrainSpec
 from trimtab.staging import Staged, stage
+
+# Here, before torch is loaded anywhere: OpenMP reads them then. A model this small gains nothing from more threads, and
+# where several compute at once on a shared machine, threads that spin take each other's turn.
+os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
 
 settings.register_profile("shared machine", deadline=None)  # a slow moment of the machine is no failure
 settings.load_profile("shared machine")
@@ -52,8 +57,6 @@ SMALL = {"method": "lora", "lora_rank": 4, "dtype": "float32", "max_seq_len": 12
 @pytest.fixture(scope="session", autouse=True)
 def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # a test machine is shared; a model this small gains nothing from more
-        patch.setenv("OMP_WAIT_POLICY", "passive")  # where several compute at once, threads that spin take each other's turn
         patch.setenv("TRIMTAB_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("TRIMTAB_HOME", str(tmp_path_factory.mktemp("home")))
         yield
