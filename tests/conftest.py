@@ -40,6 +40,7 @@ pytest_plugins = [
 ]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two lanes (`pytest -n 2 --dist loadgroup`): one for the files that share the Docker engine, which go first; no file is split."""
     files = {item: item.nodeid.partition("::")[0] for item in items}

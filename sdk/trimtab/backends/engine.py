@@ -130,11 +130,19 @@ class Engine:
     def output(self, container: str, *, follow: bool) -> Iterator[bytes]:
         """What a container printed, in pieces; with `follow` until it ends. Nothing more of one that is gone."""
         with asking("for a log"), contextlib.suppress(docker.errors.NotFound):
-            stream = self._api.logs(container, stdout=True, stderr=True, stream=True, follow=follow)
+            try:
+                stream = self._api.logs(container, stdout=True, stderr=True, stream=True, follow=follow)
+            except docker.errors.APIError as exc:
+                if _GOING in str(exc.explanation):
+                    return
+                raise
             try:
                 yield from stream
             finally:
                 stream._response.close()  # its own close() leaves the socket open, as docker 7.2 does at the end of the log
+
+
+_GOING = "dead or marked for removal"  # the engine's words for a container that another client removes just now
 
 
 @contextlib.contextmanager

@@ -183,7 +183,10 @@ class DockerDeployer(OnEngine, LocalEndpoints):
         state = facts["State"]
         ended = Ended(exit_code=state["ExitCode"], oom_killed=state["OOMKilled"], at=state["FinishedAt"], error=state.get("Error", ""))
         try:
-            (folder / LOG).write_bytes(b"".join(self.engine.output(facts["Id"], follow=False)))
+            log = b"".join(self.engine.output(facts["Id"], follow=False))
+            if (self.engine.inspect(facts["Id"]) or {"State": {"Status": "removing"}})["State"]["Status"] == "removing":
+                return  # another client took it in meanwhile
+            (folder / LOG).write_bytes(log)
             write_json(folder / _ENDED, ended.model_dump(mode="json"))
         except OSError as exc:
             raise EndpointError(f"the end of {folder.name} cannot be written to {folder} ({exc}): make room there and repeat") from exc
