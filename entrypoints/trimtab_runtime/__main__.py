@@ -249,20 +249,28 @@ class _only_one:
         except BlockingIOError as exc:
             with self._file:
                 self._file.seek(0)
-                pid, _, since = self._file.read(200).partition(" ")
-            who = f"process {pid}, since {since.strip()}" if since else "it has only just begun"
-            end = f"kill {pid}" if since else f"fuser {self._path}"
+                pid, namespace, since = (*self._file.read(200).strip().split(" ", 2), "", "")[:3]
+            who = f"process {pid}, since {since}" if since else "it has only just begun"
+            end = f"kill {pid}" if namespace == _namespace() else "trimtab stop RUN" if since else f"fuser {self._path}"
             raise _InUse(
                 f"another trimtab process works in {self._path.parent} ({who}): wait for it, or end it, with a checkpoint, by  {end}"
             ) from exc
         with contextlib.suppress(OSError):  # a full disk; it holds all the same
             self._file.truncate(0)
-            self._file.write(f"{os.getpid()} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
+            self._file.write(f"{os.getpid()} {_namespace()} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
             self._file.flush()
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
             self._file.close()
+
+
+def _namespace() -> str:
+    """In which process ids mean what they mean here: a container has its own."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return "?"
 
 
 def _cause(job: JobDir, exc: BaseException) -> str:

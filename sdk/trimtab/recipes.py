@@ -12,6 +12,9 @@ from typing import Any
 from trimtab.errors import SpecError
 from trimtab.spec import TrainSpec, refuse_unknown
 
+FULL_RATE = 2e-5
+"""The rate for all parameters where none is given: the one that is published for instruct. The option's own default is for adapters."""
+
 LORA_OPTIONS = {"lora_rank", "lora_alpha", "lora_init", "lora_dropout", "lora_targets", "use_rslora", "use_dora"}
 _BESIDE = {"spec_version", "model", "model_digest", "data_digest", "recipe", "seed", "keep_merged"}  # no part of how a model is trained
 
@@ -49,7 +52,10 @@ def _recipe(name: str, table: dict[str, Any]) -> Recipe:
 
 
 def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with the values of their recipe where they give none. Raises SpecError for a recipe that there is not."""
+    """The options with the values of their recipe where they give none; all parameters get a rate for them where neither gives one.
+
+    Raises SpecError for a recipe that there is not.
+    """
     name = given.get("recipe", next(iter(recipes())))
     if not isinstance(name, str):
         raise SpecError(f"recipe is {name!r}: give the name of one of {', '.join(recipes())}")
@@ -61,7 +67,10 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     values = recipes()[name].values
     if given.get("method") == "full":
         values = {option: value for option, value in values.items() if option not in LORA_OPTIONS}
-    return {**values, **given}
+    chosen = {**values, **given}
+    if chosen.get("method") == "full":
+        chosen.setdefault("learning_rate", FULL_RATE)
+    return chosen
 
 
 def explained(spec: TrainSpec) -> list[str]:
@@ -76,6 +85,9 @@ def explained(spec: TrainSpec) -> list[str]:
     rest = {name: field.default for name, field in TrainSpec.model_fields.items() if name not in kept and name not in _BESIDE}
     if spec.method == "full":
         rest = {name: default for name, default in rest.items() if name not in LORA_OPTIONS}
+    if spec.method == "full" and "learning_rate" in rest and spec.learning_rate == FULL_RATE:
+        rest.pop("learning_rate")
+        lines.append(f"recipe gives learning_rate {_shown(FULL_RATE)}: as instruct has it for all parameters; the default is for adapters")
     given = [name for name, default in rest.items() if getattr(spec, name) != default]
     if given:
         lines.append(f"recipe is set aside for what was given: {_listed(spec, given)}")

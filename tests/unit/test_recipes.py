@@ -64,6 +64,14 @@ def test_what_is_given_comes_before_the_recipe() -> None:
     assert not LORA_OPTIONS & set(with_recipe({"recipe": "knowledge", "method": "full"})), "they would be refused beside it"
 
 
+def test_all_parameters_are_never_trained_at_a_rate_for_adapters_unless_it_is_asked_for() -> None:
+    assert spec(method="full").learning_rate == 2e-5
+    assert "learning_rate 2e-05: as instruct has it" in "\n".join(explained(spec(method="full")))
+    assert spec(method="full", recipe="full-text").learning_rate == 5e-5
+    assert spec(method="full", learning_rate=7e-4).learning_rate == 7e-4
+    assert spec(method="lora").learning_rate == TrainSpec.model_fields["learning_rate"].default
+
+
 @pytest.mark.parametrize("name", ["instrukt", "", 3, None])
 def test_a_recipe_that_there_is_not_is_refused(name: object) -> None:
     with pytest.raises(SpecError, match="did you mean instruct" if name == "instrukt" else "recipe"):
