@@ -111,9 +111,10 @@ def _states(base: PreTrainedModel, tokens: Tensor, positions: Tensor) -> Tensor:
 def _apart(one: Tensor, other: Tensor) -> str:
     """How far the furthest row of `one` [n, width] is from that of `other`, as the middle of a sentence; empty where they are equal
     but for rounding."""
+    within = _WITHIN.get(one.dtype, 1e-3)  # of the dtype that was computed in, before both become fp32
     one, other = one.float(), other.float()
     furthest = float(((one - other).norm(dim=-1) / other.norm(dim=-1).clamp_min(1e-9)).max())
-    return "" if furthest < _WITHIN.get(one.dtype, 1e-3) else f"differs by {furthest:.0%} from"
+    return "" if furthest < within else f"differs by {100 * furthest:{'.2g' if furthest < 0.1 else '.0f'}}% from"
 
 
 def _first_line(exc: BaseException) -> str:

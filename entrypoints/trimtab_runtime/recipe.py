@@ -110,7 +110,7 @@ def train(
         position = checkpoint.load(files, facts, parameters, optimizer)
         done, losses, before = position.step, list(position.losses), position.seconds
         say(f"resume: going on after step {done} from {checkpoint.name(done)}")
-    saved = done if files else None
+    saved, begun_at = done if files else None, done
     if team.is_first:
         disk.refuse_too_small(job.checkpoints, checkpoint.size(parameters), "a checkpoint")
     del files  # as large as what is trained and its moments
@@ -162,8 +162,8 @@ def train(
         random = torch.get_rng_state()
         loss, trouble, late, stopping = 0.0, "", False, False
         for turn in range(-(-len(in_step) // (team.world * spec.batch_rows))):  # as many on all machines, whoever has fewer rows
-            if turn:  # passes of many long rows outlast the time that who stops a run gives it; the first step is finished even if late
-                late, stopping, troubled = team.any(done > 0 and time_is_up(), stop_requested(), bool(trouble))
+            if turn:  # passes of many long rows outlast the time that who stops a run gives it; a life's first step is finished though late
+                late, stopping, troubled = team.any(done > begun_at and time_is_up(), stop_requested(), bool(trouble))
                 if late or stopping or troubled:
                     break
             if turn >= len(parts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,11 +86,29 @@ def test_a_stop_right_after_a_resume_leaves_the_checkpoint_that_is_there(straigh
     assert {path.name: path.stat().st_mtime_ns for path in checkpoint.iterdir()} == written
 
 
-def test_time_that_is_up_within_a_step_ends_the_run_but_not_its_first_step(straight: JobDir, tmp_path: Path) -> None:
+def test_time_that_is_up_ends_each_life_after_its_first_step_so_that_all_get_on(straight: JobDir, tmp_path: Path) -> None:
+    """Loading may take longer than the limit: then every life takes one whole step, the first after a resume, too."""
     job = fresh(straight, tmp_path / "job")
+    for life in range(1, STEPS):
+        assert train(job, lambda: False, max_minutes=1e-6) == "succeeded"
+        assert list(losses(job)) == list(range(1, life + 1))
+        ended = json.loads((job.model / "trimtab.json").read_text())["metrics"]["ended_by"]
+        assert ended == f"time limit of 1e-06 minutes after step {life} of {STEPS}"
     assert train(job, lambda: False, max_minutes=1e-6) == "succeeded"
+    assert losses(job) == losses(straight)
+    assert (job.model / "adapter_model.safetensors").read_bytes() == (straight.model / "adapter_model.safetensors").read_bytes()
+
+
+def test_time_that_is_up_within_a_later_step_gives_that_step_up(straight: JobDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, looks, ahead, clock = fresh(straight, tmp_path / "job"), list[bool](), [0.0], time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + ahead[0])
+
+    def stop() -> bool:  # asked right after each look at the clock: before the first step, between its passes, and after it
+        looks.append(True)
+        if len(looks) == PASSES + 1:
+            ahead[0] = 7200.0
+        return False
+
+    assert train(job, stop, max_minutes=60) == "succeeded"
     assert list(losses(job)) == [1]
-    assert train(job, lambda: False, max_minutes=1e-6) == "succeeded"
-    assert list(losses(job)) == [1], "the second step is given up after its first pass"
-    ended = json.loads((job.model / "trimtab.json").read_text())["metrics"]["ended_by"]
-    assert ended == f"time limit of 1e-06 minutes after step 1 of {STEPS}"
+    assert len(looks) == PASSES + 2, "the second step is given up after its first pass"
