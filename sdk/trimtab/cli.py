@@ -6,6 +6,7 @@ line that is none; 130 when interrupted.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import click
 
 from trimtab.cli_options import Commands
 from trimtab.errors import TrimtabError
+from trimtab.terminal import plain
 
 COMMANDS = {
     "chat": "trimtab.chat_cli:chat",
@@ -42,6 +44,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (by default this process' own) and return its exit code."""
     code = None
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a letter that the terminal's encoding lacks is no reason to end
     try:
         if "_TRIMTAB_COMPLETE" in os.environ:  # a shell asks how a word may go on
             from trimtab import completion_cli  # noqa: F401  bash's own way of asking
@@ -49,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = trimtab.main(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="trimtab", standalone_mode=False)
         sys.stdout.flush()
     except TrimtabError as exc:
-        print(f"trimtab: {exc}", file=sys.stderr)
+        print(plain(f"trimtab: {exc}"), file=sys.stderr)
         return 1
     except click.exceptions.NoArgsIsHelpError as exc:
         print(exc.format_message())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -120,6 +121,14 @@ def field(name: str, one: FieldInfo) -> Callable[[Command], Command]:
 def backend(meaning: str, *, default: str | None = "process") -> Callable[[Command], Command]:
     """`--backend`; without a default it is None where it is not given."""
     return click.option("--backend", type=click.Choice(list(BACKENDS)), default=default, show_default=default is not None, help=meaning)
+
+
+def ends_like_ctrl_c() -> None:
+    """SIGTERM and SIGHUP end this process as Ctrl-C does: a half-made folder is removed then, too, and what was started is named.
+    With nohup a closed terminal ends nothing."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 def pairs(values: Sequence[str], option: str = "--backend-option", example: str = "memory=8g") -> dict[str, str]:

@@ -6,7 +6,6 @@ What models say is text here and never markup; a content policy in the page forb
 from __future__ import annotations
 
 import os
-import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
@@ -15,8 +14,7 @@ from pathlib import Path
 from trimtab.compare import Answer, Column, Comparison, Difference, Question, Score
 from trimtab.errors import StagingError
 from trimtab.probes import WORDS
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff]")
+from trimtab.terminal import plain
 
 TITLES = {"starts": "Starts of sentences", "questions": "Questions", "general": "General questions"}
 
@@ -114,11 +112,6 @@ def write(found: Comparison, file: Path) -> None:
         raise StagingError(
             f"{file} cannot be written ({exc.strerror}): check the folder and the space left, or choose another file"
         ) from exc
-
-
-def plain(text: str) -> str:
-    """Text without control characters but for line ends and tabs: what a model says must not steer a terminal or a browser."""
-    return _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def _text(text: str) -> str:

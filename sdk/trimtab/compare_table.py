@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from trimtab.compare import Answer, Column, Comparison
-from trimtab.compare_page import TITLES, plain, times
+from trimtab.compare_page import TITLES, times
 from trimtab.probes import WORDS
+from trimtab.terminal import plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from typing import Any
 
 import click
@@ -54,10 +53,10 @@ def preview_command(data: tuple[str, ...], row: int | None, sample: int | None, 
     if row is not None and sample is not None:
         raise click.UsageError("--row and --sample are two ways to choose: give one of them")
     job = Job(data=data, **{name: value for name, value in options.items() if value not in (None, ())})
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a half-made folder is removed then, too
+    cli_options.ends_like_ctrl_c()
     with display() as screen:
         found = preview(job.spec, row=row, sample=sample, say=screen.say, show=screen.show)
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(found))
     else:
         print_preview(found)

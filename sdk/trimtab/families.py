@@ -6,7 +6,8 @@ and serves by it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -115,6 +116,19 @@ def refusal(config: Mapping[str, Any], max_seq_len: int) -> str:
             f"models of type {name} are kept apart by a mask, which does not know their sliding window of {window:,} tokens: choose "
             f"{window} or less  (--max-seq-len {window})"
         )
+    return ""
+
+
+def missing_target(config: Mapping[str, Any], targets: Sequence[str]) -> str:
+    """Why adapters cannot go on layers of these names, by their ends; empty where nothing is known against it: of a model of another type
+    only the runtime sees the layers."""
+    known = family.targets if (family := family_of(config)) else ()
+    for target in targets if known else ():
+        if (end := target.rsplit(".", 1)[-1]) not in known:
+            near = difflib.get_close_matches(end, known, n=1)
+            why = "; the head gets no adapters" if end in ("lm_head", "embed_out") else ""
+            hint = f"did you mean {near[0]}? " if near else ""
+            return f"lora_targets: no linear layer ends in {target!r}{why}; {hint}There are: {', '.join(known)}"
     return ""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +12,7 @@ from trimtab import cli_options
 from trimtab.backends import load_backend
 from trimtab.job import OPTIONS, Job
 from trimtab.run_cli import facts
+from trimtab.terminal import plain
 
 
 def _options(command: cli_options.Command) -> cli_options.Command:
@@ -63,15 +63,13 @@ def fit(data: tuple[str, ...], backend: str, detach: bool, dry_run: str | None, 
       trimtab fit notes/ --model smollm2-135m-instruct --dry-run=render
     """
     job = _job(data, backend, options)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # a half-made folder is removed then, too; with nohup a closed terminal ends nothing
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
+    cli_options.ends_like_ctrl_c()
     if dry_run == "render":
         print(json.dumps(job.fit(dry_run="render"), indent=2, ensure_ascii=False))
         return
     if dry_run:
         trial = job.fit(dry_run=True)
-        print(json.dumps(asdict(trial)) if as_json else "\n".join(trial.lines()))
+        print(json.dumps(asdict(trial)) if as_json else plain("\n".join(trial.lines())))
         return
     run = job.fit(wait=not detach)
     if as_json:
@@ -95,6 +93,8 @@ def plan(data: tuple[str, ...], backend: str, dry_run: bool, as_json: bool, **op
       trimtab plan notes/ --model smollm2-135m-instruct --epochs 4
       trimtab plan notes/ --model smollm2-135m-instruct --dry-run
     """
-    found = _job(data, backend, options).plan(dry_run=dry_run)
-    print(json.dumps(asdict(found)) if as_json else "\n".join(found.lines()))
+    job = _job(data, backend, options)
+    cli_options.ends_like_ctrl_c()
+    found = job.plan(dry_run=dry_run)
+    print(json.dumps(asdict(found)) if as_json else plain("\n".join(found.lines())))
     return 1 if found.missing else 0

@@ -8,22 +8,46 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trimtab.compare_page import plain
 from trimtab.events import Event
 from trimtab.layout import JobDir
 from trimtab.spec import JobSpec, TrainSpec
 from trimtab.staging import complete, run_verb, stage
+from trimtab.terminal import plain
 
 if TYPE_CHECKING:
     from rich.text import Text
 
 PART = "◌"  # a token that ends in the middle of a letter
-_LEARNED = ("bold white on #1b6e3c", "bold white on #2f8f57")  # in turns, so that tokens are told apart
-_CONTEXT = ("#9a9a9a on #2a2a2a", "#9a9a9a on #3a3a3a")
-_TAUGHT = ("white on #1d4f8b", "white on #2c6cb5")
 _CONTROL = " italic"
+_ASCII = str.maketrans({"⟦": "[[", "⟧": "]]", "│": "|", "⏎": "\\n", "⇥": "\\t", PART: "?"})  # for an output that has no such signs
+
+
+class Shades(NamedTuple):
+    """Styles of tokens, each two in turns, so that tokens are told apart."""
+
+    learned: tuple[str, str]
+    context: tuple[str, str]
+    taught: tuple[str, str]
+
+
+SHADES = {
+    "truecolor": Shades(
+        ("bold white on #1b6e3c", "bold white on #2f8f57"),
+        ("#9a9a9a on #2a2a2a", "#9a9a9a on #3a3a3a"),
+        ("white on #1d4f8b", "white on #2c6cb5"),
+    ),
+    "256": Shades(
+        ("bold color(231) on color(22)", "bold color(231) on color(28)"),
+        ("color(247) on color(235)", "color(247) on color(238)"),
+        ("color(231) on color(24)", "color(231) on color(31)"),
+    ),
+    "standard": Shades(
+        ("black on green", "black on bright_green"), ("white on black", "black on white"), ("white on blue", "black on bright_blue")
+    ),
+}
+"""By what rich calls the colours that a terminal has: left to its own rounding, greens become greys and shades one."""
 
 
 def preview(
@@ -67,15 +91,23 @@ def preview(
 
 
 def print_preview(found: dict[str, Any]) -> None:
-    """To standard output: in colour on a terminal, with signs elsewhere and where NO_COLOR is set."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        print("\n".join(lines(found)))
+    """To standard output: in colour on a terminal that has colours, with signs elsewhere and where NO_COLOR is set. Where the output has
+    no such letters, signs are of ASCII and other letters question marks."""
+    text, encoding = "\n".join(lines(found)), sys.stdout.encoding or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        print(text.translate(_ASCII).encode(encoding, "replace").decode(encoding))
         return
-    from rich.console import Console
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        from rich.console import Console
 
-    console = Console()
-    for line in coloured(found, console.width):
-        console.print(line, soft_wrap=True)
+        console = Console()
+        if (colours := console.color_system) is not None:
+            for line in coloured(found, console.width, SHADES.get(colours, SHADES["standard"])):
+                console.print(line, soft_wrap=True)
+            return
+    print(text)
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
@@ -91,7 +123,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield "⟦learned⟧ and context; │ between tokens" + _signs(found)
 
 
-def coloured(found: dict[str, Any], width: int) -> Iterator[Text]:
+def coloured(found: dict[str, Any], width: int, shades: Shades) -> Iterator[Text]:
     """Lines for a terminal of that width."""
     from rich.cells import cell_len
     from rich.text import Text
@@ -101,7 +133,7 @@ def coloured(found: dict[str, Any], width: int) -> Iterator[Text]:
         heading = f"── {_heading(one)} "
         yield Text(heading + "─" * max(0, width - cell_len(heading)), style="cyan")
         line, place = Text(), 0
-        for number, (text, style) in enumerate(zip(_texts(one), _styles(one), strict=True)):
+        for number, (text, style) in enumerate(zip(_texts(one), _styles(one, shades), strict=True)):
             shade, part = style[number % 2] + _CONTROL * one["control"][number], ""
             for letter in text:
                 if letter == "\n" or place + cell_len(letter) > width:
@@ -113,9 +145,9 @@ def coloured(found: dict[str, Any], width: int) -> Iterator[Text]:
             line.append(part, style=shade)
         if line:
             yield line
-    legend = Text.assemble((" learned ", _LEARNED[0]), " ", (" context ", _CONTEXT[0]))
+    legend = Text.assemble((" learned ", shades.learned[0]), " ", (" context ", shades.context[0]))
     if any(any(one["taught"]) for one in found["samples"]):
-        legend.append(" ").append(" rehearsed: matched with the base model's own prediction ", style=_TAUGHT[0])
+        legend.append(" ").append(" rehearsed: matched with the base model's own prediction ", style=shades.taught[0])
     yield legend.append(f"  a shade for each token, control tokens slanted{_signs(found)}")
 
 
@@ -135,9 +167,9 @@ def _learned(one: dict[str, Any]) -> list[bool]:
     return [bool(flag) for flag in one["learned"]]
 
 
-def _styles(one: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _styles(one: dict[str, Any], shades: Shades) -> Iterator[tuple[str, str]]:
     for learned, taught in zip(one["learned"], one["taught"], strict=True):
-        yield _TAUGHT if taught else _LEARNED if learned else _CONTEXT
+        yield shades.taught if taught else shades.learned if learned else shades.context
 
 
 def _texts(one: dict[str, Any]) -> Iterator[str]:

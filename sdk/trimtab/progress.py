@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from trimtab.events import Checkpoint, Choice, Event, Finished, Phase, Progress, Step
+from trimtab.terminal import plain
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -64,7 +65,7 @@ class Lines(Silent):
         self._due = 0.0
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(plain(text), file=sys.stderr, flush=True)
 
     def show(self, event: Event) -> None:
         now = time.monotonic()
@@ -88,7 +89,7 @@ class Bar:
         self._name = ""
 
     def say(self, text: str) -> None:
-        self._open().console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._open().console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
 
     def show(self, event: Event) -> None:
         if isinstance(event, Step):

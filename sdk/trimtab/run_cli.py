@@ -12,6 +12,7 @@ from trimtab import cli_options
 from trimtab.backends import load_backend
 from trimtab.completion import completes, run_handles
 from trimtab.errors import BackendError
+from trimtab.terminal import plain
 
 if TYPE_CHECKING:
     from trimtab.backends.base import RunStatus
@@ -40,7 +41,7 @@ def status(handle: str, settings: tuple[str, ...], as_json: bool) -> None:
     if found.step is not None:
         print(found.step.line())
     if found.reason:
-        print(found.reason)
+        print(plain(found.reason))
 
 
 @click.command()

@@ -275,7 +275,9 @@ def _explain(exc: ValidationError) -> str:
     """Pydantic's findings, all at once, each with the name, what is wrong and what was given."""
     lines = []
     for error in exc.errors(include_url=False):
-        name = ".".join(str(part) for part in error["loc"]) or "spec"
+        name, said = ".".join(str(part) for part in error["loc"]), error["msg"].removeprefix("Value error, ")
+        if not name:  # of the whole: it says itself which values do not go together, and what to do
+            return said
         given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
-        lines.append(f"{name}: {error['msg']}{given}")
+        lines.append(f"{name}: {said}{given}")
     return "; ".join(lines) + ". Change the value and run it again."

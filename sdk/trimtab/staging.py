@@ -83,7 +83,8 @@ def stage(
         raise SpecError("the weights stay in S3, so nothing can be rehearsed with them here: set replay to 0 (--replay 0)")
     refuse_too_long(spec.train.model, spec.train.max_seq_len)
     model = weights.resolve(spec.train.model, cache=cache, token=token, offline=offline, say=say, aws=aws, bucket_owner=bucket_owner)
-    if why := families.refusal(_config(model), spec.train.max_seq_len):
+    config = _config(model)
+    if why := families.refusal(config, spec.train.max_seq_len) or families.missing_target(config, spec.train.lora_targets):
         raise SpecError(why)
     limits = data.FetchLimits(max_bytes=max(1, round(spec.max_page_mb * 1e6)), total_s=spec.max_page_seconds)
     loaded = data.load(

@@ -154,6 +154,29 @@ def test_the_run_outlives_the_client_that_started_it(run_script, tmp_path):
     assert backend.status(handle).state is RunState.STOPPED
 
 
+def test_who_only_looks_at_a_run_without_a_noted_id_is_not_taken_for_it(run_script):
+    """Their lowest number comes first in /proc, so also one who was there before the run."""
+    look = "import sys, time; file = open(sys.argv[1], 'rb'); print('open', flush=True); time.sleep(600)"
+    backend, handle = run_script("echo here; trap 'echo bye; exit' TERM; while :; do sleep 0.05; done")
+    folder = backend.home / "runs" / handle.id
+    until(lambda: list(backend.logs(handle)) == ["here"], "its word")
+    record = json.loads((folder / "process.json").read_text())
+    (folder / "process.json").write_text(json.dumps({**record, "pid": None}))  # the client died before it could note it
+    command = [sys.executable, "-c", look, str(folder / "alive.lock")]
+    looking = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=folder) for _ in range(3)]
+    try:
+        for one in looking:
+            assert one.stdout.readline() == "open\n"
+        assert process._group(folder) == record["pid"]
+        os.killpg(record["pid"], signal.SIGKILL)
+        until(lambda: backend.status(handle).done, "its end")
+        assert process._group(folder) is None
+    finally:
+        for one in looking:
+            one.kill()
+            one.communicate()
+
+
 def test_runs_are_listed_newest_first_with_model_and_state(run_script):
     backend, first = run_script("exit 0")
     finish(backend, first)

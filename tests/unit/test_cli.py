@@ -90,6 +90,24 @@ def test_what_trimtab_refuses_ends_with_1_and_a_message_without_traceback(line, 
     assert captured.out == ""
 
 
+def test_a_message_steers_no_terminal(tiny_model, tmp_path, capsys):
+    records = tmp_path / "r.csv"
+    records.write_text('"a\x1b[2J","\x1b]0;mine\x07b"\n1,2\n')
+    assert main(["fit", str(records), "--model", str(tiny_model)]) == 1
+    said = capsys.readouterr().err
+    assert "[2J" in said
+    assert "\x1b" not in said
+    assert "\x07" not in said
+
+
+def test_values_that_do_not_go_together_are_said_without_the_insides_of_a_check(capsys):
+    assert main(["fit", "x", "--model", "m", "--method", "full", "--use-dora"]) == 1
+    assert capsys.readouterr().err == (
+        "trimtab: method full trains the whole model and leaves it whole, and use_dora is for adapters: leave it out, "
+        "or choose  --method lora\n"
+    )
+
+
 def test_status_logs_and_list_of_a_run(run_script, capsys):
     handle = run_script("echo one; echo two")
     assert main(["status", handle]) == 0

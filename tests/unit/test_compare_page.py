@@ -12,10 +12,11 @@ import pytest
 
 from trimtab.compare import Answer, Column, Comparison, Difference, Question, Sampling, Score, to_json
 from trimtab.compare_cli import compare
-from trimtab.compare_page import page, plain, write
+from trimtab.compare_page import page, write
 from trimtab.compare_table import lines
 from trimtab.errors import StagingError
 from trimtab.probes import Probe
+from trimtab.terminal import plain
 
 HOSTILE = '</p></article><script src="https://evil.example/x.js">alert(1)</script><img src=x onerror=alert(1)>\x1b[2J\u202e"\'& [red]no[/]'
 PROBES = {"starts": (), "questions": tuple(Probe(f"When was mill {number} built?", ("1874",)) for number in range(10)), "general": ()}

@@ -142,4 +142,4 @@ def test_the_plan_counts_the_machines() -> None:
     found = plan(spec, ledger, 2)
     assert found.steps == 10
     assert found.tokens == 180
-    assert "2 rows in each" in found.reasons[0]
+    assert [reason for reason in found.reasons if reason.startswith("steps")] == ["steps 10: 2 epochs of 5, 2 rows in each"]

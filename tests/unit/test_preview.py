@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,12 +16,14 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
+from rich.style import Style
 
 from support.job_tree import PAGES, make_job
 from trimtab.data_cli import data
 from trimtab.errors import StagingError
 from trimtab.layout import JobDir
-from trimtab.preview import coloured, lines, print_preview
+from trimtab.preview import SHADES, Shades, coloured, lines, print_preview
 from trimtab.spec import TrainSpec
 from trimtab_runtime.prepare import prepare
 from trimtab_runtime.preview import preview
@@ -108,7 +114,7 @@ def test_plain_lines_tell_learned_from_context_and_steer_no_terminal(job: JobDir
 
 def test_colours_tell_learned_from_context_and_one_token_from_the_next(job: JobDir) -> None:
     found = look(job, sample=5)
-    shown = list(coloured(found, 40))
+    shown = list(coloured(found, 40, SHADES["truecolor"]))
     assert all(line.cell_len <= 40 for line in shown[2:-1])
     assert "\x1b" not in "".join(line.plain for line in shown)
     for learned, shades in ((True, ("#1b6e3c", "#2f8f57")), (False, ("#2a2a2a", "#3a3a3a"))):
@@ -117,6 +123,61 @@ def test_colours_tell_learned_from_context_and_one_token_from_the_next(job: JobD
         spans = [span for line in shown[2:-1] for span in line.spans if any(shade in str(span.style) for shade in shades)]
         assert sum(span.end - span.start for span in spans) >= len(text.replace("\x1b", "")) > 0
         assert all(any(shade in str(span.style) for span in spans) for shade in shades)
+
+
+def test_every_kind_of_terminal_has_green_for_what_is_learned_and_two_shades_of_all() -> None:
+    for colours, shades in SHADES.items():
+        backgrounds = {name: [Style.parse(style).bgcolor for style in getattr(shades, name)] for name in Shades._fields}
+        shown = {
+            name: [colour.downgrade(Console(color_system=colours)._color_system) for colour in each] for name, each in backgrounds.items()
+        }
+        assert shown == backgrounds, f"{colours}: the terminal has these colours as they are"
+        assert len({colour.get_ansi_codes(foreground=False) for each in shown.values() for colour in each}) == 6
+        for colour in shown["learned"]:
+            red, green, blue = colour.get_truecolor()
+            assert green > max(red, blue) + 40
+
+
+@pytest.mark.parametrize(
+    ("variables", "green"),
+    [
+        ({"TERM": "xterm"}, b"\x1b[30;42m"),
+        ({"TERM": "xterm-256color"}, b"48;5;22m"),
+        ({"TERM": "xterm-256color", "COLORTERM": "truecolor"}, b"48;2;27;110;60m"),
+        ({"TERM": "dumb"}, "⟦".encode()),
+        ({"TERM": "xterm", "PYTHONIOENCODING": "latin-1"}, b"[["),
+    ],
+)
+def test_a_terminal_gets_what_it_can_show(tmp_path: Path, variables: dict[str, str], green: bytes) -> None:
+    assert green in _printed(tmp_path, terminal=True, **variables)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_an_output_without_the_signs_gets_ascii(tmp_path: Path, encoding: str) -> None:
+    said = _printed(tmp_path, terminal=False, PYTHONIOENCODING=encoding).decode(encoding)
+    assert "[[ the|ke?per \\n\n]]" in said
+    assert said.splitlines()[-1].startswith("[[learned]] and context; | between tokens, \\n a line's end")
+
+
+def _printed(folder: Path, *, terminal: bool, **variables: str) -> bytes:
+    """What another process prints of one sample, on a terminal or into a pipe."""
+    one = {"kind": "chat", "row": 1, "sample": 1, "ids": [1, 2, 3], "texts": ["Who", " the", "ke\u0113per \n"]}
+    one |= {"learned": [0, 1, 1], "taught": [0, 0, 0], "control": [0, 0, 0]}
+    found = {"row": 1, "rows": 1, "row_tokens": 9, "samples": [one]}
+    code = "import json, sys; from trimtab.preview import print_preview; print_preview(json.loads(sys.argv[1]))"
+    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLORTERM", "FORCE_COLOR")}
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", code, json.dumps(found)]
+    with (folder / "said").open("wb") as file:
+        child = subprocess.Popen(command, stdout=theirs if terminal else file, env=environment | variables)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # the end of a terminal that nobody holds any more
+        while piece := os.read(ours, 65536):
+            seen += piece
+    os.close(ours)
+    assert child.wait(30) == 0
+    return seen if terminal else (folder / "said").read_bytes()
 
 
 def test_no_colours_go_into_a_pipe(job: JobDir, capsys: pytest.CaptureFixture[str]) -> None:

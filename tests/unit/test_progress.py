@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from trimtab.events import Checkpoint, Choice, Finished, Phase, Progress, Step
-from trimtab.progress import Lines, Silent, clock, display, sentence
+from trimtab.progress import Bar, Lines, Silent, clock, display, sentence
 
 
 def step(number: int, of: int) -> Step:
@@ -32,6 +32,18 @@ def step(number: int, of: int) -> Step:
 )
 def test_an_event_is_a_line_for_people(event, line):
     assert sentence(event) == line
+
+
+def test_what_data_is_called_steers_no_terminal(capsys):
+    name = "train\x1b]0;mine\x07\x1b[2Jx\u202e.csv"
+    with Lines() as lines, Bar() as bar:
+        for screen in (lines, bar):
+            screen.say(f"data: {name}")
+            screen.show(Phase(name="read", at=0, detail=name))
+    said = capsys.readouterr().err
+    assert "\x1b]0;" not in said
+    assert said.count("train]0;mine[2Jx.csv") == 4
+    assert "\u202e" not in said
 
 
 def test_few_steps_are_all_shown_and_many_are_not(capsys):

@@ -54,6 +54,13 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         TrainSpec(model=MODEL, lora_rank=0, epochs=0)
 
 
+def test_a_check_of_ours_is_said_in_its_own_words() -> None:
+    with pytest.raises(SpecError, match=r"^model: is empty: give a catalog alias, a Hub id or a folder \(given: ''\)"):
+        TrainSpec(model="")
+    with pytest.raises(SpecError, match=r"^several machines with GPUs cannot train together yet: .*--device xeon$"):
+        JobSpec(train=TrainSpec(model=MODEL), data=("x",), device="gpu", nodes=2)
+
+
 def test_a_token_is_not_sent_as_a_hyperparameter() -> None:
     with pytest.raises(SpecError, match="HF_TOKEN"):
         TrainSpec(model="hf_" + "a" * 30).to_hyperparameters()

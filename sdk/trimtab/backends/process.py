@@ -26,7 +26,7 @@ from trimtab.backends.base import RunHandle, RunState, RunStatus
 from trimtab.backends.run_folder import LocalRuns, read_json, refuse_absent, write_json
 from trimtab.command import INHERITED, inherited, refuse_missing_runtime, runtime_command, runtime_environment
 from trimtab.errors import BackendError, BackendUnavailable
-from trimtab.layout import JobDir
+from trimtab.layout import ROOT_VARIABLE, JobDir
 from trimtab.spec import JobSpec
 
 GRACE = run_folder.GRACE
@@ -176,16 +176,27 @@ def _alive(folder: Path) -> bool:
 
 
 def _group(folder: Path) -> int | None:
-    """The process group of a run that lives; found by who holds its lock, where the client died before it could note that."""
+    """The process group of a run that lives; found by its lock, where the client died before it could note that. Others have the lock open
+    while they look whether it is held, but only the run's own processes got the run's folder as their root."""
     process = _process(folder)
     if process and process["pid"]:
         return int(process["pid"])
     lock = folder / "alive.lock"
     for entry in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
-            if entry.samefile(lock) and (pid := int(entry.parts[2])) == os.getpgid(pid):
+            pid = int(entry.parts[2])
+            if entry.samefile(lock) and pid == os.getpgid(pid) and folder.samefile(_root(entry.parents[1])):
                 return pid
     return None
+
+
+def _root(process: Path) -> Path:
+    """What a process of `/proc` was given as the root of its job tree. Raises FileNotFoundError for one that was given none."""
+    for pair in (process / "environ").read_bytes().split(b"\0"):
+        name, _, value = os.fsdecode(pair).partition("=")
+        if name == ROOT_VARIABLE:
+            return Path(value)
+    raise FileNotFoundError(f"{process} works for no run")
 
 
 def _process(folder: Path) -> Any:
