@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,6 +29,20 @@ def held(folder: Path) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def making(parent: Path, prefix: str, *, stale: float) -> Iterator[Path]:
+    """A new folder in `parent` to make something in, which is then moved away: at the end the folder goes. Those of makers that have died
+    go first, as `sweep` with `stale` says. Raises OSError."""
+    parent.mkdir(parents=True, exist_ok=True)
+    sweep(parent.glob(f"{prefix}*"), stale=stale)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        with held(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep(folders: Iterable[Path], *, stale: float | None = None, made: str = "") -> None:

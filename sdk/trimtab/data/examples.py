@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import IO
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trimtab import half_made
 from trimtab.data.forms import Canonical, canonical, learned
 from trimtab.data.parts import Broken, Part, places
 from trimtab.data.records import read
@@ -27,7 +27,7 @@ from trimtab.data.turns import FormError
 from trimtab.errors import DataError
 
 NAMED = 5  # broken records of a file that are named; a file with more is not read on where it would fail anyway
-_STALE_S = 24 * 3600.0  # after which a half-written file has no writer any more
+_STALE_S = 24 * 3600.0  # after which a half-made folder without a lock has no maker any more
 _TELL_EVERY_S = 5.0
 _ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
@@ -87,7 +87,7 @@ class Writer:
 
     def __init__(self, cache: Path) -> None:
         self._folder = cache / "examples"
-        self._making = self._folder
+        self._making = contextlib.ExitStack()
         self._file: IO[bytes] | None = None
         self._seen: set[bytes] = set()
         self._digest = hashlib.sha256()
@@ -100,7 +100,7 @@ class Writer:
         if self._file is not None:
             with contextlib.suppress(OSError):  # what is left to write has no room either
                 self._file.close()
-            self._making.unlink(missing_ok=True)
+        self._making.close()
 
     @property
     def count(self) -> int:
@@ -130,21 +130,15 @@ class Writer:
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._making.chmod(0o644)
-            self._making.replace(path)
+            Path(self._file.name).replace(path)
         except OSError as exc:
             raise self._no_room(exc) from exc
         return Examples(path=path, count=self._forms.total(), forms=dict(sorted(self._forms.items())), digest=digest)
 
     def _opened(self) -> IO[bytes]:
         if self._file is None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self._folder.glob(".examples.*"):  # of a client that was killed
-                with contextlib.suppress(FileNotFoundError):
-                    if time.time() - leftover.stat().st_mtime > _STALE_S:
-                        leftover.unlink()
-            descriptor, name = tempfile.mkstemp(dir=self._folder, prefix=".examples.")
-            self._making, self._file = Path(name), os.fdopen(descriptor, "wb")
+            making = self._making.enter_context(half_made.making(self._folder, ".examples.", stale=_STALE_S))
+            self._file = (making / "examples.jsonl").open("wb")
         return self._file
 
     def _no_room(self, exc: OSError) -> DataError:

@@ -35,7 +35,9 @@ ASKED = ("instruction", "question", "query", "prompt", "q", "input")
 ANSWERED = ("output", "response", "answer", "completion", "a")
 GIVEN = ("input", "context")
 KNOWN = frozenset((*CHAT, *TOOLS, *SYSTEM, *ASKED, *ANSWERED, *GIVEN, "history", "text", "title"))
-"""Every column that some form reads. A reader of wide tables need not read others."""
+"""Every column that some form reads."""
+READ = KNOWN | {"label"}
+"""Every column whose value matters. A reader of wide tables need not read others."""
 
 _HUMAN = re.compile(r"\s*###\s*Human\s*:")
 _ASSISTANT = re.compile(r"###\s*Assistant\s*:[ \t]*(.?)", re.S)
@@ -104,6 +106,9 @@ def shape_of(columns: tuple[str, ...]) -> Shape:
     Raises FormError when no form has them, two could be the same thing, or one is nearly a name that the form has.
     """
     names = {name.strip().lower(): name for name in reversed(columns)}
+    for name in columns if len(names) < len(columns) else ():
+        if (first := names[name.strip().lower()]) != name and name.strip().lower() in KNOWN:
+            raise FormError(f"the columns {first!r} and {name!r} are one name; keep one of them")
     read: dict[str, str] = {}
     form: Form
     if chat := _one_of("conversation", CHAT, names):
@@ -182,6 +187,8 @@ def _text(record: Mapping[str, Any], shape: Shape) -> Canonical:
 
 def _prompt(record: Mapping[str, Any], shape: Shape) -> Canonical:
     columns = shape.columns
+    if any(_is_false(record[name]) for name in shape.left_out if name.strip().lower() == "label"):
+        raise FormError("its label is false: an example of what not to say, of which there is nothing to imitate; remove the record")
     prompt, completion = record[columns["prompt"]], record[columns["completion"]]
     if isinstance(prompt, list | tuple) or isinstance(completion, list | tuple):
         if not (isinstance(prompt, list | tuple) and isinstance(completion, list | tuple)):
@@ -198,13 +205,18 @@ def _prompt(record: Mapping[str, Any], shape: Shape) -> Canonical:
     return Canonical(PROMPT, tuple(name for part, name in columns.items() if part != "tools"), left_out, content)
 
 
+def _is_false(value: Any) -> bool:
+    """As JSON or a cell of a csv file writes it; 0 is a class like another."""
+    return value is False or (isinstance(value, str) and value.strip().lower() == "false")
+
+
 def _pair(record: Mapping[str, Any], shape: Shape) -> Canonical:
     """Two lists of messages: one conversation of which only the end is learned."""
     columns = shape.columns
     asked = messages_of(record[columns["prompt"]], columns["prompt"], answered=False)
     answer = messages_of(record[columns["completion"]], columns["completion"])
-    if (role := asked.messages[-1]["role"]) not in ("user", "system"):
-        raise FormError(f"prompt ends with a turn of the {role}; end it with the user's, and move what follows to completion")
+    if asked.messages[-1]["role"] == "assistant":
+        raise FormError("prompt ends with a turn of the assistant; end it with the user's or a tool's, and move what follows to completion")
     if (role := next((one["role"] for one in answer.messages if one["role"] in ("user", "system")), "")) != "":
         raise FormError(f"completion has a turn of the {role}, which is not learned; move what stands before the answer to prompt")
     content: dict[str, Any] = {"form": "chat", "messages": [*asked.messages, *answer.messages], "learn_last": True}

@@ -6,13 +6,15 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trimtab import half_made
 from trimtab.cache import cache_dir
 from trimtab.errors import DataError
+
+_STALE_S = 24 * 3600.0  # after which a half-made folder without a lock has no maker any more
 
 
 def as_sources(given: Any, cache: Path | None = None) -> list[str]:
@@ -56,10 +58,8 @@ def _rows(given: Any) -> Iterable[Mapping[str, Any]]:
 def _written(rows: Iterable[Mapping[str, Any]], folder: Path) -> str:
     digest, count = hashlib.sha256(), 0
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=folder, prefix=".given.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
+        with half_made.making(folder, ".given.", stale=_STALE_S) as making:
+            with (making / "records.jsonl").open("wb") as file:
                 for line in _lines(rows):
                     count += 1
                     digest.update(line)
@@ -67,10 +67,7 @@ def _written(rows: Iterable[Mapping[str, Any]], folder: Path) -> str:
             if not count:
                 raise DataError("the data holds no records; pass at least one")
             path = folder / f"records-{digest.hexdigest()[:16]}.jsonl"
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+            (making / "records.jsonl").replace(path)
     except OSError as exc:
         raise DataError(f"the data cannot be written to {folder} ({exc.strerror or exc}); set TRIMTAB_CACHE to another folder") from exc
     return str(path)

@@ -15,11 +15,14 @@ KINDS = {
     ".tsv": "tsv",
     ".parquet": "parquet",
     ".jsonl.gz": "jsonl",
+    ".ndjson.gz": "jsonl",
     ".json.gz": "json",
     ".csv.gz": "csv",
     ".tsv.gz": "tsv",
 }
 """The endings of files that hold records, and what each is."""
+
+LONGEST = 100_000_000  # bytes of one line, field or row: more is no record but a file of another kind, and would fill the memory
 
 RECORD_TYPES = {
     **dict.fromkeys(("application/jsonl", "application/x-jsonl", "application/jsonlines", "application/x-jsonlines"), "jsonl"),
@@ -54,8 +57,12 @@ class Broken:
     last: bool = False
 
 
+class Counted(int):
+    """The number of a record that has no line or row of its own, as inside one JSON object."""
+
+
 Numbered = tuple[int, dict[str, Any] | Broken]
-"""A record with the line where it begins, or, in a table, its row; both are counted from 1."""
+"""A record with the line where it begins, or, in a table, its row, or that it is `Counted`; all are counted from 1."""
 
 
 def kind_of(name: str) -> str | None:
@@ -64,7 +71,14 @@ def kind_of(name: str) -> str | None:
     return next((kind for ending, kind in sorted(KINDS.items(), key=lambda pair: -len(pair[0])) if lower.endswith(ending)), None)
 
 
+def too_large(at_most: int) -> str:
+    """Why what was fetched is not read."""
+    return (
+        f"it is larger than {at_most:,} bytes; raise max_page_mb (--max-page-mb), or download it and pass the file, which may be any size"
+    )
+
+
 def places(part: Part, numbers: Sequence[int]) -> str:
     """Where records stand, in words."""
-    word = "row" if part.kind in ("parquet", "arrow") else "line"
+    word = "row" if part.kind in ("parquet", "arrow") else "record" if isinstance(numbers[0], Counted) else "line"
     return f"{word}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

@@ -11,15 +11,15 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
 from trimtab.data.forms import KNOWN
-from trimtab.data.parts import Broken, Numbered, Part
+from trimtab.data.parts import LONGEST, Broken, Counted, Numbered, Part, too_large
 from trimtab.errors import DataError
 
-LONGEST = 100_000_000  # bytes of one line or field: more is no record but a file of another kind, and would fill the memory
+_NUL = "it holds NUL bytes, as a file has that was not written to its end; remove the line or write the file again"
 _DIGITS = 4000  # of a whole number: Python converts no more than 4,300
 LARGEST_JSON = 500_000_000  # bytes of a .json file, which is held in memory
 
@@ -84,12 +84,6 @@ def _bounded(body: io.BufferedIOBase, part: Part) -> io.BufferedIOBase:
     return io.BytesIO(unpacked)
 
 
-def too_large(at_most: int) -> str:
-    return (
-        f"it is larger than {at_most:,} bytes; raise max_page_mb (--max-page-mb), or download it and pass the file, which may be any size"
-    )
-
-
 def _lines(file: io.BufferedIOBase) -> Iterator[tuple[int, bytes]]:
     """Lines with their numbers, without a byte order mark. A longer line than LONGEST comes in pieces of that length."""
     for number, line in enumerate(iter(partial(file.readline, LONGEST + 1), b""), start=1):
@@ -133,7 +127,7 @@ def _record(line: bytes, number: int) -> dict[str, Any] | Broken:
         if number == 1 and line.strip() in (b"[", b"{"):
             return Broken("the file is one JSON value over many lines; name it .json, or write one record a line", last=True)
         if b"\0" in line:
-            return Broken("it holds NUL bytes, as a file has that was not written to its end; remove the line or write the file again")
+            return Broken(_NUL)
         return Broken(str(exc))
     if isinstance(value, dict):
         return value
@@ -160,10 +154,19 @@ def _no_json(exc: json.JSONDecodeError) -> str:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = str(_repeated(name for name, _ in pairs))
         raise ValueError(f"{twice[:40]!r} is there twice in one object; keep one of them")
     return found
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first name that was there before."""
+    seen = set[str]()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def _no_constant(name: str) -> Any:
@@ -261,7 +264,7 @@ def _object(value: Any) -> Iterator[Numbered]:
             yield 1, Broken(f"it has several lists of records ({', '.join(lists)}); keep one in a file", last=True)
             return
         for number, row in enumerate(value[lists[0]], start=1):
-            yield number, row if isinstance(row, dict) else Broken("it is no object; write each record as an object, {...}")
+            yield Counted(number), row if isinstance(row, dict) else Broken("it is no object; write each record as an object, {...}")
         return
     columns = {name: _column(column) for name, column in value.items()}
     lengths = {len(column) for column in columns.values() if column is not None}
@@ -274,7 +277,7 @@ def _object(value: Any) -> Iterator[Numbered]:
         )
     else:
         for number, row in enumerate(zip(*(column or [] for column in columns.values()), strict=True), start=1):
-            yield number, dict(zip(columns, row, strict=True))
+            yield Counted(number), dict(zip(columns, row, strict=True))
 
 
 def _column(value: Any) -> list[Any] | None:
@@ -301,17 +304,20 @@ def _table(file: io.BufferedIOBase, part: Part) -> Iterator[Numbered]:
             row = next(rows)
         except StopIteration:
             return
-        except ValueError as exc:
-            yield feed.number, Broken(str(exc))
-            continue
         except csv.Error as exc:
-            yield begins, Broken(f"the row that begins here cannot be read ({exc}); look for a quote that is not closed", last=True)
+            yield begins, Broken(_no_row(exc), last=True)
             return
+        if feed.problem:
+            (number, reason), feed.problem = feed.problem, None
+            yield number, Broken(reason, last=header is None)
+            if header is None:
+                return
+            continue
         if not row:
             continue
         if header is None:
             header = [name.strip() for name in row]
-            if twice := next((name for name in header if header.count(name) > 1), None):
+            if (twice := _repeated(header)) is not None:
                 yield begins, Broken(f"the column name {twice[:40]!r} is there twice; rename one", last=True)
                 return
         elif len(row) != len(header):
@@ -324,12 +330,14 @@ def _table(file: io.BufferedIOBase, part: Part) -> Iterator[Numbered]:
 
 
 class _Feed:
-    """The lines of a table as text. One that is no UTF-8 raises ValueError, and the next call goes on after it."""
+    """The lines of a table as text. Of one that cannot be decoded the `problem` is kept, its number and what is wrong, and it is given all
+    the same: it may stand inside a quoted field, whose other lines are no rows of their own."""
 
     def __init__(self, file: io.BufferedIOBase) -> None:
         self._lines = _lines(file)
         self._first: bytes | None = None
         self.number = 0
+        self.problem: tuple[int, str] | None = None
 
     def peek(self) -> bytes:
         self._first = next(self._lines, (0, b""))[1]
@@ -346,8 +354,19 @@ class _Feed:
             raise StopIteration
         self.number += 1
         if b"\0" in line:
-            raise ValueError("it holds NUL bytes, as a file has that was not written to its end; remove the line or write the file again")
-        return _decoded(line)
+            self.problem = self.problem or (self.number, _NUL)
+            line = line.replace(b"\0", b"?")
+        try:
+            return _decoded(line)
+        except ValueError as exc:
+            self.problem = self.problem or (self.number, str(exc))
+            return line.decode("utf-8", errors="replace")
+
+
+def _no_row(exc: csv.Error) -> str:
+    if "new-line character" in str(exc):  # outside quotes, without the \n that ends a line
+        return "its lines end with \\r alone, as old Macs wrote them; save it with line ends LF (\\n)"
+    return f"the row that begins here cannot be read ({exc}); look for a quote that is not closed"
 
 
 def _delimiter(first: bytes) -> str:

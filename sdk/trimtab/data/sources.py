@@ -120,7 +120,9 @@ def _from_url(url: str, scheme: str) -> _Found:
     if scheme == "file":
         return [], [Refused(name, f"file: addresses are not read; pass the path: {unquote(urlsplit(url).path)}")], []
     if scheme == "hf":
-        return [(url, Source(url, "hf", records="hub"))], [], []
+        if problem := _hub_problem(url):
+            return [], [Refused(name, problem)], []
+        return [(name, Source(name, "hf", records="hub"))], [], []
     if problem := check_url(url):
         return [], [Refused(name, problem)], []
     if dataset := _DATASET_PAGE.fullmatch(url):
@@ -130,6 +132,19 @@ def _from_url(url: str, scheme: str) -> _Found:
     host = (parts.hostname or "").lower()
     same = urlunsplit((scheme, (f"[{host}]" if ":" in host else host) + port, parts.path or "/", parts.query, ""))
     return [(same, Source(name, host + port, url=same, records=kind_of(parts.path)))], [], []
+
+
+def _hub_problem(url: str) -> str | None:
+    """What keeps an hf:// name from being shown and noted as it is, or None."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "it cannot be read as a name; pass  hf://datasets/OWNER/NAME[@REVISION][/CONFIG][/SPLIT]"
+    if "@" in parts.netloc:
+        return "it carries a user name or a token, which would end up in records; set HF_TOKEN, and pass  hf://datasets/OWNER/NAME"
+    if "?" in url or "#" in url:
+        return "names of datasets have no ? and no #; pass  hf://datasets/OWNER/NAME[@REVISION], and set HF_TOKEN for a token"
+    return None
 
 
 def _from_path(path: Path) -> _Found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "function_response", "function_call"), "tool"),
+    **dict.fromkeys(("tool", "function", "observation", "function_response"), "tool"),
+    "function_call": "function_call",
 }
-"""What records call a role, and what chat templates call it. `function_call` is an assistant's turn that calls tools."""
+"""What records call a role, and what chat templates call it, but for `function_call`: an assistant's turn that calls tools."""
 
 _ROLE_TURN = ("role", "content", "name", "tool_calls", "tool_call_id", "function_call", "weight")
 _FROM_TURN = ("from", "value", "weight")
@@ -59,7 +60,7 @@ def text_of(record: Mapping[str, Any], column: str, *, may_be_empty: bool = Fals
 
 
 def messages_of(value: Any, column: str, *, answered: bool = True) -> Turns:
-    """The turns in a column. `answered` asks for at least one turn of the assistant, else there must be none after the last question.
+    """The turns in a column. With `answered` at least one must be the assistant's; without, whose they are is not looked at.
 
     Raises FormError naming the turn, counted from 1.
     """
@@ -76,7 +77,9 @@ def messages_of(value: Any, column: str, *, answered: bool = True) -> Turns:
             shape = _turn_shape(tuple(name for name, part in turn.items() if part is not None or name in ("content", "value")))
             sharegpt = sharegpt or shape.sharegpt
             left_out |= dict.fromkeys(f"{column}.{name}" for name in shape.left_out)
-            messages.append(_from_value(turn) if shape.sharegpt else _role_content(turn))
+            message, unread = _from_value(turn) if shape.sharegpt else _role_content(turn)
+            left_out |= dict.fromkeys(f"{column}.{name}" for name in unread)
+            messages.append(message)
         except FormError as exc:
             raise FormError(f"turn {number} of {column}: {exc}") from None
     if answered and not any(message["role"] == "assistant" for message in messages):
@@ -121,6 +124,7 @@ def _turn_shape(names: tuple[str, ...]) -> _Shape:
 
 
 def _role(name: Any, column: str) -> str:
+    """One of the values of `ROLES`."""
     if not isinstance(name, str):
         raise FormError(f"its {column} is {said(name)} and not a text; write one of user, assistant, system, tool")
     role = ROLES.get(name) or ROLES.get(name.strip().lower())
@@ -132,38 +136,45 @@ def _role(name: Any, column: str) -> str:
     return role
 
 
-def _from_value(turn: Mapping[str, Any]) -> dict[str, Any]:
+_Message = tuple[dict[str, Any], list[str]]  # as templates take it, and the names that were not read
+
+
+def _from_value(turn: Mapping[str, Any]) -> _Message:
     _refuse_weight(turn)
     role, content = _role(turn["from"], "from"), _content(turn["value"], "value")
-    if turn["from"] == "function_call":
+    if role == "function_call":
         calls = _parsed(content, "value")
-        return {"role": "assistant", "content": "", "tool_calls": _calls(calls if isinstance(calls, list | tuple) else [calls])}
+        found, unread = _calls(calls if isinstance(calls, list | tuple) else [calls], "value")
+        return {"role": "assistant", "content": "", "tool_calls": found}, unread
     _refuse_empty(role, content)
-    return {"role": role, "content": content}
+    return {"role": role, "content": content}, []
 
 
-def _role_content(turn: Mapping[str, Any]) -> dict[str, Any]:
+def _role_content(turn: Mapping[str, Any]) -> _Message:
     _refuse_weight(turn)
     role = _role(turn["role"], "role")
-    if turn["role"] == "function_call":
+    if role == "function_call":
         raise FormError("there is no role 'function_call' beside content; write an assistant's turn with tool_calls")
+    if turn.get("tool_calls") and turn.get("function_call"):
+        raise FormError("it has tool_calls and function_call, which are two names of the same; keep one of them")
     calls = turn.get("tool_calls") or ([{"function": turn["function_call"]}] if turn.get("function_call") else None)
     content = turn.get("content")
     if calls is not None and role != "assistant":
         raise FormError(f"a turn of the {role} cannot call tools; give it the role assistant")
     if content is None and calls is None:
         raise FormError("its content is null; write its text, or remove the record" if "content" in turn else "it has no content; write it")
+    unread: list[str] = []
     message: dict[str, Any] = {"role": role, "content": "" if content is None else _content(content, "content")}
     if calls is None:
         _refuse_empty(role, message["content"])
     else:
-        message["tool_calls"] = _calls(calls)
+        message["tool_calls"], unread = _calls(calls, "tool_calls")
     for name in ("name", "tool_call_id"):
         if (value := turn.get(name)) is not None:
             if not isinstance(value, str):
                 raise FormError(f"its {name} is {said(value)} and not a text; write it in quotes")
             message[name] = value
-    return message
+    return message, unread
 
 
 def _refuse_weight(turn: Mapping[str, Any]) -> None:
@@ -195,21 +206,35 @@ def _content(value: Any, column: str) -> str:
     return "".join(texts)
 
 
-def _calls(value: Any) -> list[dict[str, Any]]:
-    """Calls with their arguments as objects, as templates want them; many records hold them as JSON in a text."""
+def _calls(value: Any, column: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Calls with their arguments as objects, as templates want them (many records hold them as JSON in a text), and the names in `column`
+    that were not read."""
     if not isinstance(value, list | tuple) or not value:
         raise FormError("its tool_calls is no list of calls; write each as an object with function: name and arguments")
-    calls = []
+    calls, unread = [], dict[str, None]()
     for call in value:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
             raise FormError("a tool call has no name; write it as an object with function: name and arguments")
-        arguments = _parsed(function.get("arguments") or {}, "the arguments of a tool call")
+        if "arguments" not in function and "parameters" in function:
+            raise FormError("a tool call has parameters and no arguments; rename them arguments")
+        arguments = function.get("arguments")
+        arguments = {} if arguments is None or arguments == "" else _parsed(arguments, "the arguments of a tool call")
         if not isinstance(arguments, Mapping):
             raise FormError(f"the arguments of a tool call are {said(arguments)} and not an object; write them as one")
-        kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        if (key := call.get("id")) is not None and not isinstance(key, str):
+            raise FormError(f"the id of a tool call is {said(key)} and not a text; write it in quotes")
+        if function is not call:
+            unread |= dict.fromkeys(f"{column}.function.{name}" for name in _unread(function, ("name", "arguments")))
+        read = ("id", "type", "function") if function is not call else ("id", "type", "name", "arguments")
+        unread |= dict.fromkeys(f"{column}.{name}" for name in _unread(call, read))
+        kept = {} if key is None else {"id": key}
         calls.append({**kept, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}})
-    return calls
+    return calls, list(unread)
+
+
+def _unread(found: Mapping[str, Any], read: Sequence[str]) -> list[str]:
+    return [name for name, value in found.items() if value is not None and name not in read]
 
 
 def _parsed(value: Any, what: str) -> Any:
