@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "trimtab.json"
+NEW = ".new"  # the folder in which an artifact is written, until it is whole
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,17 +39,25 @@ _WEIGHTS = re.compile(r"(adapter_)?model.*\.safetensors(\.index\.json)?|adapter_
 _PACKAGES = ("trimtab", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy")
 
 
+def size(spec: TrainSpec, numbers: int) -> int:
+    """Bytes of an artifact's weights, which are so many numbers: adapters are saved in fp32, a whole model in its own type."""
+    return numbers * (2 if spec.method == "full" and saved_dtype(spec).value == "bfloat16" else 4)
+
+
 def write(job: JobDir, spec: TrainSpec, model: PeftModel | PreTrainedModel, ledger: Ledger, metrics: dict[str, Any]) -> None:
-    """Write the artifact of a run into `job.model`. An artifact without trimtab.json is not finished."""
-    folder, base = job.model, job.channel("model")
-    (folder / NAME).unlink(missing_ok=True)
-    shutil.rmtree(folder / MERGED, ignore_errors=True)  # of an earlier life
-    for path in folder.iterdir():
-        if _WEIGHTS.fullmatch(path.name):
-            path.unlink()
+    """Write the artifact of a run into `job.model`. An artifact without trimtab.json is not finished.
+
+    All of it is written beside the one of an earlier life, into `.new`, before anything of that is touched: a failure or a kill while
+    the weights are written leaves it usable. Then the old trimtab.json goes first and the new one comes last, so that none ever
+    names files that it does not belong to. A kill between these two leaves no artifact, but takes nothing: only names change there, in
+    milliseconds, and the next life makes it again from its checkpoint.
+    """
+    folder, base, new = job.model, job.channel("model"), job.model / NEW
+    discard(folder)
+    new.mkdir()
     names: tuple[str, ...] = TOKENIZER_FILES
     if spec.method == "full":
-        _write_model(folder, base, spec, model)
+        _write_model(new, base, spec, model)
         names += (*SPELLINGS, *(path.name for path in base.iterdir() if is_licence(path.name)))
     else:
         # the base is named as the user named it, not by where it lay on this machine
@@ -56,14 +65,17 @@ def write(job: JobDir, spec: TrainSpec, model: PeftModel | PreTrainedModel, ledg
             config.base_model_name_or_path = _hub_name(spec.model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model.save_pretrained(str(folder), save_embedding_layers=False, safe_serialization=True)
+            model.save_pretrained(str(new), save_embedding_layers=False, safe_serialization=True)
     for name in names:
         if (base / name).is_file():
-            shutil.copyfile(base / name, folder / name)
-    (folder / "README.md").write_text(model_card(spec, ledger, metrics), encoding="utf-8")
-    files = {path.name: manifest.file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+            shutil.copyfile(base / name, new / name)
+    (new / "README.md").write_text(model_card(spec, ledger, metrics), encoding="utf-8")
+    files = {}
+    for path in sorted(new.iterdir()):
+        manifest.flush(path)
+        files[path.name] = manifest.file_digest(path)
     manifest.write_json(
-        folder / NAME,
+        new / NAME,
         {
             "format": 1,
             "spec": spec.model_dump(mode="json"),
@@ -75,6 +87,28 @@ def write(job: JobDir, spec: TrainSpec, model: PeftModel | PreTrainedModel, ledg
             "files": files,
         },
     )
+    _put_in_place(new, folder, files)
+
+
+def discard(folder: Path) -> None:
+    """Remove what was written of an artifact that is not in its place yet; one that is stays as it is."""
+    shutil.rmtree(folder / NEW, ignore_errors=True)
+
+
+def _put_in_place(new: Path, folder: Path, names: Iterable[str]) -> None:
+    """Let the files `names` of `new`, and its trimtab.json, take the place of the artifact in `folder`."""
+    (folder / NAME).unlink(missing_ok=True)
+    manifest.flush_names(folder)
+    shutil.rmtree(folder / MERGED, ignore_errors=True)  # of the earlier adapter
+    for path in folder.iterdir():
+        if _WEIGHTS.fullmatch(path.name) and path.name not in names:
+            path.unlink()
+    for name in names:
+        (new / name).replace(folder / name)
+    manifest.flush_names(folder)
+    (new / NAME).replace(folder / NAME)
+    manifest.flush_names(folder)
+    discard(folder)
 
 
 def _write_model(folder: Path, base: Path, spec: TrainSpec, model: PreTrainedModel) -> None:
@@ -82,7 +116,12 @@ def _write_model(folder: Path, base: Path, spec: TrainSpec, model: PreTrainedMod
     import torch
 
     dtype = getattr(torch, saved_dtype(spec).value)
-    weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    weights, converted = {}, dict[tuple[object, ...], torch.Tensor]()
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())  # tied weights stay one, which transformers stores once
+        if place not in converted or not tensor.numel():
+            converted[place] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        weights[name] = converted[place]
     model.save_pretrained(str(folder), state_dict=weights, max_shard_size=SHARD, safe_serialization=True)
     # what transformers made of it is this run's: without a cache, with other attention
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))

@@ -90,15 +90,6 @@ def full(folder: Path) -> StagingError:
     return StagingError(f"the disk is full: {_free(folder)} of it are free. {_make_room(folder)}")
 
 
-def empty(folder: Path) -> None:
-    """Remove all that is in a folder, and not the folder itself, which may be mounted."""
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
-
-
 class Reserve:
     """A little room that is held, so that on a full disk the reason can still be written down."""
 

@@ -22,8 +22,7 @@ def write(folder: Path, facts: dict[str, Any]) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != NAME:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(path)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     flush_names(folder)
     write_json(folder / NAME, {**facts, "files": files})
@@ -70,6 +69,12 @@ def write_json(path: Path, value: object) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def flush(path: Path) -> None:
+    """Flush a file that was written to disk (fsync(2))."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def flush_names(folder: Path) -> None:

@@ -231,7 +231,7 @@ def train(
         "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
         "seconds": round(before + time.monotonic() - loop_began, 1), "ended_by": ended_by or "all steps done",
     }  # fmt: skip
-    with disk.whole_or_nothing(job.model, "the artifact", checkpoint.size(parameters) // 3, lambda: disk.empty(job.model)):
+    with disk.whole_or_nothing(job.model, "the artifact", artifact.size(spec, trained.size), lambda: artifact.discard(job.model)):
         artifact.write(job, spec, model, rows.ledger, metrics)
     if spec.keep_merged and ending != "stopped" and not stop_requested():  # who stops a run gives it little time
         events.write(Phase(name="merge", at=time.time()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from trimtab.artifact import Artifact
 from trimtab.cli import main
 from trimtab.compare_targets import targets
 from trimtab.endpoint import deploy
-from trimtab.errors import SpecError
+from trimtab.errors import SpecError, StagingError
 from trimtab.events import EventLog
 from trimtab.layout import JobDir
 from trimtab.merge import merged
@@ -143,12 +144,16 @@ def test_the_artifact_is_a_plain_model(finished: JobDir, tiny_model: Path) -> No
     assert AutoTokenizer.from_pretrained(finished.model).chat_template
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("asked", "dtype", "saved"),
+    [("float32", "float32", "float32"), ("bfloat16", "bfloat16", "bfloat16"), ("auto", "float32", "bfloat16")],
+    ids=["fp32", "bf16", "fp32 in bf16"],
+)
 def test_what_is_saved_answers_as_what_was_trained(
-    tmp_path: Path, tiny_model: Path, finished: JobDir, dtype: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Path, finished: JobDir, asked: str, dtype: str, saved: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And in several files it is the same artifact."""
-    job = make_job(tmp_path / "job", tiny_model, **WHOLE, dtype=dtype)
+    job = make_job(tmp_path / "job", tiny_model, **WHOLE, dtype=asked)
     spec, rows = spec_of(job), PackedRows(finished.channel("train"))
     model = load_model(job.channel("model"), spec, getattr(torch, dtype))
     trained = trained_parts(model, spec, getattr(torch, dtype))
@@ -164,6 +169,9 @@ def test_what_is_saved_answers_as_what_was_trained(
     metrics = {"steps": 3, "of": 3, "first_loss": 1.0, "last_loss": 1.0, "ended_by": "all steps done"}
     artifact.write(job, spec, model, rows.ledger, metrics)
     whole = Artifact(job.model).digest
+    assert set(load_file(job.model / "model.safetensors")) == set(load_file(tiny_model / "model.safetensors")), "a tied head is stored once"
+    of_weights = artifact.size(spec, trained.size)
+    assert of_weights < (job.model / "model.safetensors").stat().st_size < 1.02 * of_weights + 1e4
     monkeypatch.setattr(artifact, "SHARD", "2MB")
     artifact.write(job, spec, model, rows.ledger, metrics)
     shards = [path.name for path in job.model.glob("model-*.safetensors")]
@@ -173,16 +181,81 @@ def test_what_is_saved_answers_as_what_was_trained(
     assert {f"model/{name}" for name in shards} < set(serving(job.model).files)
 
     again = AutoModelForCausalLM.from_pretrained(job.model)
-    assert again.dtype == getattr(torch, dtype)
+    assert again.dtype == getattr(torch, saved)
     for name, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
+        assert torch.equal(again.state_dict()[name], tensor.to(again.dtype)), name
     batch = as_batch([rows[0]])
     first = rows[0].lengths[0]
     with torch.inference_mode():
         ours = model.get_decoder()(**batch.inputs()).last_hidden_state[0, :first].float()
         theirs = again.get_decoder()(input_ids=batch.tokens[:, :first]).last_hidden_state[0].float()
-    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == "float32" else {"rtol": 0.1, "atol": 0.1}
+    close = {"rtol": 1e-4, "atol": 1e-4} if saved == "float32" else {"rtol": 0.1, "atol": 0.1}
     torch.testing.assert_close(ours, theirs, **close)
+
+
+def test_an_artifact_that_cannot_be_written_leaves_the_earlier_one(finished: JobDir, tmp_path: Path) -> None:
+    job = JobDir(tmp_path / "job")
+    shutil.copytree(finished.root, job.root, symlinks=True)
+    (job.model / ".new").mkdir()  # of a life that was killed while it wrote
+    (job.model / ".new" / "model-00001-of-00009.safetensors").write_bytes(b"half")
+    before = {path.name: path.read_bytes() for path in job.model.iterdir() if path.is_file()}
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, allowed[1]))
+    try:
+        with pytest.raises(StagingError, match=r"the artifact could not be written to .*File too large"):
+            train_here(job)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    assert {path.name: path.read_bytes() for path in job.model.iterdir()} == before
+    Artifact(job.model).verify()
+    train_here(job)
+    assert Artifact(job.model) == Artifact(finished.model)
+    assert {path.name for path in job.model.iterdir()} == set(before)
+
+
+def test_a_kill_while_an_artifact_takes_its_place_leaves_none_that_names_other_files(
+    finished: JobDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each of its renames: there is the earlier one, or none until the next life writes it, or the new one."""
+
+    class Killed(BaseException):
+        pass
+
+    job = JobDir(tmp_path / "job")
+    shutil.copytree(finished.root, job.root, symlinks=True)
+    spec, rows = spec_of(job), PackedRows(job.channel("train"))
+    model = load_model(job.channel("model"), spec, torch.bfloat16)
+    metrics = {"steps": 1, "of": 3, "first_loss": 1.0, "last_loss": 1.0, "ended_by": "all steps done"}
+    rename, left, found = Path.replace, [0], list[str]()
+
+    def replace(path: Path, target: Path) -> Path:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    for renames in range(20):
+        shutil.rmtree(job.model)
+        shutil.copytree(finished.model, job.model)
+        left[0] = renames
+        try:
+            artifact.write(job, spec, model, rows.ledger, metrics)
+        except Killed:
+            pass
+        else:
+            break
+        usable = (job.model / "trimtab.json").exists()
+        if usable:
+            Artifact(job.model).verify()
+        found.append("earlier" if usable else "none")
+        left[0] = 1000
+        artifact.write(job, spec, model, rows.ledger, metrics)
+        Artifact(job.model).verify()
+        assert not (job.model / ".new").exists()
+    assert found[0] == "earlier"
+    assert set(found[1:]) == {"none"}
+    assert Artifact(job.model).manifest["metrics"]["steps"] == 1
 
 
 def test_it_is_judged_beside_its_base(finished: JobDir, tiny_model: Path) -> None:
