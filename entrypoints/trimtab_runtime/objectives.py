@@ -25,8 +25,8 @@ from typing import Any
 from trimtab.errors import SpecError, StagingError
 from trimtab.ledger import Account
 from trimtab.spec import TrainSpec
-from trimtab_runtime.chat_template import Rendered
 from trimtab_runtime.examples import Sample
+from trimtab_runtime.marks import Rendered
 from trimtab_runtime.tokenizer import Flags, Ids, Tokenizer
 
 BATCH = 512  # records that are tokenised at once

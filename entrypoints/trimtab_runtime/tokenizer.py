@@ -19,7 +19,8 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from trimtab.errors import SpecError
-from trimtab_runtime.chat_template import ChatTemplate, Message, Rendered
+from trimtab_runtime.chat_template import ChatTemplate
+from trimtab_runtime.marks import Message, Rendered
 
 Ids = Sequence[int]
 Flags = Sequence[int]  # 1 or 0 for each token

@@ -213,6 +213,23 @@ NO_SYSTEM_WORDS = (
     "{% for m in messages if m.role != 'system' %}{{ '<s>' + m.role + m.content + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant{% endif %}"
 )
+MARKED = "{% generation %}{{ m.content + '</s>' }}{% endgeneration %}"
+BLOCKS_OF_TWO = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<s>user' + m.content + '</s>' }}{% elif m.role == 'assistant' %}<s>assistant"
+    + MARKED
+    + "{% endif %}{% endfor %}"
+)
+BLOCKS_WITHOUT_CALLS = (
+    "{{ tools | tojson }}{% for m in messages %}{{ '<s>' + m.role }}{% if m.role == 'assistant' %}"
+    + MARKED
+    + "{% else %}{{ m.content + '</s>' }}{% endif %}{% endfor %}"
+)
+CALLS = (
+    "{{ tools | tojson }}{% for m in messages %}{{ '<s>' + m.role + m.content }}{% for c in m.tool_calls or [] %}"
+    "<call>{{ c.function.name }}GIVEN</call>{% endfor %}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant{% endif %}"
+)
+NAMES_ALONE = CALLS.replace("GIVEN", "")
+FIRST_ALONE = CALLS.replace("GIVEN", " {{ (c.function.arguments | dictsort | first)[1] }}")
 NO_TEXT_BESIDE_CALLS = (
     "{{ tools | tojson }}{% for m in messages %}{{ '<s>' + m.role }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}"
     "{{ m.content }}{% endif %}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant{% endif %}"
@@ -229,14 +246,72 @@ NO_TEXT_BESIDE_CALLS = (
         ("{{ raise_exception('only pages') }}", talk("Who?", "I."), "refuses this conversation: only pages"),
         ("{{ messages[7].content.strip() }}", talk("Who?", "I."), "refuses this conversation"),
         (EMPTY_BLOCKS, talk("Who?", "I."), "marks nothing that the assistant says"),
+        (BLOCKS_OF_TWO, talk("Who keeps it?", "The keeper.", system="Be brief."), "leaves out a system message: remove it"),
+        (BLOCKS_OF_TWO, [*talk("High?", "Let me see."), *with_tools()[2:4]], "leaves out a tool message: remove it"),
+        (BLOCKS_WITHOUT_CALLS, with_tools(), "leaves out a tool call: use a model whose template takes tools"),
+        (NAMES_ALONE, with_tools(), r"leaves out what is given to tide\(\) in a tool call: use a model"),
+        (NAMES_ALONE, [*talk("How high?"), calls("tide", day=17)], r"leaves out what is given to tide\(\) in a tool call"),
+        (FIRST_ALONE, [*talk("How high?"), calls("tide", at="noon", days=["today", "tomorrow"])], r"leaves out what is given to tide\(\)"),
+        (FIRST_ALONE, [*talk("How high?"), calls("tide", at="noon", to="now", sign="+")], r"leaves out what is given to tide\(\)"),
     ],
-    ids=["drops", "turned", "no system", "no text beside calls", "raises", "fails", "empty blocks"],
+    ids=[
+        *("drops", "turned", "no system", "no text beside calls", "raises", "fails", "empty blocks", "blocks without system"),
+        *("blocks without tools", "blocks without calls", "names alone", "no number", "no list", "no sign"),
+    ],
 )  # fmt: skip
 def test_a_template_that_cannot_be_seen_through_is_refused(tmp_path: Path, template: str, messages: list[Any], reason: str) -> None:
     make_tokenizer(tmp_path, template, ["<s>", "</s>"], ["</s>"])
     tools = TOOLS if any("tool_calls" in one for one in messages) else None
     with pytest.raises(SpecError, match=reason):
         Tokenizer(tmp_path).chat(messages, tools)
+
+
+GIVEN = {"at": "high <b>noon</b>", "days": 3, "height": {"over": 2.5, "sign": "+", "in": ["metres", "é"]}, "sure": True, "not": None}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "{{ c.function.arguments | tojson }}",
+        "{{ c.function.arguments }}",
+        "{{ c.function.arguments.values() | list | tojson(ensure_ascii=True) }}",
+    ],
+    ids=["JSON", "Python", "ASCII"],
+)  # fmt: skip
+def test_a_call_that_the_template_spells_whole_is_learned(tmp_path: Path, spelling: str) -> None:
+    make_tokenizer(tmp_path, CALLS.replace("GIVEN", spelling), ["<s>", "</s>"], ["</s>"])
+    tokenizer = Tokenizer(tmp_path)
+    messages = [*talk("How high?"), calls("tide", **GIVEN)]
+    found = tokenizer.template.conversation(messages, TOOLS)
+    ((begin, end),) = found.written
+    assert found.text[begin:end].startswith("<call>tide{" if "values" not in spelling else "<call>tide[")
+    assert found.text[begin:end].endswith("</call></s>")
+
+
+def test_a_long_conversation_is_rendered_a_few_times_not_once_for_each_turn(families: dict[str, Family]) -> None:
+    template = families["plain"].ours.template
+    said, marked = list[int](), template.marked
+
+    def counted(messages: Any, tools: Any, generation_prompt: bool) -> Any:
+        said.append(len(messages))
+        return marked(messages, tools, generation_prompt)
+
+    template.marked = counted  # type: ignore[method-assign]
+    try:
+        for system in (None, "Be brief."):
+            said.clear()
+            messages = talk(*(f"What is number {number}?" for number in range(200)), system=system)
+            assert len(template.conversation(messages).written) == 100
+            assert sum(said) < 6 * len(messages)
+    finally:
+        template.marked = marked  # type: ignore[method-assign]
+
+
+def test_an_unwanted_text_is_not_looked_through(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path, DROPS, ["<s>", "</s>"], ["</s>"])
+    template = Tokenizer(tmp_path).template
+    found = template.conversation(talk("Who keeps it?", "The keeper."), unwanted=lambda shown: "keeps" in shown.text)
+    assert (found.text, found.written) == ("<s>Who keeps it?</s>", ())
 
 
 def test_a_template_for_tools_beside_the_other_is_taken_for_tools(tmp_path: Path) -> None:
