@@ -1,6 +1,6 @@
 """Checkpoints that exist whole or not at all, and resume exactly. safetensors and JSON only: nothing is unpickled.
 
-One folder a checkpoint, named by its step: what is trained, adapters or all (adapter.safetensors), the optimiser's moments, state.json,
+One folder a checkpoint, named by its step: what is trained, adapters or all (parameters.safetensors), the optimiser's moments, state.json,
 and the manifest last.
 
 A checkpoint without a manifest was never finished, and is passed over. One that was finished and is damaged now is passed over, too,
@@ -24,11 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trimtab.errors import SpecError, StagingError
+from trimtab.spec import TrainSpec
 from trimtab_runtime import disk, manifest
 from trimtab_runtime.shards import tensors_in
 
 _PATTERN = "step-*"
-_STATE, _PARAMETERS, _MOMENTS = "state.json", "adapter.safetensors", "optimizer.safetensors"
+_STATE, _PARAMETERS, _MOMENTS = "state.json", "parameters.safetensors", "optimizer.safetensors"
 _FILES = (_STATE, _PARAMETERS, _MOMENTS)
 
 
@@ -53,6 +54,35 @@ def name(step: int) -> str:
 def size(parameters: Mapping[str, nn.Parameter]) -> int:
     """Bytes that a checkpoint takes with AdamW: each parameter and its two moments."""
     return 3 * sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+
+
+def to_come(spec: TrainSpec, done: int, steps: int) -> int:
+    """How many checkpoints are sure to be written after step `done` of `steps`: by the steps alone, and one to be stopped with.
+
+    A run with a time limit may end at any step.
+    """
+    if done >= steps:
+        return 0
+    return max(1, (steps - 1) // spec.save_every_steps - done // spec.save_every_steps if spec.max_minutes is None else 1)
+
+
+def at_once(there: int, to_come: int, keep: int) -> tuple[int, int]:
+    """By how many checkpoints more than the `there` that there are the disk is fuller at its fullest, and at the run's end."""
+    return max(min(1, to_come), min(keep + 1, there + to_come) - there), max(0, min(keep, there + to_come) - there)
+
+
+def refuse_too_small(folder: Path, each: int, to_come: int, keep: int, *, model: Path, artifact: int) -> None:
+    """Raise StagingError where checkpoints of `each` bytes, or beside those that stay an artifact in `model`, have no room even now."""
+    disk.refuse_too_small(folder, each * min(1, to_come), "a checkpoint")
+    disk.refuse_too_small(model, artifact, "the artifact")
+    complete = _complete(folder)
+    fullest, at_end = at_once(len(complete), to_come, keep)
+    half = [path for path in folder.glob(_PATTERN) if path not in complete]  # they go once one is written
+    freed = sum(file.stat().st_size for path in half for file in path.iterdir() if file.is_file())
+    beside = artifact if folder.stat().st_dev == model.stat().st_dev else 0
+    needed = max(fullest * each, at_end * each + beside) - freed
+    sizes = f"{max(fullest, at_end)} more of {disk.megabytes(each)}" + (f", the artifact {disk.megabytes(beside)}" if beside else "")
+    disk.refuse_too_small(folder, needed, f"what is kept at once (checkpoints, {sizes})")
 
 
 def save(folder: Path, position: Position, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, keep: int) -> Path:

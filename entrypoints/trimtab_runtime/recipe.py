@@ -112,7 +112,10 @@ def train(
         say(f"resume: going on after step {done} from {checkpoint.name(done)}")
     saved, begun_at = done if files else None, done
     if team.is_first:
-        disk.refuse_too_small(job.checkpoints, checkpoint.size(parameters), "a checkpoint")
+        artifact.discard(job.model)  # what a life that was killed had written of one
+        each, to_come = checkpoint.size(parameters), checkpoint.to_come(spec, done, steps)
+        left = artifact.size(spec, trained.size)
+        checkpoint.refuse_too_small(job.checkpoints, each, to_come, spec.keep_checkpoints, model=job.model, artifact=left)
     del files  # as large as what is trained and its moments
     trained.write_back()
 

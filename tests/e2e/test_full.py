@@ -118,7 +118,7 @@ def test_a_stopped_run_goes_on_with_the_very_same_steps(finished: JobDir, tmp_pa
     at = len(losses(stopped))
     assert 17 <= at < 40
     assert json.loads((stopped.model / "trimtab.json").read_text())["metrics"]["steps"] == at, "a usable artifact all the same"
-    state = load_file(next(stopped.checkpoints.glob(f"step-*{at}")) / "adapter.safetensors")
+    state = load_file(next(stopped.checkpoints.glob(f"step-*{at}")) / "parameters.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     assert f"going on after step {at}" in train_here(stopped)
     assert losses(stopped) == losses(finished)

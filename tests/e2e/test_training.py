@@ -189,12 +189,12 @@ def test_a_time_limit_leaves_a_checkpoint_and_a_usable_artifact(tmp_path: Path, 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path, finished: JobDir) -> None:
     job = copy(finished, tmp_path / "job")
-    tensors = job.checkpoints / "step-00000057" / "adapter.safetensors"
+    tensors = job.checkpoints / "step-00000057" / "parameters.safetensors"
     content = bytearray(tensors.read_bytes())
     content[-1] ^= 1
     tensors.write_bytes(content)
     said = run(job, "train")
-    assert "step-00000057 is passed over: step-00000057/adapter.safetensors does not match its digest" in said
+    assert "step-00000057 is passed over: step-00000057/parameters.safetensors does not match its digest" in said
     assert "going on after step 54" in said
     assert losses(job) == losses(finished)
     assert artifact_bytes(job.root) == artifact_bytes(finished.root)

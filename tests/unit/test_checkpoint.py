@@ -13,6 +13,7 @@ from torch import nn
 
 from support.disks import fill
 from trimtab.errors import SpecError, StagingError
+from trimtab.spec import TrainSpec
 from trimtab_runtime import checkpoint, manifest
 from trimtab_runtime.checkpoint import Position
 
@@ -85,9 +86,9 @@ def test_the_newest_are_kept_and_no_more(tmp_path: Path) -> None:
 
 
 def damage(path: Path) -> None:
-    content = bytearray((path / "adapter.safetensors").read_bytes())
+    content = bytearray((path / "parameters.safetensors").read_bytes())
     content[-1] ^= 1
-    (path / "adapter.safetensors").write_bytes(content)
+    (path / "parameters.safetensors").write_bytes(content)
 
 
 def replace(path: Path, old: str, new: str) -> None:
@@ -103,15 +104,15 @@ def truncate(path: Path, size: int) -> None:
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
-        (damage, "step-00000006/adapter.safetensors does not match its digest"),
+        (damage, "step-00000006/parameters.safetensors does not match its digest"),
         (lambda path: (path / "manifest.json").unlink(), "step-00000006 has no manifest.json: it was not finished"),
         (lambda path: (path / "manifest.json").write_text("{"), "step-00000006/manifest.json cannot be read: truncated or changed"),
         (lambda path: (path / "manifest.json").write_text(""), "step-00000006/manifest.json cannot be read: truncated or changed"),
         (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe"), "step-00000006/manifest.json cannot be read"),
         (lambda path: replace(path, '"bytes"', '"bytex"'), "step-00000006/manifest.json cannot be read"),
         (lambda path: replace(path, "optimizer.safetensors", "optimizer.safetensorz"), "optimizer.safetensorz is missing"),
-        (lambda path: (path / "manifest.json").write_text('{"files": {}}'), "does not name state.json, adapter.safetensors, optimizer"),
-        (lambda path: truncate(path / "adapter.safetensors", 100), "step-00000006/adapter.safetensors does not match its digest"),
+        (lambda path: (path / "manifest.json").write_text('{"files": {}}'), "does not name state.json, parameters.safetensors, optimizer"),
+        (lambda path: truncate(path / "parameters.safetensors", 100), "step-00000006/parameters.safetensors does not match its digest"),
         (lambda path: truncate(path / "optimizer.safetensors", 0), "step-00000006/optimizer.safetensors does not match its digest"),
         (lambda path: (path / "optimizer.safetensors").unlink(), "step-00000006/optimizer.safetensors is missing"),
         (lambda path: (path / "state.json").write_text(""), "step-00000006/state.json does not match its digest"),
@@ -142,7 +143,7 @@ def test_where_all_that_were_finished_are_damaged_nothing_begins_again_by_itself
     (tmp_path / "step-00000009").mkdir()
     said: list[str] = []
     with pytest.raises(
-        StagingError, match=r"step-00000006/adapter.safetensors does not match.*step-00000003.*rm -r .*/step-\*  and then"
+        StagingError, match=r"step-00000006/parameters.safetensors does not match.*step-00000003.*rm -r .*/step-\*  and then"
     ) as caught:
         checkpoint.newest(tmp_path, said.append)
     assert "step-00000009" not in str(caught.value)
@@ -211,3 +212,67 @@ def test_one_of_another_job_is_refused_and_changes_nothing(tmp_path: Path) -> No
     with pytest.raises(SpecError, match=r"another job \(spec differs\): start a new run"):
         checkpoint.load(checkpoint.read(path), {**FACTS, "spec": "xyz"}, training.parameters, training.optimizer)
     assert equal(training.tensors(), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "done", "expected"),
+    [
+        ({}, 0, 2),  # after 50 and 100 steps; that after 150 is the end, and no checkpoint
+        ({}, 50, 1),
+        ({}, 149, 1),  # it can still be asked to stop
+        ({}, 150, 0),
+        ({"max_minutes": 5}, 0, 1),
+        ({"save_every_steps": 1}, 140, 9),
+    ],
+)
+def test_so_many_checkpoints_are_sure_to_come(options: dict[str, float], done: int, expected: int) -> None:
+    assert checkpoint.to_come(TrainSpec(model="m", **options), done, 150) == expected
+
+
+@pytest.mark.parametrize(
+    ("there", "to_come", "keep", "more", "at_end"),
+    [
+        (0, 0, 2, 0, 0),
+        (0, 1, 2, 1, 1),
+        (0, 9, 2, 3, 2),
+        (1, 9, 2, 2, 1),
+        (2, 9, 2, 1, 0),
+        (4, 9, 1, 1, 0),
+        (2, 0, 2, 0, 0),
+        (1, 1, 5, 1, 1),
+    ],
+)
+def test_so_many_lie_there_at_once(there: int, to_come: int, keep: int, more: int, at_end: int) -> None:
+    assert checkpoint.at_once(there, to_come, keep) == (more, at_end)
+
+
+def test_a_disk_too_small_for_all_that_is_kept_is_told_at_the_start(tmp_path: Path) -> None:
+    """What is there already counts, whole ones as some of those that are kept, and half-written ones as room to come."""
+    folder, model = tmp_path / "checkpoints", tmp_path / "model"
+    folder.mkdir()
+    model.mkdir()
+    found = os.statvfs(folder)
+    free = found.f_bfree * found.f_frsize
+
+    def check(to_come: int, keep: int, *, each: float = 0.4, artifact: float = 0.0) -> None:
+        checkpoint.refuse_too_small(folder, int(free * each), to_come, keep, model=model, artifact=int(free * artifact))
+
+    check(2, 1)
+    check(9, 1, artifact=0.3)  # only one is left beside it
+    check(0, 9, each=2.0)
+    with pytest.raises(StagingError, match=r"^a checkpoint will not fit: it takes "):
+        check(1, 1, each=2.0)
+    with pytest.raises(StagingError, match=r"^the artifact will not fit: it takes "):
+        check(1, 1, artifact=2.0)
+    with pytest.raises(StagingError, match=r"^what is kept at once \(checkpoints, 3 more of [\d,.]+ MB\) will not fit: .*resume RUN"):
+        check(9, 2)
+    with pytest.raises(StagingError, match=r"^what is kept at once \(checkpoints, 2 more of [\d,.]+ MB, the artifact [\d,.]+ MB\)"):
+        check(2, 2, artifact=0.4)
+    Training().save(folder, 3)
+    check(9, 2)
+    (folder / "step-00000009").mkdir()
+    with (folder / "step-00000009" / "parameters.safetensors").open("wb") as file:
+        file.truncate(int(free * 0.8))  # as if it took so much
+    with pytest.raises(StagingError, match="what is kept at once"):
+        check(9, 5)
+    check(9, 4)
