@@ -13,9 +13,9 @@ Objective `all` learns every token of every form. A sample of these forms is nev
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,15 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import SpecError, StagingError
+from trimtab.families import refusal
 from trimtab.ledger import Account
 from trimtab.spec import TrainSpec
 from trimtab_runtime.examples import Sample
-from trimtab_runtime.marks import Rendered
-from trimtab_runtime.tokenizer import Flags, Ids, Tokenizer
+from trimtab_runtime.json_lines import read_json_lines
+from trimtab_runtime.marks import Rendered, Span
+from trimtab_runtime.tokenizer import LONG, Flags, Ids, Tokenizer
 
 BATCH = 512  # records that are tokenised at once
 _NAMED = 5  # sources in a message
-_ASSISTANT = re.compile(r"### Assistant:(.*?)(?=\s*### Human:|\Z)", re.DOTALL)
+_SPEAKER = re.compile(r"### (Human|Assistant):")
 
 Record = Mapping[str, Any]
 Tokens = tuple[Ids, Flags]
@@ -48,10 +50,10 @@ class Examples:
 
 def example_samples(records: Iterable[Record], spec: TrainSpec, tokenizer: Tokenizer) -> Examples:
     """Raises StagingError, with the source, for an example that the chat template refuses, and for what is too long where
-    `too_long` is fail: then it names the first of those, and says what would help."""
+    `too_long` is fail: then it names the first of those, and says what would help. What has no learned token is left out and counted."""
     encoders = _encoders(spec, tokenizer)
     found, seen = Examples(), _Seen()
-    room = _Room(spec, found)
+    room = _Room(spec, found, tokenizer.config)
     rest = iter(records)
     while batch := list(itertools.islice(rest, BATCH)):
         shaped = [_shape(record, tokenizer) for record in batch]
@@ -62,7 +64,7 @@ def example_samples(records: Iterable[Record], spec: TrainSpec, tokenizer: Token
         for number, record in enumerate(batch):
             ids, learned = made[number]
             sample = Sample(record["form"], ids, learned)
-            if kept := room.fit(sample, str(record.get("source", "an example"))):
+            if kept := room.fit(sample, str(record.get("source") or "an example")):
                 found.samples.append(kept)
                 seen.add(shaped[number], kept)
     room.refuse()
@@ -84,7 +86,7 @@ def _encoders(spec: TrainSpec, tokenizer: Tokenizer) -> dict[str, Callable[[Sequ
         return [(ids, b"\x01" * len(ids)) for ids, _ in found] if everything else found
 
     def chats(records: Sequence[Record], seen: _Seen) -> list[Tokens]:
-        return all_or(_closed([_rendered(one, tokenizer, seen) for one in records], tokenizer))
+        return all_or(_closed([_rendered(one, spec, tokenizer, seen) for one in records], tokenizer))
 
     return {
         "completion": lambda records, _: all_or(completions([(one["prompt"], one["completion"]) for one in records], tokenizer)),
@@ -124,11 +126,22 @@ def guanaco(texts: Sequence[str], tokenizer: Tokenizer, *, answers: bool = False
         if not answers:
             found.append((array("i", ids), b"\x01" * len(ids)))
             continue
-        spans = [one.span(1) for one in _ASSISTANT.finditer(text)]
+        spans = said_by_assistant(text)
         inside = (any(first < end and begin < last for first, last in spans) for begin, end in encoding.offsets)
         ends = bool(spans) and spans[-1][1] == len(text)
         found.append((array("i", ids), bytes([*bytes(len(start)), *inside, ends])))
     return found
+
+
+def said_by_assistant(text: str) -> list[Span]:
+    """What stands behind each "### Assistant:", up to the next to speak, without the blanks before that."""
+    speakers = list(_SPEAKER.finditer(text))
+    spans = []
+    for one, following in itertools.zip_longest(speakers, speakers[1:]):
+        if one[1] == "Assistant":
+            begin = one.end()
+            spans.append((begin, begin + len(text[begin : following.start()].rstrip()) if following else len(text)))
+    return spans
 
 
 def plain_prompt(record: Record) -> str:
@@ -146,14 +159,23 @@ def _as_turns(record: Record) -> Record:
     return {"messages": messages, "source": record.get("source")}
 
 
-def _rendered(record: Record, tokenizer: Tokenizer, seen: _Seen) -> Rendered:
-    messages = record["messages"]
+def _rendered(record: Record, spec: TrainSpec, tokenizer: Tokenizer, seen: _Seen) -> Rendered:
+    """The conversation's text; the turns of one are not looked for that will not go into a row, since that takes longest of all."""
+
+    def unwanted(shown: Rendered) -> bool:
+        if spec.too_long == "cut" or len(shown.text) < LONG:
+            return False
+        ((ids, _),) = tokenizer.encode([shown])
+        return len(ids) > spec.max_seq_len
+
+    messages, learn_last = record["messages"], record.get("learn_last")
     asked = max((number for number, one in enumerate(messages) if one.get("role") in {"user", "system"}), default=-1)
     try:
-        found = tokenizer.template.conversation(messages, record.get("tools"), first=asked + 1 if record.get("learn_last") else 0)
+        found = tokenizer.template.conversation(messages, record.get("tools"), first=asked + 1 if learn_last else 0, unwanted=unwanted)
     except SpecError as exc:
         raise StagingError(f"{record.get('source') or 'a conversation'}: {exc}") from exc
-    seen.thoughts += found.thoughts
+    seen.thoughts += found.thoughts - found.last_thought
+    seen.last_thoughts += found.last_thought
     return found
 
 
@@ -166,19 +188,22 @@ def _closed(texts: Sequence[Rendered], tokenizer: Tokenizer) -> list[Tokens]:
 
 
 class _Room:
-    """What to do with an example that is longer than a row."""
+    """What to do with an example that is longer than a row, and with one that teaches nothing."""
 
-    def __init__(self, spec: TrainSpec, found: Examples) -> None:
-        self._spec, self._found = spec, found
+    def __init__(self, spec: TrainSpec, found: Examples, config: Mapping[str, Any]) -> None:
+        self._spec, self._found, self._config = spec, found, config
         self._long: list[str] = []
-        self._count, self._longest = 0, 0
+        self._sizes = array("q")
 
     def fit(self, sample: Sample, source: str) -> Sample | None:
         """The sample as it goes into a row; None for one that does not."""
         size, most = len(sample.ids), self._spec.max_seq_len
         if size <= most:
-            return sample
-        self._count, self._longest = self._count + 1, max(self._longest, size)
+            if any(sample.learned[1:]):
+                return sample
+            self._leave(sample.kind, Account(samples=1, tokens=size, dropped=size, left_out=1, unanswered=1))
+            return None
+        self._sizes.append(size)
         if len(self._long) < _NAMED:
             self._long.append(f"{source} ({size:,} tokens)")
         if self._spec.too_long == "cut" and any(sample.learned[1:most]):
@@ -193,13 +218,25 @@ class _Room:
 
     def refuse(self) -> None:
         """Raises StagingError where there was one and none may be left out."""
-        if not self._count or self._spec.too_long != "fail":
+        count = len(self._sizes)
+        if not count or self._spec.too_long != "fail":
             return
-        more = f" and {self._count - len(self._long):,} more" if self._count > len(self._long) else ""
+        more = f" and {count - len(self._long):,} more" if count > len(self._long) else ""
         raise StagingError(
-            f"{self._count:,} of the examples do not fit a row of {self._spec.max_seq_len:,} tokens: {', '.join(self._long)}{more}. "
-            f"Give longer rows (--max-seq-len {self._longest}), or leave these out (--too-long drop), or their ends (--too-long cut)"
+            f"{count:,} of the examples do not fit a row of {self._spec.max_seq_len:,} tokens: {', '.join(self._long)}{more}. "
+            f"{self._longer_rows()} leave these out (--too-long drop), or their ends (--too-long cut)"
         )
+
+    def _longer_rows(self) -> str:
+        """What longer rows would help, as far as the model takes them."""
+        longest, now = max(self._sizes), self._spec.max_seq_len
+        refused = bisect_left(range(longest + 1), True, now, key=lambda size: bool(refusal(self._config, size)))
+        if refused > longest:
+            return f"Give longer rows (--max-seq-len {longest}), or"
+        still = sum(size >= refused for size in self._sizes)
+        if still == len(self._sizes):
+            return f"None fits the {max(now, refused - 1):,} tokens that a row of this model may have:"
+        return f"Rows of this model may have {refused - 1:,} tokens (--max-seq-len {refused - 1}), in which {still:,} still do not fit; or"
 
 
 @dataclass
@@ -210,6 +247,7 @@ class _Seen:
     tokens: Counter[str] = field(default_factory=Counter)
     learned: Counter[str] = field(default_factory=Counter)
     thoughts: int = 0
+    last_thoughts: int = 0
 
     def add(self, shape: str, sample: Sample) -> None:
         self.counts[shape] += 1
@@ -228,6 +266,11 @@ class _Seen:
             yield f"{self.counts[shape]:,} {what}: loss on {said}"
         if self.thoughts:
             yield f"thinking is left out of {self.thoughts:,} earlier turns, as the chat template does: it is not learned"
+        if self.last_thoughts:
+            yield (
+                f"thinking is left out of {self.last_thoughts:,} last turns, too, as the chat template does: no thought of theirs is "
+                "learned; to learn it use a model whose template keeps it, or records of prompt and completion"
+            )
 
 
 _SAID = {
@@ -241,17 +284,8 @@ _SAID = {
 
 def read_examples(file: Path) -> Iterator[dict[str, Any]]:
     """The examples of a JSON lines file; none where there is no file. Raises StagingError that names file and line."""
-    if not file.is_file():
-        return
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as exc:
-                raise StagingError(f"{file}, line {number} is not JSON: {exc}. Correct or remove the line") from exc
-            if problem := _problem(record):
-                raise StagingError(f"{file}, line {number} {problem}. Correct or remove the line")
-            yield record
+    if file.is_file():
+        yield from read_json_lines(file, _problem)
 
 
 _TEXTS = {"guanaco": ("text",), "completion": ("prompt", "completion"), "instruction": ("instruction", "input", "completion")}

@@ -1,6 +1,6 @@
 """Documents to packed rows. No torch: it runs on any client, or in the image, in seconds.
 
-Channel `documents` (documents.jsonl, examples.jsonl, either may be absent), tokenizer of channel `model`, and where there is
+Channel `documents` (documents.jsonl, examples.jsonl, either may be absent; losses.json: what the ledger notes as skipped), tokenizer of channel `model`, and where there is
 one channel `generated` (samples.jsonl) -> channel `train`.
 """
 
@@ -24,6 +24,7 @@ from trimtab.ledger import Ledger
 from trimtab.spec import TrainSpec
 from trimtab_runtime import manifest
 from trimtab_runtime.examples import Sample, conversation, is_statement, pieces, plain, sentences
+from trimtab_runtime.json_lines import read_json_lines
 from trimtab_runtime.objectives import Examples, example_samples, read_examples
 from trimtab_runtime.questions import questions, with_hints
 from trimtab_runtime.rows import NO_PREDICTIONS, write_rows
@@ -52,9 +53,9 @@ def prepare(job: JobDir, spec: TrainSpec, say: Callable[[str], None]) -> Ledger:
     if not any(any(sample.learned[1:]) for sample in rounds[0] if sample.kind != "replay"):
         raise StagingError(nothing_to_learn(documents, examples))
     facts = {"preparation_digest": spec.preparation_digest(), "spec_version": spec.spec_version, "documents": len(documents)}
-    ledger = write_rows(
-        job.channel("train"), rounds, spec.max_seq_len, facts, predictions, left_out=examples.left_out, notes=examples.notes
-    )
+    losses = job.channel("documents") / "losses.json"
+    notes = [*(json.loads(losses.read_bytes()) if losses.is_file() else ()), *examples.notes]
+    ledger = write_rows(job.channel("train"), rounds, spec.max_seq_len, facts, predictions, left_out=examples.left_out, notes=notes)
     for line in ledger.lines():
         say(line)
     return ledger
@@ -69,16 +70,19 @@ def read_data(folder: Path, spec: TrainSpec, tokenizer: Tokenizer) -> tuple[list
 
 def nothing_to_learn(documents: list[dict[str, Any]], examples: Examples) -> str:
     """Why no token is left, and what to do."""
-    dropped = sum(account.left_out for account in examples.left_out.values())
-    if dropped and not examples.samples:
+    accounts = examples.left_out.values()
+    unanswered = sum(account.unanswered for account in accounts)
+    long = sum(account.left_out for account in accounts) - unanswered
+    if unanswered and not examples.samples:
+        beside = f" and {long:,} are longer than a row" if long else ""
         return (
-            f"there is no token to train on: all {dropped:,} examples are longer than a row and were dropped. "
-            "Give longer rows (--max-seq-len), or cut their ends (--too-long cut)"
-        )
-    if examples.samples:
-        return (
-            f"there is no token to train on: in {len(examples.samples):,} examples nobody answers. "
+            f"there is no token to train on: in {unanswered:,} examples nobody answers{beside}. "
             "Give records with answers, or learn all of them with  --objective all"
+        )
+    if long and not examples.samples:
+        return (
+            f"there is no token to train on: all {long:,} examples are longer than a row and were dropped. "
+            "Give longer rows (--max-seq-len), or cut their ends (--too-long cut)"
         )
     return (
         f"there is no token to train on: the {len(documents):,} documents are empty. Give pages with text"
@@ -120,8 +124,10 @@ def in_turns(pool: list[Sample], tokens: float) -> Iterator[list[Sample]]:
     place = 0
     while True:
         found: list[Sample] = []
-        while count_tokens(found) < tokens and len(found) < len(pool):
+        size = 0
+        while size < tokens and len(found) < len(pool):
             found.append(pool[place % len(pool)])
+            size += len(found[-1].ids)
             place += 1
         yield found
 
@@ -133,7 +139,7 @@ def count_tokens(samples: list[Sample]) -> int:
 def document_samples(
     documents: list[dict[str, Any]], spec: TrainSpec, tokenizer: Tokenizer, say: Callable[[str], None]
 ) -> Iterator[Sample]:
-    """Each document by each view, and for chat models as questions that its sentences answer."""
+    """Each document by each view, and for chat models as questions that its sentences answer; with objective all these are learned, too."""
     ask = spec.questions if tokenizer.chat_template else 0
     reason = "chat model" if ask else "not asked for" if tokenizer.chat_template else "this model has no chat template"
     say(f"questions {ask} to each sentence: {reason}")
@@ -147,7 +153,8 @@ def document_samples(
             pairs += asked(text, ask, site, draw)
     draw.shuffle(pairs)  # turns of one conversation come from different pages and do not help each other
     for start in range(0, len(pairs), TURNS):
-        yield conversation("question", [message for pair in pairs[start : start + TURNS] for message in pair], tokenizer)
+        talk = conversation("question", [message for pair in pairs[start : start + TURNS] for message in pair], tokenizer)
+        yield replace(talk, learned=[True] * len(talk.ids)) if spec.objective == "all" else talk
 
 
 def asked(text: str, count: int, site: str, draw: random.Random) -> Iterator[list[dict[str, str]]]:
@@ -222,21 +229,13 @@ def generated_sample(record: dict[str, Any], tokenizer: Tokenizer) -> Sample:
 
 
 def read_records(file: Path, needed: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON lines file. Raises StagingError that names file and line."""
-    try:
-        lines = file.open("rb")
-    except OSError as exc:
-        raise StagingError(f"{file} cannot be read ({exc.strerror}): stage the documents first") from exc
-    with lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as exc:
-                raise StagingError(f"{file}, line {number} is not JSON: {exc}. Correct or remove the line") from exc
-            missing = [name for name in needed if not isinstance(record, dict) or not isinstance(record.get(name), str)]
-            if missing:
-                raise StagingError(f"{file}, line {number} lacks the text field {missing[0]!r}. Correct or remove the line")
-            yield record
+    """Objects of a JSON lines file that have the `needed` texts. Raises StagingError that names file and line."""
+
+    def problem(record: object) -> str:
+        missing = [name for name in needed if not isinstance(record, dict) or not isinstance(record.get(name), str)]
+        return f"lacks the text field {missing[0]!r}" if missing else ""
+
+    return read_json_lines(file, problem)
 
 
 def verify(job: JobDir, spec: TrainSpec) -> None:

@@ -34,12 +34,14 @@ def preview(job: JobDir) -> dict[str, Any]:
 
 def _places(rows: PackedRows, asked: dict[str, Any]) -> list[tuple[int, int]]:
     """(row, place in it) of each sample to show."""
-    if sample := asked.get("sample"):
+    row, sample = asked.get("row"), asked.get("sample")
+    if sample is not None:
         found = rows.where(sample - 1)
         if not found:
             raise StagingError(f"there is no sample {sample:,}: give  --sample N  with N from 1 to {rows.came:,}")
         return found
-    row = asked.get("row") or 1
+    if row is None:
+        row = 1
     if not 1 <= row <= len(rows):
         raise StagingError(f"there is no row {row:,}: give  --row N  with N from 1 to {len(rows):,}")
     return [(row - 1, place) for place in range(len(rows[row - 1].lengths))]

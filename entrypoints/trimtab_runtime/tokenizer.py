@@ -42,6 +42,7 @@ class Tokenizer:
             self._fast = FastTokenizer.from_file(str(file))
         except Exception as exc:  # the library raises nothing narrower
             raise SpecError(f"{file} is damaged ({exc}): copy the model's files again") from exc
+        self._folder = folder
         self._fast.no_truncation()
         self._fast.no_padding()
         config = _json(folder / "tokenizer_config.json")
@@ -66,6 +67,11 @@ class Tokenizer:
         self.vocabulary = self._fast.get_vocab_size(with_added_tokens=True)
         single = (self._fast.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         self.byte_ids: frozenset[int] = frozenset(id for id in single if id is not None)  # SentencePiece's tokens of single bytes
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json; empty where there is none."""
+        return _json(self._folder / "config.json")
 
     @cached_property
     def longest(self) -> int:

@@ -10,7 +10,8 @@ KINDS = ("document", "paragraph", "sentence", "question", "completion", "chat", 
 class Account(BaseModel):
     """Tokens of one kind of sample. `trained` counts tokens that stand in packed rows, special tokens included.
 
-    `samples` counts those that were dropped, too: `left_out` of them whole, and of `cut` ones the end.
+    `samples` counts those that were dropped, too: `left_out` of them whole, `unanswered` of these since nothing in them is learned, the
+    others since they are longer than a row; and of `cut` ones the end.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -20,6 +21,7 @@ class Account(BaseModel):
     trained: int = Field(0, ge=0)
     dropped: int = Field(0, ge=0)
     left_out: int = Field(0, ge=0)
+    unanswered: int = Field(0, ge=0)
     cut: int = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -28,6 +30,8 @@ class Account(BaseModel):
             raise ValueError(f"{self.tokens} tokens in, but {self.trained} trained + {self.dropped} dropped")
         if self.left_out > self.samples:
             raise ValueError(f"{self.samples} samples, but {self.left_out} left out")
+        if self.unanswered > self.left_out:
+            raise ValueError(f"{self.left_out} samples left out, but {self.unanswered} of them unanswered")
         return self
 
     def __add__(self, other: Account) -> Account:
@@ -37,6 +41,7 @@ class Account(BaseModel):
             trained=self.trained + other.trained,
             dropped=self.dropped + other.dropped,
             left_out=self.left_out + other.left_out,
+            unanswered=self.unanswered + other.unanswered,
             cut=self.cut + other.cut,
         )
 
@@ -83,10 +88,13 @@ class Ledger(BaseModel):
             f"ledger: {total.tokens:,} tokens in = {total.trained:,} trained + {total.dropped:,} dropped ({parts})",
         ]
         if total.left_out or total.cut:
-            lines.append(
-                f"longer than a row of {self.row_tokens:,}: {total.left_out:,} examples dropped, {total.cut:,} cut; "
-                f"{total.dropped:,} tokens of them are not trained on"
-            )
+            found = []
+            if total.left_out > total.unanswered or total.cut:
+                long = total.left_out - total.unanswered
+                found.append(f"longer than a row of {self.row_tokens:,}: {long:,} examples dropped, {total.cut:,} cut")
+            if total.unanswered:
+                found.append(f"nobody answers in {total.unanswered:,} examples: left out")
+            lines.append(f"{'; '.join(found)}; {total.dropped:,} tokens of them are not trained on")
         rounds = f"; {len(self.rounds)} rounds, each with all the data and other replay" if len(self.rounds) > 1 else ""
         kept = total.samples - total.left_out
         return [*lines, f"rows: {self.rows:,} of {self.row_tokens:,} tokens, {self.fill:.1%} full, from {kept:,} samples{rounds}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,19 @@ from support.chat_templates import FAMILIES, make_tokenizer
 from support.job_tree import make_job
 from trimtab.errors import StagingError
 from trimtab.layout import JobDir
-from trimtab.ledger import Ledger
+from trimtab.ledger import Account, Ledger
 from trimtab.spec import TrainSpec
 from trimtab_runtime.examples import Sample
-from trimtab_runtime.objectives import BATCH, Examples, completions, example_samples, guanaco, plain_prompt, read_examples
+from trimtab_runtime.objectives import (
+    BATCH,
+    Examples,
+    completions,
+    example_samples,
+    guanaco,
+    plain_prompt,
+    read_examples,
+    said_by_assistant,
+)
 from trimtab_runtime.prepare import prepare
 from trimtab_runtime.rows import PackedRows
 from trimtab_runtime.tokenizer import Tokenizer
@@ -197,6 +207,76 @@ def test_what_is_cut_is_counted_and_dropped_where_nothing_learned_is_left(tokeni
     assert account.dropped == sum(size - most for size in sizes[6:-1]) + sizes[-1]
 
 
+@pytest.mark.parametrize(
+    ("positions", "advice"),
+    [
+        (20, r"Give longer rows \(--max-seq-len {longest}\), or"),
+        (10, r"Rows of this model may have {limit} tokens \(--max-seq-len {limit}\), in which 2 still do not fit; or"),
+        (6, "None fits the {limit} tokens that a row of this model may have:"),
+        (5, "None fits the {limit} tokens that a row of this model may have:"),
+    ],
+)
+def test_no_longer_rows_are_advised_than_the_model_takes(tmp_path: Path, positions: int, advice: str) -> None:
+    make_tokenizer(tmp_path, *FAMILIES["plain"])
+    sizes = [len(sample.ids) for sample in made(LONG, Tokenizer(tmp_path)).samples]
+    limit = [*sizes, *[sizes[-1] + 7] * 9][positions - 1]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": limit}))
+    advice = advice.format(longest=sizes[-1], limit=sizes[5] if positions == 6 else limit)
+    most = sizes[min(positions, 6) - 1]
+    with pytest.raises(StagingError, match=rf"tokens\)( and \d more)?\. {advice} leave these out \(--too-long drop\), or their ends"):
+        made(LONG, Tokenizer(tmp_path), max_seq_len=most)
+
+
+@pytest.mark.parametrize("too_long", ["fail", "drop", "cut"])
+def test_turns_are_not_looked_for_in_a_long_conversation_that_is_not_trained(tmp_path: Path, too_long: str) -> None:
+    template = FAMILIES["plain"][0].replace("{% for m in messages %}", "{% for m in messages if m.role == 'user' %}", 1)
+    make_tokenizer(tmp_path, template, *FAMILIES["plain"][1:])
+    long = chat("Who keeps the key? " * 1500, "The keeper.", source="talks.jsonl:1")
+    reason = {"fail": "1 of the examples do not fit", "drop": "", "cut": "leaves out or moves a turn of the assistant"}[too_long]
+    if reason:
+        with pytest.raises(StagingError, match=reason):
+            made([long], Tokenizer(tmp_path), too_long=too_long)
+    else:
+        assert made([long], Tokenizer(tmp_path), too_long=too_long).left_out["chat"].left_out == 1
+    with pytest.raises(StagingError, match="leaves out or moves a turn of the assistant"):
+        made([chat("Who?", "The keeper.")], Tokenizer(tmp_path), too_long=too_long)
+
+
+def test_where_nobody_answers_it_is_left_out_and_counted(tokenizer: Tokenizer) -> None:
+    silent = [chat("Who keeps the key?"), {"form": "guanaco", "text": "### Human: Who?", "source": "g.jsonl:1"}]
+    found = made([*silent, chat("Who?", "The keeper.")], tokenizer, objective="answers")
+    assert [learned(sample, tokenizer) for sample in found.samples] == ["The keeper."]
+    for account in (found.left_out["chat"], found.left_out["guanaco"]):
+        assert (account.samples, account.left_out, account.unanswered, account.trained) == (1, 1, 1, 0)
+        assert account.dropped == account.tokens > 0
+    assert not made(silent, tokenizer, objective="all").left_out
+    account = sum(found.left_out.values(), Account(samples=1, tokens=9, trained=9))
+    lines = Ledger(accounts={"chat": account}, rounds=(1,), row_tokens=16).lines()
+    assert f"nobody answers in 2 examples: left out; {account.dropped} tokens of them are not trained on" in lines
+    assert lines[-1].endswith("from 1 samples")
+
+
+def test_thinking_that_the_template_takes_out_of_the_last_turn_is_told_apart(tmp_path: Path) -> None:
+    template = FAMILIES["plain"][0].replace("m['content']", "m['content'].split('</think>')[-1]")
+    make_tokenizer(tmp_path, template, *FAMILIES["plain"][1:])
+    thought = "<think>\nHm.\n</think>\n\nThe keeper."
+    records = [chat("Who?", thought, "And where?", thought), chat("Who?", thought), chat("Who?", thought, "Where?", "There.")]
+    earlier, last = made(records, Tokenizer(tmp_path)).notes[-2:]
+    assert earlier == "thinking is left out of 2 earlier turns, as the chat template does: it is not learned"
+    assert last.startswith(
+        "thinking is left out of 2 last turns, too, as the chat template does: no thought of theirs is learned; to learn it"
+    )
+
+
+def test_a_text_of_many_blanks_is_read_in_one_go(tokenizer: Tokenizer) -> None:
+    text = "### Human: a\n### Assistant: b" + " " * 300_000 + "c" + " " * 300_000 + "\n### Human: d### Assistant: e### Assistant: f "
+    began = time.process_time()
+    found = [text[slice(*span)] for span in said_by_assistant(text)]
+    assert time.process_time() - began < 2
+    assert found == [" b" + " " * 300_000 + "c", " e", " f "]
+    assert said_by_assistant("### Human: a") == said_by_assistant("") == []
+
+
 def with_examples(job: JobDir, records: list[dict[str, Any]]) -> JobDir:
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     (job.channel("documents") / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -243,9 +323,10 @@ def test_examples_without_a_page_are_data_too(tmp_path: Path, tiny_model: Path) 
         ({"a": ""}, None, {"views": ("sentence",)}, "the 1 documents are empty. Give pages with text"),
         ({}, [], {}, "there are no documents and no examples. Give pages with text, or records"),
         ({}, [chat("Who?")], {}, "in 1 examples nobody answers. Give records with answers, or .* --objective all"),
+        ({}, [chat("Who?"), LONG[-1]], {"too_long": "drop"}, "in 1 examples nobody answers and 1 are longer than a row. Give records"),
         ({}, LONG[-2:], {"too_long": "drop"}, r"all 2 examples are longer than a row .* \(--max-seq-len\), or cut .* \(--too-long cut\)"),
     ],
-    ids=["empty page", "nothing", "no answers", "all dropped"],
+    ids=["empty page", "nothing", "no answers", "no answers or dropped", "all dropped"],
 )
 def test_data_without_a_token_to_learn_says_why(
     tmp_path: Path, tiny_model: Path, documents: dict[str, str], records: list[dict[str, Any]] | None, options: dict[str, Any], reason: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -135,6 +136,20 @@ def test_a_conversation_holds_a_few_questions_and_learns_the_answers_only(tokeni
         learned = tokenizer.decode([token for token, flag in zip(sample.ids, sample.learned, strict=True) if flag])
         assert "?" not in learned
         assert "." in learned
+
+
+def test_objective_all_learns_the_questions_too(tokenizer: Tokenizer) -> None:
+    found = samples(tokenizer, objective="all")
+    assert [sample.ids for sample in found] == [sample.ids for sample in samples(tokenizer)]
+    assert {sample.kind for sample in found} == {"document", "sentence", "question"}
+    assert all(all(sample.learned) and len(sample.learned) == len(sample.ids) for sample in found)
+
+
+def test_turns_of_a_large_pool_are_taken_in_linear_time() -> None:
+    given = pool("replay", [1] * 40_000)
+    began = time.process_time()
+    assert len(next(in_turns(given, 40_000))) == 40_000
+    assert time.process_time() - began < 2
 
 
 def test_each_learned_token_has_the_next_prediction_and_no_other_token_has_one(tokenizer: Tokenizer) -> None:

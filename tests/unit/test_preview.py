@@ -95,7 +95,15 @@ def test_a_sample_is_found_by_its_place_in_the_data(job: JobDir) -> None:
     assert "learned" not in "".join(found[4]["samples"][0]["texts"])
 
 
-@pytest.mark.parametrize(("asked", "reason"), [({"row": 99}, "no row 99: give  --row N"), ({"sample": 7}, "no sample 7: .* from 1 to 6")])
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"row": 99}, "no row 99: give  --row N"),
+        ({"row": 0}, "no row 0: give  --row N  with N from 1"),
+        ({"sample": 7}, "no sample 7: .* from 1 to 6"),
+        ({"sample": 0}, "no sample 0: .* from 1 to 6"),
+    ],
+)
 def test_what_there_is_not_is_refused_with_what_there_is(job: JobDir, asked: dict[str, int], reason: str) -> None:
     with pytest.raises(StagingError, match=reason):
         look(job, **asked)
