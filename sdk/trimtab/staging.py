@@ -1,7 +1,8 @@
 """From what a user asks for to what a run reads: the base model's files and the packed rows, as two folders named by content.
 
 cache/data/<digest>-<version>-<source>/  a job tree of its own, made by the runtime's `generate` and `prepare`
-    input/data/documents/       what the sources said: documents.jsonl, and of records that are no running text examples.jsonl
+    input/data/documents/       what the sources said: documents.jsonl, of records that are no running text examples.jsonl, and losses.json
+                                where something was skipped (such a tree has one part more in its name)
     input/data/model/           links to the base model's files, and to nothing else that lies in its folder
     input/data/train/           the packed rows, their ledger, their manifest
 """
@@ -104,7 +105,7 @@ def stage(
         "data_digest": data_digest(loaded),
     }
     train = TrainSpec(**{**spec.train.model_dump(), **filled})
-    folder = cache / "data" / f"{train.preparation_digest()[:16]}-{_maker()}"
+    folder = cache / "data" / f"{train.preparation_digest()[:16]}-{_maker()}{_of_losses(loaded)}"
     try:
         if reused := complete(folder):
             say(f"data: prepared before, in {folder}")
@@ -145,8 +146,15 @@ def _config(model: BaseModel) -> dict[str, Any]:
 
 
 def documents_digest(documents: Sequence[Document]) -> str:
-    """sha256 of what is trained on, titles and texts in their order: the same pages fetched again are the same data."""
-    return hashlib.sha256(json.dumps([[document.title, document.text] for document in documents]).encode()).hexdigest()
+    """sha256 of what is trained on, titles and texts in their order: the same pages fetched again are the same data.
+
+    It is that of one JSON list of [title, text], which is never held whole.
+    """
+    digest = hashlib.sha256(b"[")
+    for number, document in enumerate(documents):
+        digest.update((", " if number else "").encode() + json.dumps([document.title, document.text]).encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def data_digest(loaded: Loaded) -> str:
@@ -155,6 +163,11 @@ def data_digest(loaded: Loaded) -> str:
     if loaded.examples is None:
         return documents
     return hashlib.sha256(json.dumps([documents, loaded.examples.digest]).encode()).hexdigest()
+
+
+def _of_losses(loaded: Loaded) -> str:
+    """Sets rows apart from which something was skipped: their ledger says so, and the same rows of sources without a loss have another."""
+    return f"-{hashlib.sha256(json.dumps(loaded.losses).encode()).hexdigest()[:8]}" if loaded.losses else ""
 
 
 def _maker() -> str:
@@ -201,6 +214,8 @@ def _prepare(folder: Path, train: TrainSpec, model: BaseModel, loaded: Loaded, s
             job.hyperparameters.write_text(json.dumps(train.to_hyperparameters(), indent=1), encoding="utf-8")
             job.channel("documents").mkdir()
             data.to_jsonl(loaded.documents, job.channel("documents") / "documents.jsonl")
+            if loaded.losses:
+                (job.channel("documents") / "losses.json").write_text(json.dumps(loaded.losses), encoding="utf-8")
             if loaded.examples is not None:
                 link_or_copy(loaded.examples.path, job.channel("documents") / "examples.jsonl")
             link_model(model, job.channel("model"))

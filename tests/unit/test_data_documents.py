@@ -89,7 +89,7 @@ def test_every_failure_is_named_with_its_reason(site: SiteServer, tmp_path: Path
     assert f"{site.url('/script')}: it holds no text; if a browser shows some, a script writes it" in message
     assert "void.txt: it is empty" in message
     assert "http://a.test/: it carries a user name or password" in message
-    assert message.endswith('go on without them with on_error="skip".')
+    assert message.endswith('Correct what is broken, or go on without it: --on-error skip (on_error="skip").')
 
 
 def test_skip_goes_on_and_says_so(site: SiteServer):

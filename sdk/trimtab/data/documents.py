@@ -62,12 +62,13 @@ class Document(BaseModel):
 
 
 class Skipped(BaseModel):
-    """A source without a document, and why."""
+    """A source of which all was left out, or some `records`, such as "2 of 15 records", and why."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
     reason: str
+    records: str = ""
 
 
 class Loaded(BaseModel):
@@ -78,6 +79,13 @@ class Loaded(BaseModel):
     documents: tuple[Document, ...]
     skipped: tuple[Skipped, ...]
     examples: Examples | None = None
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """What was skipped, in a sentence for the account of the data; none when nothing was."""
+        names = [f"{item.records} of {item.source}" if item.records else item.source for item in self.skipped]
+        more = f"; and {len(names) - _NAMED_AT_MOST:,} more" if len(names) > _NAMED_AT_MOST else ""
+        return (f"skipped, because they cannot be read: {'; '.join(names[:_NAMED_AT_MOST])}{more}",) if names else ()
 
 
 def text_id(text: str) -> str:
@@ -129,7 +137,7 @@ def load(
     )
     failed = [*expanded.refused, *(result for result in results if isinstance(result, Refused))]
     if failed and (on_error == "fail" or len(failed) == total):
-        raise DataError(_failure(failed, total))
+        raise DataError(_failure(failed, total, go_on=on_error == "skip"))
     for item in failed:
         say(f"data: skipped {item.source}: {item.reason}")
     gathered = _Gathered(say)
@@ -141,10 +149,10 @@ def load(
                 failed.append(problem)
         of_records = any(isinstance(result, RecordFiles) for result in results)
         if failed and of_records and (on_error == "fail" or not (gathered.documents or writer.count)):
-            raise DataError(_failure(failed, total))
+            raise DataError(_failure(failed, total, go_on=on_error == "skip"))
         examples = writer.finish()
     gathered.tell(examples)
-    skipped = tuple(Skipped(source=item.source, reason=item.reason) for item in failed)
+    skipped = tuple(Skipped(source=item.source, reason=item.reason, records=item.records) for item in failed)
     return Loaded(documents=tuple(gathered.documents.values()), skipped=skipped, examples=examples)
 
 
@@ -242,9 +250,12 @@ class _Gathered:
         for line in told.lines(files.source.name, objective):
             self._say(f"data: {line}")
         problem = told.problem(go_on=go_on)
+        counted = told.counted(go_on=go_on)
         if problem and go_on:
-            self._say(f"data: skipped in {files.source.name}: {problem}")
-        return Refused(files.source.name, problem) if problem else None
+            self._say(
+                f"data: {files.source.name}: {counted} skipped: {problem}" if counted else f"data: skipped {files.source.name}: {problem}"
+            )
+        return Refused(files.source.name, problem, counted) if problem else None
 
     def tell(self, examples: Examples | None) -> None:
         if self._pages:
@@ -257,14 +268,24 @@ class _Gathered:
             self._say(f"data: {examples.count:,} {'example' if examples.count == 1 else 'examples'} ({forms})")
 
 
-def _failure(failed: Sequence[Refused], total: int) -> str:
-    listed = [f"  {item.source}: {item.reason}" for item in failed[:_NAMED_AT_MOST]]
+def _failure(failed: Sequence[Refused], total: int, *, go_on: bool) -> str:
+    """What to say of a load that failed, with what to do; `go_on`: though what is broken was to be skipped."""
+    partly = any(item.records for item in failed)
+    listed = [f"  {item.source}: {_cannot(item) if total > 1 else ''}{item.reason}" for item in failed[:_NAMED_AT_MOST]]
     if len(failed) > _NAMED_AT_MOST:
         listed.append(f"  and {len(failed) - _NAMED_AT_MOST} more")
-    if len(failed) == total:
-        head = f"none of the {total} sources could be read:" if total > 1 else "the source could not be read:"
+    if total == 1:
+        head = f"{failed[0].records} cannot be read:" if partly else "the source could not be read:"
+    elif len(failed) == total and not partly:
+        head = f"none of the {total} sources could be read:"
+    else:
+        head = f"{len(failed)} of {total} sources could not be read{' whole' if partly else ''}:"
+    if go_on or (len(failed) == total and not partly):
         advice = "Correct what was passed and try again."
     else:
-        head = f"{len(failed)} of {total} sources could not be read:"
-        advice = 'Correct them, or go on without them with on_error="skip".'
+        advice = 'Correct what is broken, or go on without it: --on-error skip (on_error="skip").'
     return "\n".join([head, *listed, advice])
+
+
+def _cannot(item: Refused) -> str:
+    return f"{item.records} cannot be read:{'' if item.reason.startswith(chr(10)) else ' '}" if item.records else ""

@@ -81,6 +81,13 @@ class Told:
             found.append("what comes after these was not looked at")
         return found[0] if len(found) == 1 else "\n    ".join(["", *found]) if found else ""
 
+    def counted(self, *, go_on: bool) -> str:
+        """How many records are broken, where others are not: "2 of 15 records"; else ""."""
+        if not self.broken_count or not self.shapes:
+            return ""
+        stopped = self.broken_count >= NAMED and not go_on
+        return f"{self.broken_count:,} of {'the first ' if stopped else ''}{self.read:,} records"
+
 
 class Writer:
     """Writes the examples of several files into one, in a folder of the cache; `finish` gives it its lasting name."""

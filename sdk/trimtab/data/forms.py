@@ -220,6 +220,8 @@ def _pair(record: Mapping[str, Any], shape: Shape) -> Canonical:
     if (role := next((one["role"] for one in answer.messages if one["role"] in ("user", "system")), "")) != "":
         raise FormError(f"completion has a turn of the {role}, which is not learned; move what stands before the answer to prompt")
     content: dict[str, Any] = {"form": "chat", "messages": [*asked.messages, *answer.messages], "learn_last": True}
+    if asked.messages[-1]["role"] == "tool":
+        content["learn_from"] = len(asked.messages)  # else from behind the last question
     if tools := tools_of(record.get(columns.get("tools", ""))):
         content["tools"] = tools
     left_out = tuple(dict.fromkeys((*shape.left_out, *asked.left_out, *answer.left_out)))

@@ -40,10 +40,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Refused:
-    """A source that cannot be read, and why."""
+    """A source that cannot be read, and why. `records`, such as "2 of 15 records", says how much of it, where the rest can be."""
 
     source: str
     reason: str
+    records: str = ""
 
 
 @dataclass(frozen=True)
