@@ -103,10 +103,10 @@ def write_rows(
     tokens, learned = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "learned"))
     if len(tokens) != ledger.total.trained:
         raise StagingError(f"{ledger.total.trained} tokens were packed and {len(tokens)} were written: make room on the disk and try again")
-    shapes = [
+    shapes = (  # one at a time: there may be millions of rows
         shape_of_row(lengths[sample:sample_end].tolist(), learned[token:token_end])
-        for (token, sample), (token_end, sample_end) in pairwise(begins.tolist())
-    ]
+        for (token, sample), (token_end, sample_end) in pairwise(begins)
+    )
     occurring = np.zeros(int(tokens.max()) + 1 if total else 0, dtype=np.bool_)
     for start in range(0, total, _AT_ONCE):
         occurring[tokens[start : start + _AT_ONCE]] = True
