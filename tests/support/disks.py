@@ -6,7 +6,9 @@ import contextlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,5 +55,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def need_root() -> None:
+    """Skip the test where this user cannot mount: root in a container may be denied it, too."""
+    if why := _refused():
+        pytest.skip(f"a disk to fill, or one to which nobody can write, cannot be mounted here: {why}")
+
+
+@cache
+def _refused() -> str:
     if os.getuid() != 0:
-        pytest.skip("only root can mount a disk to fill, or one to which nobody can write")
+        return "only root can"
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            subprocess.run(["umount", "-l", folder], check=True)
+    return done.stderr.strip() if done.returncode else ""
