@@ -1,7 +1,7 @@
 """Documents to packed rows. No torch: it runs on any client, or in the image, in seconds.
 
-Channel `documents` (documents.jsonl, examples.jsonl, either may be absent; losses.json: what the ledger notes as skipped), tokenizer of channel `model`, and where there is
-one channel `generated` (samples.jsonl) -> channel `train`.
+Channel `documents` (documents.jsonl, examples.jsonl, either may be absent; losses.json: what the ledger notes as skipped), tokenizer of
+channel `model`, and where there is one channel `generated` (samples.jsonl) -> channel `train`.
 """
 
 from __future__ import annotations
