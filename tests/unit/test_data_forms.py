@@ -134,9 +134,35 @@ def test_conversational_prompt_and_completion_learn_the_completion():
     assert content(record) == {"form": "chat", "messages": [USER, ANSWER, USER, ANSWER], "learn_last": True}
     called = [{"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "north"}, ANSWER]
     assert content({"prompt": [USER], "completion": called})["messages"] == [USER, *called]
+    agent = {"prompt": [USER, called[0], called[1]], "completion": [ANSWER]}
+    assert content(agent) == {"form": "chat", "messages": [USER, *called], "learn_last": True, "learn_from": 3}
     assert "give both as texts, or both as lists" in refused({"prompt": [USER], "completion": "Away."})
     assert "prompt ends with a turn of the assistant" in refused({"prompt": [USER, ANSWER], "completion": [ANSWER]})
     assert "completion has a turn of the user" in refused({"prompt": [USER], "completion": [ANSWER, USER, ANSWER]})
+
+
+def test_a_call_in_whatever_case_its_role_is_written():
+    call = '{"name": "berth", "arguments": {"ship": "Vane"}}'
+    turns = [{"from": "Human", "value": "Where?"}, {"from": " Function_Call", "value": call}, {"from": "GPT", "value": "North."}]
+    assert content({"conversations": turns})["messages"][1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert "there is no role 'function_call' beside content" in refused({"messages": [{"role": "Function_call", "content": call}]})
+
+
+def test_what_is_not_read_of_a_call_is_said():
+    call = {"id": "c1", "index": 0, "type": "function", "function": {"name": "berth", "arguments": "", "strict": True, "note": None}}
+    found = canonical({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]})
+    assert found.content["messages"][1]["tool_calls"] == [{"id": "c1", "type": "function", "function": {"name": "berth", "arguments": {}}}]
+    assert found.left_out == ("messages.tool_calls.function.strict", "messages.tool_calls.index")
+    turns = [{"from": "human", "value": "?"}, {"from": "function_call", "value": '{"name": "berth", "arguments": null, "why": 1}'}]
+    assert canonical({"conversations": turns}).left_out == ("conversations.value.why",)
+
+
+@pytest.mark.parametrize("label", [False, "False", " false"])
+def test_a_completion_that_is_labelled_false_is_not_imitated(label: Any):
+    for record in ({"prompt": "p", "completion": "c"}, {"prompt": [USER], "completion": [ANSWER]}):
+        assert "its label is false: an example of what not to say" in refused({**record, "Label": label})
+        assert canonical({**record, "label": True}).left_out == ("label",)
+        assert canonical({**record, "label": 0}).left_out == ("label",)
 
 
 def test_guanaco():
@@ -205,6 +231,15 @@ def test_which_tokens_are_learned_is_said():
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "a part of type image_url, and only text"),
         ({"messages": [{**USER, "tool_calls": [CALL]}]}, "a turn of the user cannot call tools"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {}}]}]}, "a tool call has no name"),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": [{**CALL, "id": 7}]}]},
+            "the id of a tool call is a number and not a text",
+        ),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "x", "arguments": []}]}]}, "are a list and not an object"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "x", "arguments": 0}]}]}, "are a number and not an object"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "x", "parameters": {}}]}]}, "parameters and no arguments"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [CALL], "function_call": CALL}]}, "two names of the same; keep one"),
+        ({"Text": "a", "text": "b"}, "the columns 'Text' and 'text' are one name; keep one of them"),
         ({"messages": [USER, ANSWER], "tools": "berth"}, "tools is a text and not JSON"),
         ({"messages": [USER, ANSWER], "tools": [{"parameters": {}}]}, "tool 1 has no name"),
         ({"messages": [{"role": "system", "content": "a"}, USER, ANSWER], "system": "b"}, "the conversation's own system turn differ"),

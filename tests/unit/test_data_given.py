@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ import pyarrow
 import pytest
 
 from trimtab.data import as_sources, load
+from trimtab.data.examples import Writer
 from trimtab.errors import DataError
 
 ROWS = [{"question": f"Question {number}?", "answer": "Yes.", "score": None} for number in range(1500)]
@@ -30,6 +35,31 @@ def test_rows_in_memory_become_one_file_named_by_its_content(tmp_path: Path):
     loaded = load(path, cache=tmp_path, say=lambda line: None)
     assert loaded.examples is not None
     assert loaded.examples.count == 1500
+
+
+def test_what_a_killed_client_left_goes_whatever_the_clock_says(tmp_path: Path):
+    """Both folders of records that are made: one of data in memory, one of examples. What is being made stays, however old it seems."""
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom trimtab.data.given import as_sources\n"
+        "from trimtab.data.examples import Writer\n"
+        "def rows():\n    yield {'text': 'x'}\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "class Rows:\n    column_names = ['text']\n    def __iter__(self): return rows()\n"
+        "with Writer(Path(sys.argv[1])) as writer:\n"
+        "    writer.add({'form': 'guanaco', 'text': 'x'}, 'a')\n    as_sources(Rows(), Path(sys.argv[1]))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False).returncode == -signal.SIGKILL
+    assert len([*tmp_path.glob("*/.*")]) == 2
+    with Writer(tmp_path) as slow:
+        slow.add({"form": "guanaco", "text": "y"}, "a")
+        (making,) = (tmp_path / "examples").iterdir()
+        os.utime(making, (0, 0))
+        with Writer(tmp_path) as writer:
+            writer.add({"form": "guanaco", "text": "z"}, "a")
+            assert writer.finish() is not None
+        assert slow.finish() is not None
+    as_sources(ROWS, tmp_path)
+    assert not [*tmp_path.glob("*/.*")]
+    assert len([*tmp_path.glob("examples/*.jsonl")]) == 2
 
 
 class Number:

@@ -125,6 +125,7 @@ def parquet(tmp_path: Path, rows: list[dict[str, Any]], name: str = "rows.parque
         ("rows.jsonl", AS_LINES.encode()),
         ("rows.ndjson", b"\xef\xbb\xbf" + AS_LINES.replace("\n", "\r\n\r\n").encode().rstrip()),
         ("rows.jsonl.gz", gzip.compress(AS_LINES[:40].encode()) + gzip.compress(AS_LINES[40:].encode())),
+        ("rows.ndjson.gz", gzip.compress(AS_LINES.encode())),
         ("rows.jsonl", gzip.compress(AS_LINES.encode())),  # its first bytes say more than its name
         ("rows.json", json.dumps(ROWS, indent=1).encode()),
         ("rows.json", json.dumps({"version": 2, "data": ROWS}).encode()),

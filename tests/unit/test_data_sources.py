@@ -159,3 +159,23 @@ def test_check_url_accepts():
 )
 def test_what_is_shown_of_an_address(url: str, shown: str):
     assert public_url(url) == shown
+
+
+@pytest.mark.parametrize(
+    ("given", "secret"),
+    [
+        ("hf://datasets/o/n?token=hf_abcdef", "hf_abcdef"),
+        ("hf://user:hf_secret@datasets/o/n", "hf_secret"),
+        ("HF://hf_secret@datasets/o/n", "hf_secret"),
+        ("hf://datasets/o/n#hf_secret", "hf_secret"),
+    ],
+)
+def test_a_token_in_the_name_of_a_dataset_is_refused_and_not_shown(given: str, secret: str):
+    expanded = expand(given)
+    assert expanded.sources == ()
+    (refused,) = expanded.refused
+    assert secret not in f"{refused.source} {refused.reason}"
+    assert "set HF_TOKEN" in refused.reason
+    (good,) = expand("hf://datasets/o/n@refs%2Fpr%2F1/c/train").sources
+    assert (good.name, good.records) == ("hf://datasets/o/n@refs%2Fpr%2F1/c/train", "hub")
+    assert "it cannot be read as a name" in reason("hf://[x")
