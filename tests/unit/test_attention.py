@@ -75,8 +75,8 @@ def test_two_rows_in_one_batch_are_the_rows_one_by_one(model: torch.nn.Module) -
     assert float((both - one).norm() / one.norm()) < (1e-4 if both.dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("lengths", [[7, 3, 600, 12], [1], [40, 40, 40], [513, 2]])
-@pytest.mark.parametrize("window", [None, 30, 4096])
+@pytest.mark.parametrize("lengths", [[7, 3, 600, 12], [1], [40, 40, 40], [513, 2], [1100, 1024, 1000]])
+@pytest.mark.parametrize("window", [None, 1, 30, 511, 512, 513, 1023, 4096])
 def test_attention_and_its_gradients_equal_a_masked_reference(lengths: list[int], window: int | None) -> None:
     torch.manual_seed(0)
     total = sum(lengths)
@@ -95,6 +95,27 @@ def test_attention_and_its_gradients_equal_a_masked_reference(lengths: list[int]
     torch.testing.assert_close(out, reference, rtol=1e-4, atol=1e-5)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_what_a_window_keeps_grows_with_the_length_and_not_its_square(kv_heads: int) -> None:
+    """Of three layers, for the backward pass: twice as long, about twice as much, and less than one mask of all pairs takes."""
+    kept = []
+    for length in (4096, 8192):
+        query, key, value = (torch.randn(1, heads, length, 8, requires_grad=True) for heads in (4, kv_heads, kv_heads))
+        places: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, places: dict[int, int] = places) -> torch.Tensor:
+            places[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        given = {"packed_groups": plan_groups([length]), "sliding_window": 600}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layers = [packed_attention(torch.nn.Identity(), query, key, value, None, **given) for _ in range(3)]
+        assert len(layers) == 3  # alive until here, so that no place was given twice
+        kept.append(sum(places.values()))
+    assert kept[1] < 2.1 * kept[0]
+    assert kept[1] < 8192**2
 
 
 def test_groups_hold_each_place_once_and_little_padding() -> None:

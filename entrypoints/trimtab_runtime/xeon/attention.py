@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from trimtab.estimate import EXPLICIT_UP_TO
 from trimtab_runtime.packing import alike
 
 NAME = "trimtab_packed"
+_BLOCK = 512  # queries of a long sample that are put at once to what their window reaches
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
     beyond = window if window is not None and window < length else None  # else the window holds the whole sample
     if length > EXPLICIT_UP_TO:  # the flash kernel, whose memory does not grow with the square
-        seen = None if beyond is None else ~_hidden(length, beyond, query.device)
-        out = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=kv_heads != heads
-        )
+        if beyond is not None:
+            return _by_blocks(query, key, value, scale, beyond).transpose(1, 2)
+        out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=kv_heads != heads)
         return out.transpose(1, 2)
     # query heads that share a key head stand as rows of one product: [samples, kv, repeat * length, width]
     repeat = heads // kv_heads
@@ -108,6 +109,34 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
     weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1, dtype=torch.float32).to(value.dtype)
     out = torch.matmul(weights.view(samples, kv_heads, repeat * length, length), value)
     return out.view(samples, heads, length, width).transpose(1, 2)
+
+
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
+    """Attention within a window: [samples, heads, length, width] -> the same shape. Each block of queries is put to the keys of its own
+    places and of as many before it as the window reaches, so time grows with the length and not with its square."""
+    length, repeat = query.shape[2], query.shape[1] // key.shape[1]
+    if repeat > 1:  # once: the kernel would copy each block's keys for its heads, and keep the copies for the backward pass
+        key, value = (part.repeat_interleave(repeat, dim=1) for part in (key, value))
+    mask = _band(window, query.dtype, query.device)
+    blocks = []
+    for begin in range(0, length, _BLOCK):
+        end, first = min(begin + _BLOCK, length), max(0, begin - window)
+        seen = mask[: end - begin, window - (begin - first) : window + end - begin]
+        places = (query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end])
+        blocks.append(functional.scaled_dot_product_attention(*places, attn_mask=seen, scale=scale))
+    return torch.cat(blocks, dim=2)
+
+
+@lru_cache(maxsize=2)
+def _band(window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a block's places [_BLOCK] see of themselves and of the `window` places before them: 0, or minus infinity.
+
+    One for all layers, each of which keeps what it was given for its backward pass.
+    """
+    with torch.inference_mode(False):  # whoever asks first
+        row, column = torch.arange(_BLOCK, device=device)[:, None], torch.arange(window + _BLOCK, device=device)
+        seen = (column > row) & (column <= row + window)
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
 
 
 def _hidden(length: int, window: int | None, device: torch.device) -> Tensor:
