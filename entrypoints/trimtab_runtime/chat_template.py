@@ -24,6 +24,8 @@ from trimtab.errors import SpecError
 from trimtab_runtime.marks import BEGIN, BREAK, END, MARK, Marked, Message, Rendered, Span, mark
 from trimtab_runtime.turns import Turns
 
+_TOO_DEEP = "what the conversation gives to a tool, or says of one, is nested too deeply: make it flatter, or leave the conversation out"
+
 
 class ChatTemplate:
     """`sources`: the template, by name where there are several (`default`, `tool_use`); `special`: the special tokens that it may write;
@@ -67,8 +69,11 @@ class ChatTemplate:
             return shown
         if tools and shown.text == self._plain(messages, None).text:
             raise SpecError('the chat template ignores tools: use a model whose template takes them, or remove "tools" from the records')
-        turns = Turns(self, messages, tools, shown, first)
-        found = turns.by_blocks() if self._by_blocks else turns.by_prompts()
+        try:
+            turns = Turns(self, messages, tools, shown, first)
+            found = turns.by_blocks() if self._by_blocks else turns.by_prompts()
+        except RecursionError as exc:
+            raise SpecError(_TOO_DEEP) from exc
         last = bool(found.written) and messages[-1].get("role") == "assistant"
         ended = last and any(True for _ in self.real(found.text, found.letters, found.written[-1][0]))
         return replace(found, open=last and not ended)
@@ -83,10 +88,15 @@ class ChatTemplate:
         return Rendered(found.text, found.letters(self.control))
 
     def marked(self, messages: Sequence[Message], tools: Sequence[Any] | None, generation_prompt: bool) -> Marked:
-        hidden = [
-            {key: value if key == "role" else self._broken(value) for key, value in one.items() if value is not None} for one in messages
-        ]
-        text = self._render(hidden, self._broken(list(tools)) if tools else None, generation_prompt)
+        try:
+            hidden = [
+                {key: value if key == "role" else self._broken(value) for key, value in one.items() if value is not None}
+                for one in messages
+            ]
+            described = self._broken(list(tools)) if tools else None
+        except RecursionError as exc:
+            raise SpecError(_TOO_DEEP) from exc
+        text = self._render(hidden, described, generation_prompt)
         pieces = MARK.split(text)
         marks, place = [], 0
         for piece, number in zip(pieces[::2], pieces[1::2], strict=False):

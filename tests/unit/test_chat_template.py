@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,22 @@ def test_a_template_that_cannot_be_seen_through_is_refused(tmp_path: Path, templ
     tools = TOOLS if any("tool_calls" in one for one in messages) else None
     with pytest.raises(SpecError, match=reason):
         Tokenizer(tmp_path).chat(messages, tools)
+
+
+def test_what_a_call_gives_may_be_nested_and_too_deeply_is_refused(families: dict[str, Family]) -> None:
+    def nested(depth: int) -> list[dict[str, Any]]:
+        given: Any = "noon"
+        for _ in range(depth):
+            given = [given]
+        return [*talk("How high?"), calls("tide", at=given)]
+
+    template = families["moved"].ours.template
+    assert template.conversation(nested(300), TOOLS).written
+    with pytest.raises(SpecError, match="nested too deeply: make it flatter"):
+        template.conversation(nested(900), TOOLS)
+    for depth in range(400, 500):  # wherever it gets too deep
+        with contextlib.suppress(SpecError):
+            template.conversation(nested(depth), TOOLS)
 
 
 GIVEN = {"at": "high <b>noon</b>", "days": 3, "height": {"over": 2.5, "sign": "+", "in": ["metres", "é"]}, "sure": True, "not": None}
