@@ -170,8 +170,9 @@ def _rendered(record: Record, spec: TrainSpec, tokenizer: Tokenizer, seen: _Seen
 
     messages, learn_last = record["messages"], record.get("learn_last")
     asked = max((number for number, one in enumerate(messages) if one.get("role") in {"user", "system"}), default=-1)
+    first = record.get("learn_from", asked + 1) if learn_last else 0  # a prompt may end with a tool's turn, and not the last question
     try:
-        found = tokenizer.template.conversation(messages, record.get("tools"), first=asked + 1 if learn_last else 0, unwanted=unwanted)
+        found = tokenizer.template.conversation(messages, record.get("tools"), first=first, unwanted=unwanted)
     except SpecError as exc:
         raise StagingError(f"{record.get('source') or 'a conversation'}: {exc}") from exc
     seen.thoughts += found.thoughts - found.last_thought

@@ -366,15 +366,6 @@ def test_records_from_addresses(tmp_path: Path):
     assert "larger than 50,000 bytes; raise max_page_mb (--max-page-mb)" in "".join(reasons)
 
 
-def test_a_packed_file_from_an_address_is_bounded_when_it_is_unpacked():
-    with (
-        SiteServer({"/bomb.jsonl.gz": Reply(gzip.compress(b" " * 3_000_000), content_type=None)}) as site,
-        pytest.raises(DataError) as caught,
-    ):
-        read(site.url("/bomb.jsonl.gz"), limits=FetchLimits(max_bytes=1_000_000))
-    assert "it is larger than 1,000,000 bytes; raise max_page_mb (--max-page-mb), or download it and pass the file" in str(caught.value)
-
-
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, cache: Path):
     cache.write_text("no folder")
     with pytest.raises(DataError, match=r"the examples cannot be kept in .*; make room there, or set TRIMTAB_CACHE to another folder"):

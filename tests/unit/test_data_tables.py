@@ -1,7 +1,8 @@
-"""Tables: rows of csv that are broken in the middle, and parquet that holds far more than its bytes."""
+"""Tables: rows of csv that are broken in the middle, and files that hold far more than their bytes."""
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import time
@@ -85,6 +86,15 @@ def test_a_small_file_from_an_address_that_unpacks_to_gigabytes_is_refused_befor
     with SiteServer({"/bomb.parquet": Reply(bomb, content_type=None)}) as site, pytest.raises(DataError) as caught:
         load(site.url("/bomb.parquet"), allow_private_hosts=True, limits=FetchLimits(), say=lambda line: None)
     assert "it is larger than 10,000,000 bytes; raise max_page_mb (--max-page-mb), or download it" in str(caught.value)
+
+
+def test_a_packed_file_from_an_address_is_bounded_when_it_is_unpacked():
+    with (
+        SiteServer({"/bomb.jsonl.gz": Reply(gzip.compress(b" " * 3_000_000), content_type=None)}) as site,
+        pytest.raises(DataError) as caught,
+    ):
+        load(site.url("/bomb.jsonl.gz"), allow_private_hosts=True, limits=FetchLimits(max_bytes=1_000_000), say=str)
+    assert "it is larger than 1,000,000 bytes; raise max_page_mb (--max-page-mb), or download it and pass the file" in str(caught.value)
 
 
 def test_turns_and_numbers_count_like_texts():
