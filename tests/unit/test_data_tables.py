@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,23 @@ def test_a_row_may_not_be_longer_than_a_line_may(tmp_path: Path):
     assert f"and {LONGEST:,} are read of one; remove it" in long.reason
     assert not long.last
     assert (number, row) == (2, {"text": "b", "history": ["x"]})
+
+
+def test_a_value_that_does_not_fit_into_memory_is_an_error_like_others(tmp_path: Path):
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["x" * 90_000_000]}), tmp_path / "a.parquet", compression="zstd", use_dictionary=False
+    )
+    code = (
+        "import resource, sys\nfrom pathlib import Path\nimport pyarrow.parquet\nfrom trimtab.data import load\n"
+        "from trimtab.errors import DataError\n"
+        "most = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize() + 120_000_000\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
+        "try: load(sys.argv[1], cache=Path(sys.argv[2]), say=str)\nexcept DataError as exc: print(exc)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a.parquet", tmp_path], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "a.parquet: row 1: there is not enough memory to read on; write it again in smaller row groups" in done.stdout
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path):
