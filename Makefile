@@ -13,7 +13,7 @@ demo: setup  ## tune the default model on pages and compare; PAGES=folder PROBES
 	@$(PY) benchmarks/demo.py $(if $(PAGES),--pages "$(PAGES)") $(if $(PROBES),--probes "$(PROBES)")
 
 test: setup  ## every test, in two lanes: what needs the Docker engine in one
-	@$(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: setup  ## tries parsers, masks, packing and the server on made-up input; SECONDS=60 in all, SEED=n, TARGETS="html http"
 	@PYTHONPATH=tests $(PY) -W error -m fuzz --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED)) $(TARGETS)
