@@ -36,7 +36,7 @@ def test_ten_kills_at_random_moments_lose_nothing(
     job = small_job.model_copy(update={"train": staged.train.model_copy(update=changed)})
     backend = DockerBackend(tmp_path / "home", image=xeon_image, client=client)
     straight, run = (Run(backend.submit(job, staged.channels), backend) for _ in range(2))
-    killer = Killer(run, backend, lambda: client.api.kill(run.handle.id), random.Random(SEED), EVERY)
+    killer = Killer(run, backend, lambda: client.api.kill(run.handle.id), random.Random(SEED), EVERY, STEPS * 3 // 4)
     print(f"seed {SEED}")
     try:
         for _ in range(KILLS - IN_THE_ARTIFACT):

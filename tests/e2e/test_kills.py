@@ -25,14 +25,12 @@ def test_fifty_kills_at_random_moments_lose_nothing(small_job: JobSpec, staged: 
     changed = {"max_steps": STEPS, "epochs": 10_000, "save_every_steps": EVERY, "lora_dropout": 0.1}
     job = small_job.model_copy(update={"train": staged.train.model_copy(update=changed)})
     backend = ProcessBackend(tmp_path / "home")
-    straight = Run(backend.submit(job, staged.channels), backend)
-    straight.wait(kills.PATIENCE)
-    run = Run(backend.submit(job, staged.channels), backend)
+    straight, run = (Run(backend.submit(job, staged.channels), backend) for _ in range(2))
 
-    def kill() -> None:
-        os.killpg(json.loads((killer.job.root / "process.json").read_text())["pid"], signal.SIGKILL)
+    def kill(one: Run = run) -> None:
+        os.killpg(json.loads((backend.home / "runs" / one.handle.id / "process.json").read_text())["pid"], signal.SIGKILL)
 
-    killer = Killer(run, backend, kill, random.Random(SEED), EVERY)
+    killer = Killer(run, backend, kill, random.Random(SEED), EVERY, STEPS * 3 // 4)
     print(f"seed {SEED}")
     try:
         for _ in range(KILLS - IN_THE_ARTIFACT):
@@ -40,10 +38,12 @@ def test_fifty_kills_at_random_moments_lose_nothing(small_job: JobSpec, staged: 
         for _ in range(IN_THE_ARTIFACT):
             killer.one("save", within=0.02)
         assert run.wait(kills.PATIENCE).state is RunState.SUCCEEDED
+        straight.wait(kills.PATIENCE)
     finally:
         print("\n".join(killer.said))
-        if not run.status().done:
-            kill()
+        for one in (straight, run):
+            if not one.status().done:
+                kill(one)
     assert len(killer.said) == KILLS
     assert kills.losses(run) == kills.losses(straight)
     assert run.artifact() == straight.artifact()

@@ -29,6 +29,7 @@ class Killer:
     kill: Callable[[], None]
     draw: random.Random
     every: int  # steps from checkpoint to checkpoint
+    late: int  # from this step on lives are killed before they train: where kills come late the run must not end first
     said: list[str] = field(default_factory=list)
 
     @property
@@ -40,6 +41,7 @@ class Killer:
         events = self.run.events()
         if where is None:
             where = self.draw.choices(list(MOMENTS), weights=[weight for weight, _ in MOMENTS.values()])[0]
+            where = where if _last(events) < self.late else "begin"
         after = self.draw.uniform(0, MOMENTS[where][1] if within is None else within)
         self._wait(where)
         time.sleep(after)
