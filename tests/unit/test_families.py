@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from support.job_tree import losses, make_job
-from support.tiny_families import SHAPES, WINDOW, config_of, make_config, make_model
+from support.packed_rows import LENGTHS, drawn, furthest, parts, row, states
+from support.tiny_families import SHAPES, WINDOW, config_of, make_model
 from trimtab import families
 from trimtab.errors import SpecError
 from trimtab.events import EventLog
@@ -22,10 +23,9 @@ from trimtab.layout import JobDir
 from trimtab.spec import JobSpec, TrainSpec
 from trimtab.staging import stage
 from trimtab_runtime import recipe
-from trimtab_runtime.batch import Batch, as_batch, batch_loss
+from trimtab_runtime.batch import as_batch, batch_loss
 from trimtab_runtime.engine import Engine
 from trimtab_runtime.engines import families as openvino
-from trimtab_runtime.families import is_masked, mask_dtype, prove
 from trimtab_runtime.methods.lora import linear_layers
 from trimtab_runtime.model import load_model
 from trimtab_runtime.prepare import prepare
@@ -34,7 +34,6 @@ from trimtab_runtime.rows import Row
 # PEFT still asks transformers by an old name
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 
-LENGTHS = [37, 5, 1, 90, 36]  # longer and shorter than the window of those that have one
 ALL = pytest.mark.parametrize("name", SHAPES)
 
 
@@ -49,20 +48,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
-def row(tokens: np.ndarray, lengths: list[int]) -> Row:
-    none = np.zeros((0, 1), dtype=np.int32)
-    return Row(tokens.astype(np.int32), np.ones(len(tokens), bool), lengths, np.full(len(tokens), -1, np.int32), none, none.astype("f2"))
-
-
-def drawn(seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(3, 300, sum(LENGTHS))
-
-
-def parts() -> list[slice]:
-    ends = np.cumsum(LENGTHS)
-    return [slice(int(end - length), int(end)) for end, length in zip(ends, LENGTHS, strict=True)]
-
-
 def loaded(folder: Path, method: str = "lora", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """With adapters that do something, as after some training."""
     torch.manual_seed(0)
@@ -71,16 +56,6 @@ def loaded(folder: Path, method: str = "lora", dtype: torch.dtype = torch.float3
         if "lora_B" in key:
             torch.nn.init.normal_(parameter, std=0.02)
     return model.train()
-
-
-def states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    base = model.get_base_model()
-    with torch.inference_mode():
-        return base.get_decoder()(**batch.inputs(mask_dtype(base))).last_hidden_state[0]
-
-
-def furthest(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float(((one - other).float().norm(dim=-1) / other.float().norm(dim=-1)).max())
 
 
 # what config.json says ------------------------------------------------------------------------------------------------------------------
@@ -314,115 +289,6 @@ def test_it_trains_and_goes_on_as_if_it_had_not_stopped(name: str, folders: Call
     assert losses(stopped) == course
     adapter = "adapter_model.safetensors"
     assert (stopped.model / adapter).read_bytes() == (straight.model / adapter).read_bytes()
-
-
-# types that are not known ---------------------------------------------------------------------------------------------------------------
-
-
-GROUPED = {"intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-def unknown(folder: Path, model_type: str, **shape: Any) -> Path:
-    return make_model(folder, make_config(model_type, **shape))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("model_type", "attention"), [("olmo2", "sdpa"), ("gemma2", "eager")])
-def test_an_unknown_type_that_keeps_samples_apart_is_trained_with_a_mask(
-    tmp_path: Path, model_type: str, attention: str, dtype: torch.dtype
-) -> None:
-    only = {"head_dim": 16, "final_logit_softcapping": None} if model_type == "gemma2" else {}
-    folder, said = unknown(tmp_path / "model", model_type, **GROUPED, **only), list[str]()
-    spec = TrainSpec(model="tiny", method="lora", lora_rank=4, max_seq_len=512)
-    model = load_model(folder, spec, dtype, say=said.append).train()
-    assert model.get_base_model().config._attn_implementation == attention
-    assert is_masked(model.get_base_model())
-    assert said[0].startswith(f"family {model_type}: not one of llama, ")
-    tokens, within = drawn(), 1e-5 if dtype is torch.float32 else 3e-2
-    before = states(model, as_batch([row(tokens, LENGTHS)]))
-    for place in parts():
-        other = tokens.copy()
-        other[place] = (tokens[place] + 7) % 297 + 3
-        after = states(model, as_batch([row(other, LENGTHS)]))
-        keep = [rest for rest in parts() if rest != place]
-        assert all(torch.equal(before[rest], after[rest]) for rest in keep)
-        assert furthest(before[place], states(model, as_batch([row(tokens[place], [place.stop - place.start])]))) < within
-    loss = batch_loss(model, as_batch([row(tokens, LENGTHS)]), scale=1.0)
-    loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "shape", "said"),
-    [
-        ("bloom", {"n_layer": 2, "n_head": 4}, r"models of type bloom cannot be trained on packed rows: ValueError"),
-        ("mamba", {"state_size": 8}, r"models of type mamba cannot be trained on packed rows"),
-        ("phi", {"intermediate_size": 128, "num_attention_heads": 4}, r"models of type phi change their logits behind the head"),
-        ("gemma2", {**GROUPED, "head_dim": 16}, r"changes its logits \(final_logit_softcapping\)"),
-        ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}, r"models of type gpt2 have no linear layers"),
-    ],
-)
-def test_an_unknown_type_that_does_not_is_refused_by_name(tmp_path: Path, model_type: str, shape: dict[str, Any], said: str) -> None:
-    folder = unknown(tmp_path / "model", model_type, **shape)
-    with pytest.raises(SpecError, match=said):
-        load_model(folder, TrainSpec(model="tiny", method="lora", max_seq_len=128), torch.float32)
-
-
-class _Leaky:
-    """A decoder that mixes a little of the first token's state into every other."""
-
-    def __init__(self, base: PreTrainedModel, share: float) -> None:
-        self.base, self.share = base, share
-        base.get_decoder().register_forward_hook(self.mix)
-
-    def mix(self, _: torch.nn.Module, __: Any, out: Any) -> Any:
-        out.last_hidden_state = out.last_hidden_state + self.share * out.last_hidden_state[:, :1]
-        return out
-
-
-@pytest.mark.parametrize(
-    ("dtype", "share", "said"),
-    [
-        (torch.float32, 0.0, None),
-        (torch.float32, 0.002, r"0\.\d+%"),
-        (torch.float32, 1.0, r"\d{2,}%"),
-        (torch.bfloat16, 0.0, None),
-        (torch.bfloat16, 0.06, r"\d[\d.]*%"),
-    ],
-)
-def test_the_proof_sees_a_small_leak_and_says_how_small(tmp_path: Path, dtype: torch.dtype, share: float, said: str | None) -> None:
-    base = AutoModelForCausalLM.from_pretrained(unknown(tmp_path / "model", "olmo2", **GROUPED), dtype=dtype)
-    _Leaky(base, share)
-    if said:
-        with pytest.raises(SpecError, match=f"a sample in a row differs by {said} from the sample alone"):
-            prove(base)
-    else:
-        prove(base)
-
-
-@pytest.mark.parametrize(("dtype", "passes"), [(torch.bfloat16, True), (torch.float32, False)])
-def test_what_rounds_as_bf16_does_is_equal_in_bf16_and_not_in_fp32(tmp_path: Path, dtype: torch.dtype, passes: bool) -> None:
-    """By bf16's last place, as products of other sizes may: where the limit of each dtype decides."""
-    base = AutoModelForCausalLM.from_pretrained(unknown(tmp_path / "model", "olmo2", **GROUPED), dtype=dtype)
-
-    def by_size(_: torch.nn.Module, __: Any, out: Any) -> Any:
-        states = out.last_hidden_state
-        out.last_hidden_state = states * (1 + (2**-7 if states.shape[1] > 7 else 0))
-        return out
-
-    base.get_decoder().register_forward_hook(by_size)
-    if passes:
-        prove(base)
-    else:
-        with pytest.raises(SpecError, match=r"differs by 0\.78% from the sample alone"):
-            prove(base)
-
-
-def test_a_wider_model_of_an_unknown_type_passes_in_bf16() -> None:
-    """Its packed states differ from those alone by 0.2 % where the kernels of 12 and of 7 tokens round differently."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_hidden_layers": 8}
-    prove(AutoModelForCausalLM.from_config(make_config("gpt_neox", **sizes), dtype=torch.bfloat16))
 
 
 def test_every_layer_that_adapters_can_be_on_is_found(folders: Callable[[str], Path]) -> None:
