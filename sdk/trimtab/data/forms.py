@@ -162,7 +162,8 @@ def _no_form(columns: Sequence[str], names: Mapping[str, str]) -> str:
     elif any(name in ANSWERED for name in names):
         hints = hints or ["the question is missing: prompt, instruction, question or query"]
     forms = "text; prompt and completion; instruction and output; messages; conversations"
-    return f"its columns are {shown}, which make no form of record; {' '.join(hints)}".rstrip("; ") + f". Rename them to one of: {forms}"
+    said = f"its columns are {shown}, which make no form of record; {' '.join(hints)}".rstrip("; ")
+    return f"{said}{' ' if said.endswith('?') else '. '}Rename them to one of: {forms}"
 
 
 def _null_column(all_columns: tuple[str, ...], columns: tuple[str, ...]) -> str | None:
