@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,7 +51,8 @@ def test_a_full_disk_loses_nothing_and_says_what_is_missing(
     while not any(is_step(3)(event) for event in run.events()):
         assert not run.status().done, run.status().reason
         time.sleep(0.005)
-    fill(small_disk, leave=leave)
+    with _between_checkpoints(tree):
+        fill(small_disk, leave=leave)
     while not run.status().done:
         time.sleep(0.02)
     status = run.status()
@@ -69,6 +74,24 @@ def test_a_full_disk_loses_nothing_and_says_what_is_missing(
     assert run.resume().wait(PATIENCE).state is RunState.SUCCEEDED
     assert {step.step: step.loss for step in run.metrics()} == losses(straight)
     assert run.artifact() == Artifact(straight.model)
+
+
+@contextlib.contextmanager
+def _between_checkpoints(tree: JobDir) -> Iterator[None]:
+    """The run stands still, and not in the middle of a checkpoint, which frees the room of an older one at its end."""
+    pid = json.loads((tree.root / "process.json").read_text())["pid"]
+    while True:
+        os.killpg(pid, signal.SIGSTOP)
+        time.sleep(0.02)  # until it does
+        steps = sorted(int(path.name[5:]) for path in tree.checkpoints.iterdir())
+        if whole(tree.checkpoints) == steps and len(steps) <= 2:
+            break
+        os.killpg(pid, signal.SIGCONT)
+        time.sleep(0.02)
+    try:
+        yield
+    finally:
+        os.killpg(pid, signal.SIGCONT)
 
 
 def test_a_disk_too_small_for_one_checkpoint_is_told_at_the_start(straight: JobDir, tmp_path: Path) -> None:

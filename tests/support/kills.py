@@ -36,8 +36,11 @@ class Killer:
     def job(self) -> JobDir:
         return JobDir(self.backend.home / "runs" / self.run.handle.id)
 
-    def one(self, where: str | None = None, within: float | None = None) -> None:
-        """Kill the present life after an event of the kind `where`, `within` so many seconds (None: any); then resume the run."""
+    def one(self, where: str | None = None, within: float | None = None) -> bool:
+        """Kill the present life after an event of the kind `where`, `within` so many seconds (None: any); then resume the run.
+
+        False where the kill came too late, after the last thing that a life does.
+        """
         events = self.run.events()
         if where is None:
             where = self.draw.choices(list(MOMENTS), weights=[weight for weight, _ in MOMENTS.values()])[0]
@@ -47,12 +50,15 @@ class Killer:
         time.sleep(after)
         self.kill()
         _until(lambda: self.run.status().done, "its end")
+        if where == "save" and self.run.status().state == "succeeded":
+            return False
         assert self.run.status().state == "failed", "it ended before it was killed: kill it earlier"
         self._check(events)
         told = self.run.events()
         phase = next((event.name for event in reversed(told[len(events) :]) if isinstance(event, Phase)), "nothing said")
         self.said.append(f"{len(self.said) + 1}. {after:.3f} s after {where}: {phase}, step {_last(told)}")
         self.run.resume()
+        return True
 
     def _wait(self, where: str) -> None:
         position, look = self._position, 0.0

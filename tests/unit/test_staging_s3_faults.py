@@ -99,7 +99,9 @@ def test_credentials_that_expire_in_the_middle(s3: Staging) -> None:
     s3.proxy.heal()
     sent = send(s3)
     assert sent.bytes == s3.proxy.received("UploadPart", "PutObject")
-    assert 20 * MIB < sent.bytes < 25 * MIB, "70 are four parts of 16 and one of 6"
+    assert 20 * MIB < sent.bytes < 35 * MIB, (
+        "70 are four parts of 16 and one of 6: two of these are left, any two"
+    )
     is_whole(s3)
 
 
@@ -186,7 +188,7 @@ def test_an_upload_that_another_client_ends_is_begun_anew(s3: Staging, by: str) 
     s3.fill(model=40)
     channel = plan_channel(s3.folder, "train", cache=s3.cache)
     key = s3.place.content + channel.objects[0].name
-    s3.proxy.fault(late(1.5), on="UploadPart", times=1, after=2)
+    s3.proxy.fault(late(4.0), on="UploadPart", times=1, after=2)
     failures: list[BaseException] = []
 
     def work() -> None:
