@@ -99,9 +99,7 @@ def test_credentials_that_expire_in_the_middle(s3: Staging) -> None:
     s3.proxy.heal()
     sent = send(s3)
     assert sent.bytes == s3.proxy.received("UploadPart", "PutObject")
-    assert 20 * MIB < sent.bytes < 35 * MIB, (
-        "70 are four parts of 16 and one of 6: two of these are left, any two"
-    )
+    assert 20 * MIB < sent.bytes < 35 * MIB, "70 are four parts of 16 and one of 6: two of these are left, any two"
     is_whole(s3)
 
 
