@@ -87,8 +87,7 @@ def demo(pages: Path, probe_file: Path, out: Path) -> None:
     show(result)
     with run.deploy() as endpoint:
         for entry in [*result["questions"], *result["general"]][:1]:  # the first, right or wrong
-            base, tuned = endpoint.chat(entry["prompt"], model="base"), endpoint.chat(entry["prompt"])
-            print(f"\nasked at {endpoint.url}: {entry['prompt']}\n  base:  {base}\n  tuned: {tuned}")
+            print(f"\nasked at {endpoint.url}: {entry['prompt']}\n  tuned: {endpoint.chat(entry['prompt'])}")
     (out / "state.json").unlink(missing_ok=True)
     print(
         f"\ntraining: first step {result['training']['first_step_after']:.1f} s after its process began, "
