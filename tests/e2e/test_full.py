@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from support.job_tree import PAGES, losses, make_job, run, train_here
 from support.tiny_adapter import digest
+from support.transformers_trainer import trainer_losses
 from trimtab.artifact import Artifact
 from trimtab.cli import main
 from trimtab.compare_targets import targets
@@ -32,7 +33,7 @@ from trimtab_runtime.batch import as_batch, batch_loss
 from trimtab_runtime.engine import Engine
 from trimtab_runtime.methods import trained_parts
 from trimtab_runtime.model import load_model
-from trimtab_runtime.recipe import rows_of_step, train
+from trimtab_runtime.recipe import train
 from trimtab_runtime.rows import PackedRows
 
 WHOLE = {"method": "full", "lora_rank": 32, "learning_rate": 1e-3}
@@ -48,9 +49,6 @@ def sha256(path: Path) -> str:
 
 def test_the_first_twenty_losses_are_those_of_transformers_trainer(tmp_path: Path, tiny_model: Path) -> None:
     """Same model, same unpacked samples, same order, fp32, norms without decay: our loop and the library's take the same steps."""
-    from torch.utils.data import SequentialSampler
-    from transformers import Trainer, TrainingArguments
-
     text = {f"Page {number}": "".join(chr(97 + (number * 7 + place) % 26) for place in range(70)) + "." for number in range(30)}
     options = {"views": ("document",), "max_seq_len": 90, "max_steps": 20, "weight_decay": 0.1}  # rows so short that nothing is packed
     steady = {"lr_schedule": "constant", "warmup_ratio": 0, "learning_rate": 5e-4}
@@ -62,21 +60,7 @@ def test_the_first_twenty_losses_are_those_of_transformers_trainer(tmp_path: Pat
     assert sha256(tiny_model / "model.safetensors") == before, "the base's file, which may be mapped, is not what is trained"
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    order = [rows[index] for step in range(20) for index in rows_of_step(step, rows.ledger.rounds, spec)]
-    data = [{"input_ids": row.tokens.tolist(), "labels": row.tokens.tolist(), "attention_mask": [1] * len(row.tokens)} for row in order]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "theirs"), per_device_train_batch_size=1, max_steps=20, learning_rate=spec.learning_rate, report_to=[],
-        lr_scheduler_type="constant", weight_decay=0.1, max_grad_norm=spec.max_grad_norm, logging_steps=1, save_strategy="no", use_cpu=True,
-        seed=spec.seed, disable_tqdm=True, dataloader_pin_memory=False,
-    )  # fmt: skip
-
-    class InOrder(Trainer):
-        def _get_train_sampler(self, *_: object) -> SequentialSampler:
-            return SequentialSampler(data)
-
-    trainer = InOrder(model=model, args=arguments, train_dataset=data)
-    trainer.train()
-    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    theirs = trainer_losses(model, rows, spec, tmp_path / "theirs")
     assert len(ours) == len(theirs) == 20
     assert ours == pytest.approx(theirs, abs=1e-4)
     found = load_file(job.model / "model.safetensors")

@@ -19,12 +19,13 @@ import torch
 import trimtab
 import trimtab_runtime
 from support.job_tree import PAGES, losses, make_job, run, start, train_here
+from support.transformers_trainer import trainer_losses
 from trimtab.artifact import Artifact
 from trimtab.errors import SpecError, StagingError
 from trimtab.events import Checkpoint, Finished, Step, read
 from trimtab.layout import JobDir
 from trimtab.ledger import Ledger
-from trimtab_runtime.recipe import Diverged, rows_of_step
+from trimtab_runtime.recipe import Diverged
 from trimtab_runtime.rows import PackedRows
 
 # PEFT still asks transformers by an old name
@@ -69,8 +70,7 @@ def test_a_run_that_was_asked_to_use_a_gpu_does_not_crawl_on_without_one(tmp_pat
 
 def test_the_first_twenty_losses_are_those_of_transformers_trainer(tmp_path: Path, tiny_model: Path) -> None:
     """Same model, same unpacked samples, same order, fp32: our loop and the library's take the same steps."""
-    from torch.utils.data import SequentialSampler
-    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+    from transformers import AutoModelForCausalLM
 
     from trimtab.spec import TrainSpec
     from trimtab_runtime.methods.lora import add_adapters
@@ -84,26 +84,11 @@ def test_the_first_twenty_losses_are_those_of_transformers_trainer(tmp_path: Pat
     train_here(job)
     ours = list(losses(job).values())
     rows = PackedRows(job.channel("train"))
-    assert all(len(rows[index].lengths) == 1 for index in range(len(rows)))
 
     spec = TrainSpec.from_hyperparameters(json.loads(job.hyperparameters.read_text()))
     torch.manual_seed(spec.seed)
     model = add_adapters(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), spec)
-    order = [rows[index] for step in range(20) for index in rows_of_step(step, rows.ledger.rounds, spec)]
-    data = [{"input_ids": row.tokens.tolist(), "labels": row.tokens.tolist(), "attention_mask": [1] * len(row.tokens)} for row in order]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "theirs"), per_device_train_batch_size=1, max_steps=20, learning_rate=spec.learning_rate, report_to=[],
-        lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=spec.max_grad_norm, logging_steps=1, save_strategy="no", use_cpu=True,
-        seed=spec.seed, disable_tqdm=True, dataloader_pin_memory=False,
-    )  # fmt: skip
-
-    class InOrder(Trainer):
-        def _get_train_sampler(self, *_: object) -> SequentialSampler:
-            return SequentialSampler(data)
-
-    trainer = InOrder(model=model, args=arguments, train_dataset=data)
-    trainer.train()
-    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    theirs = trainer_losses(model, rows, spec, tmp_path / "theirs")
     assert len(ours) == len(theirs) == 20
     assert ours == pytest.approx(theirs, abs=1e-4)
 

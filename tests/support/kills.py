@@ -86,6 +86,15 @@ class Killer:
         return self.job.events.stat().st_size if self.job.events.exists() else 0
 
 
+def lost_nothing(run: Run, straight: Run) -> None:
+    """Both runs of one job have told the same losses, and left the same artifact byte for byte."""
+    assert run.wait(PATIENCE).state == straight.wait(PATIENCE).state == "succeeded"
+    assert losses(run) == losses(straight)
+    assert run.artifact() == straight.artifact()
+    for name in ("adapter_model.safetensors", "README.md"):
+        assert (run.artifact().path / name).read_bytes() == (straight.artifact().path / name).read_bytes()
+
+
 def losses(run: Run) -> dict[int, set[str]]:
     """Every loss that was told of each step, bit for bit: in all lives one and the same, or the step was not repeated but another."""
     found: dict[int, set[str]] = {}
