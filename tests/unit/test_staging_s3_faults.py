@@ -176,8 +176,10 @@ def test_two_clients_that_send_the_same_make_it_once(s3: Staging) -> None:
     assert [process.communicate(timeout=120)[0] and process.returncode for process in clients] == [0, 0, 0]
     is_whole(s3)
     ends = [one for one in s3.proxy.seen if one.operation == "CompleteMultipartUpload"]
-    # S3 lets the first one make the object and refuses the others; LocalStack looks before it makes it, so two at once may both pass
-    assert 1 <= sum(one.status == 200 for one in ends) <= 2
+    # S3 lets the first one make the object and refuses the others; LocalStack looks before it makes it, so two at once may both pass,
+    # or one of them, even the one that made it, gets its own KeyError as a 500, which boto3 tries again and is then refused
+    assert sum(one.status == 200 for one in ends) <= 2
+    assert any(one.status in (200, 500) for one in ends)
     assert {one.headers.get("if-none-match") for one in ends} == {"*"}
 
 
