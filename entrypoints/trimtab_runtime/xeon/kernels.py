@@ -1,0 +1,221 @@
+"""The only door to the compiled kernels (`trimtab-xeon`): each function here works with and without them.
+
+Without them, or with TRIMTAB_XEON=off, plain torch computes the same within the tolerance that each docstring states.
+TRIMTAB_XEON=avx512 or portable forces a path; unset, the best that this processor runs is taken.
+Tensors are bf16 or fp32 on the CPU and contiguous where nothing else is said; n is a number of tokens. None is seen by autograd.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import SpecError
+from trimtab_runtime.choices import Choice
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
+VARIABLE = "TRIMTAB_XEON"
+PATHS = ("avx512", "portable", "off")
+_Op = Callable[..., Any]
+
+
+@cache
+def path() -> Choice:
+    """Which path the kernels take, `avx512`, `portable` or `off`, and why. Decided once.
+
+    Raises SpecError for another name in TRIMTAB_XEON, or one that this machine cannot take.
+    """
+    asked = os.environ.get(VARIABLE, "")
+    if asked not in ("", *PATHS):
+        raise SpecError(f"{VARIABLE}={asked} is no path of the kernels: set it to avx512, portable or off, or unset it")
+    if asked == "off":
+        return Choice("off", f"{VARIABLE}=off")
+    try:
+        library = import_module("trimtab_xeon")
+        best: str = library.best()
+    except (ImportError, AttributeError, OSError) as exc:  # AttributeError: the folder of its sources is importable as a namespace
+        if asked:
+            raise SpecError(f"{VARIABLE}={asked}, and trimtab-xeon cannot be loaded ({exc}): install it, or unset {VARIABLE}") from exc
+        loaded = "not installed" if not isinstance(exc, OSError) else f"not loadable ({exc})"
+        return Choice("off", f"trimtab-xeon is {loaded}: plain torch computes")
+    if asked == "avx512" != best:
+        raise SpecError(f"{VARIABLE}=avx512, and this processor has no AVX-512 (F, BW, DQ, VL): set it to portable, or unset it")
+    library.use(asked or best)
+    if asked:
+        return Choice(asked, f"{VARIABLE}={asked}")
+    reasons = {"avx512": "this processor has AVX-512", "portable": "this processor has no AVX-512 (F, BW, DQ, VL)"}
+    return Choice(best, reasons[best])
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Take another path in this process for a while, as TRIMTAB_XEON would; for tests and benchmarks."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = name
+    _forget()
+    try:
+        path()
+        yield
+    finally:
+        os.environ.pop(VARIABLE) if before is None else os.environ.update({VARIABLE: before})
+        _forget()
+        path()
+
+
+def _forget() -> None:
+    path.cache_clear()
+    _op.cache_clear()
+
+
+@cache
+def _op(name: str) -> _Op | None:
+    """The compiled operator of this name, or None where torch is to compute."""
+    if path().value == "off" or not hasattr(torch.ops.trimtab_xeon, name):
+        return None
+    found: _Op = getattr(torch.ops.trimtab_xeon, name).default
+    return found
+
+
+def _fits(*tensors: Tensor) -> bool:
+    """Whether the kernels take them: on the CPU, contiguous, bf16 or fp32."""
+    return all(t.device.type == "cpu" and t.is_contiguous() and t.dtype in (torch.bfloat16, torch.float32) for t in tensors)
+
+
+# NF4 (Dettmers et al. 2023, arXiv:2305.14314) in bitsandbytes' storage format: owner weights.py
+
+
+def nf4_dequantise(packed: Tensor, state: QuantState, out: Tensor) -> None:
+    """Write the weight of `packed` uint8 [(N K + 1) / 2] into `out` [N, K], bf16 or fp32; double quantisation is undone inside.
+
+    Bit-equal to bitsandbytes' dequantize_4bit into out's dtype, NaN and infinite scales included.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = dequantize_4bit(packed.view(-1, 1), state)
+    out.copy_(weight)
+
+
+def nf4_quantise(weight: Tensor) -> tuple[Tensor, QuantState]:
+    """Quantise `weight` [N, K] (bf16, fp16 or fp32) by blocks of 64, the blocks' scales by blocks of 256.
+
+    Returns (packed uint8 [(N K + 1) / 2, 1], state), byte for byte what bitsandbytes' quantize_4bit(compress_statistics=True,
+    quant_type="nf4") returns.
+    """
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    return packed, state
+
+
+# Norm
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y [n, h] = weight [h] * round(x rstd), and rstd [n] fp32 = 1 / sqrt(mean(x^2) + eps), for x [n, h].
+
+    Rounded as transformers' LlamaRMSNorm: x is normed in fp32, rounded to its dtype, then multiplied by the weight.
+    """
+    wide = x.float()
+    rstd = torch.rsqrt(wide.square().mean(-1) + eps)
+    return (weight * (wide * rstd[:, None]).to(x.dtype)).to(x.dtype), rstd
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, add: Tensor | None = None) -> Tensor:
+    """The gradient of x [n, h] from that of y, computed in fp32 and rounded once; `add` [n, h] is added in the same pass.
+
+    The weight is frozen and takes none.
+    """
+    scaled = dy.float() * weight.float()
+    normed = x.float() * rstd[:, None]
+    dx = rstd[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    return (dx if add is None else dx + add.float()).to(x.dtype)
+
+
+# Rotary positions (Su et al. 2021, arXiv:2104.09864)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    """Turn x [n, heads, d] in place by cos and sin [n, d]: x cos + rotate_half(x) sin, first half against second. Returns x.
+
+    x may be a view whose tokens lie further apart (of qkv, say); a head's d numbers lie together. `back` applies the transpose, which
+    gradients take. Each product and the sum are rounded to x's dtype, as in transformers.
+    """
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    if back:
+        turned = x * sin
+        turned = torch.cat((turned[..., half:], -turned[..., :half]), dim=-1)
+    else:
+        turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+    return x.mul_(cos).add_(turned)
+
+
+# SwiGLU (Shazeer 2020, arXiv:2002.05202)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up [n, f] of gate_up [n, 2 f], gate first; silu is rounded to the dtype before the product, as in transformers."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def swiglu_backward(d: Tensor, gate_up: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
+    """(gradient of gate_up [n, 2 f], the activation [n, f] again) from that of the activation d [n, f]; computed in fp32, rounded once.
+
+    Where `keep` is False the gradient may take gate_up's place in memory.
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    act = torch.nn.functional.silu(gate) * up
+    wide, slope = gate.float(), torch.sigmoid(gate.float())
+    d_up = d.float() * wide * slope
+    d_gate = d.float() * up.float() * slope * (1 + wide * (1 - slope))
+    into = torch.empty_like(gate_up) if keep else gate_up
+    into[:, : gate.shape[1]] = d_gate
+    into[:, gate.shape[1] :] = d_up
+    return into, act
+
+
+# Losses whose gradient takes the logits' place
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+    """`scale` times the summed cross-entropy (fp32 scalar) of logits [n, V] and targets [n] int64, each of them in [0, V).
+
+    The logits become its gradient, scale * (softmax - onehot). Sums are in fp32.
+    """
+    wide = logits.float()
+    log_sum = torch.logsumexp(wide, dim=-1, keepdim=True)
+    wanted = targets[:, None]
+    loss = (log_sum - wide.gather(1, wanted)).sum() * scale
+    chances = (wide - log_sum).exp_().scatter_add_(1, wanted, torch.full_like(log_sum, -1.0))
+    logits.copy_(chances.mul_(scale))
+    return loss
+
+
+def divergence_(logits: Tensor, ids: Tensor, chances: Tensor, scale: float) -> Tensor:
+    """`scale` times the summed divergence (fp32 scalar) of logits [n, V] from a teacher known by its likeliest tokens.
+
+    ids [n, k] int64 are those tokens, each once, chances [n, k] their probabilities; all others are one event, as in
+    xeon/loss.py. The logits become the gradient.
+    """
+    q = chances.float()
+    q_rest = (1 - q.sum(-1, keepdim=True)).clamp_min(0)
+    wide = logits.float()
+    wide = wide - torch.logsumexp(wide, dim=-1, keepdim=True)
+    log_known = wide.gather(1, ids)
+    p, p_known = wide.exp_(), log_known.exp()
+    p_rest = (1 - p_known.sum(-1, keepdim=True)).clamp_min(1e-6)
+    loss = torch.xlogy(q, q).sum() - (q * log_known).sum()
+    loss += torch.xlogy(q_rest, q_rest).sum() - torch.xlogy(q_rest, p_rest).sum()
+    p.mul_(1 - q_rest / p_rest).scatter_(1, ids, p_known - q)
+    logits.copy_(p.mul_(scale))
+    return loss * scale

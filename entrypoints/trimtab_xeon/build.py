@@ -1,0 +1,175 @@
+"""Compiles src/*.cpp into one library and makes the wheel of it: `python build.py` also installs it into this Python.
+
+It is also the build backend that pyproject.toml names (PEP 517), so `pip wheel --no-build-isolation .` works. Object files are kept in
+build/ and compiled again when their source, a header, the compiler, its flags or torch changed.
+
+    python build.py                 compile what changed, make the wheel, install it
+    python build.py --wheel FOLDER  the wheel only
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import concurrent.futures
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+BUILD = HERE / "build"
+PLATFORM = "manylinux_2_28_x86_64"  # held by a test: auditwheel says the same of the wheel
+FLAGS = [
+    *("-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
+    *("-fno-gnu-unique", "-march=x86-64", "-mtune=sapphirerapids", "-Wall", "-Wextra", "-Werror"),
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # 2.10: what later versions added is not used
+]
+# libgcc stays shared: torch needs it too, and a static one would ask for the glibc of the machine that built it (_dl_find_object)
+LINK = ["-shared", "-static-libstdc++", "-Wl,--exclude-libs,ALL", "-Wl,--no-undefined", "-Wl,--as-needed", "-Wl,-O1", "-Wl,--strip-debug"]
+
+
+class BuildError(RuntimeError):
+    """Says what could not be built, and what to do."""
+
+
+def torch_folder() -> Path:
+    """Where torch is installed, without importing it."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        raise BuildError(
+            "torch is not installed here and its headers are needed: pip install 'torch>=2.10', then build with --no-build-isolation"
+        )
+    return Path(found.origin).parent
+
+
+def compiler() -> str:
+    """The C++ compiler: $CXX, or the first there is. Raises BuildError where there is none, or for another processor."""
+    if os.uname().machine != "x86_64":
+        raise BuildError(f"the kernels are for x86-64 processors and this is {os.uname().machine}: trimtab works without them")
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    raise BuildError(f"no C++ compiler ({', '.join(names)}): install one (Debian: apt-get install g++), or name it in CXX")
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"this failed:\n{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def compile_library() -> Path:
+    """build/kernels.so from what changed. Raises BuildError with the compiler's own words."""
+    cxx, torch = compiler(), torch_folder()
+    BUILD.mkdir(exist_ok=True)
+    known = hashlib.sha256()
+    known.update(subprocess.run([cxx, "--version"], capture_output=True, check=True).stdout)
+    known.update(repr((FLAGS, LINK)).encode() + (torch / "version.py").read_bytes())
+    for header in sorted((HERE / "src").glob("*.h")):
+        known.update(header.read_bytes())
+    includes = [f"-isystem{torch / 'include'}"]
+    wanted: list[tuple[Path, Path]] = []
+    objects = []
+    for source in sorted((HERE / "src").glob("*.cpp")):
+        digest = known.copy()
+        digest.update(source.read_bytes())
+        compiled = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+        objects.append(compiled)
+        if not compiled.is_file():
+            wanted.append((source, compiled))
+
+    def one(pair: tuple[Path, Path]) -> None:
+        source, compiled = pair
+        aside = compiled.with_suffix(f".{os.getpid()}.tmp")
+        run([cxx, *FLAGS, f"-ffile-prefix-map={HERE}=trimtab_xeon", *includes, "-c", str(source), "-o", str(aside)])
+        for older in BUILD.glob(f"{source.stem}-*.o"):
+            older.unlink()
+        aside.rename(compiled)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(one, wanted))
+    library = BUILD / "kernels.so"
+    run([cxx, *(str(path) for path in objects), *LINK, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(library)])
+    return library
+
+
+def _record(data: bytes) -> str:
+    return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+
+
+def make_wheel(folder: Path) -> Path:
+    """Compile and write the wheel into `folder`; the same sources give the same bytes but for the compiler's."""
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+    name, version = re.sub(r"[-.]+", "_", project["name"]), project["version"]
+    metadata = [
+        *("Metadata-Version: 2.4", f"Name: {project['name']}", f"Version: {version}", f"Summary: {project['description']}"),
+        *(f"License-Expression: {project['license']}", f"Requires-Python: {project['requires-python']}"),
+        *(f"Requires-Dist: {needed}" for needed in project["dependencies"]),
+        *("Description-Content-Type: text/markdown", "", (HERE / "README.md").read_text()),
+    ]
+    tag = f"py3-none-{PLATFORM}"
+    package = HERE / "trimtab_xeon"
+    files = {f"trimtab_xeon/{path.name}": path.read_bytes() for path in (package / "__init__.py", package / "py.typed")}
+    files["trimtab_xeon/kernels.so"] = compile_library().read_bytes()
+    info = f"{name}-{version}.dist-info"
+    files[f"{info}/METADATA"] = "\n".join(metadata).encode()
+    files[f"{info}/WHEEL"] = f"Wheel-Version: 1.0\nGenerator: trimtab_xeon/build.py\nRoot-Is-Purelib: false\nTag: {tag}\n".encode()
+    rows = [f"{path},{_record(data)},{len(data)}" for path, data in files.items()]
+    files[f"{info}/RECORD"] = "\n".join([*rows, f"{info}/RECORD,,", ""]).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    wheel = folder / f"{name}-{version}-{tag}.whl"
+    aside = wheel.with_suffix(f".{os.getpid()}.tmp")
+    with zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path, data in files.items():
+            entry = zipfile.ZipInfo(path, (1980, 1, 1, 0, 0, 0))
+            entry.external_attr = (0o755 if path.endswith(".so") else 0o644) << 16
+            archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
+    aside.rename(wheel)
+    return wheel
+
+
+def build_wheel(wheel_directory: str, config_settings: object = None, metadata_directory: str | None = None) -> str:
+    """PEP 517."""
+    return make_wheel(Path(wheel_directory)).name
+
+
+def build_sdist(sdist_directory: str, config_settings: object = None) -> str:
+    """PEP 517; there is none: the sources live in trimtab's repository."""
+    raise BuildError("trimtab-xeon has no source distribution: build the wheel from the repository")
+
+
+def install(wheel: Path) -> None:
+    """Into the Python that runs this, offline: what it depends on is there, or it could not have been built."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-index", "--no-deps", "--force-reinstall"]
+    run([*command, str(wheel)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--wheel", type=Path, metavar="FOLDER", help="write the wheel there and install nothing")
+    folder = parser.parse_args().wheel
+    BUILD.mkdir(exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:  # two builds at once would take each other's objects away
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            wheel = make_wheel(folder or BUILD)
+            if folder is None:
+                install(wheel)
+        except BuildError as failed:
+            print(f"trimtab-xeon: {failed}", file=sys.stderr)
+            return 1
+    print(f"trimtab-xeon: {wheel.name}" + (" installed" if folder is None else f" in {folder}"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
