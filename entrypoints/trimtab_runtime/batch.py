@@ -46,7 +46,7 @@ class Batch:
         """The same batch there; on the CPU itself."""
         if device == "cpu":
             return self
-        groups = [attention.Group(*(part.to(device) for part in (group.gather, group.scatter, group.valid))) for group in self.groups]
+        groups = [group.to(device) for group in self.groups]
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return Batch(**{name: value.to(device) for name, value in named.items() if name != "groups"}, groups=groups)
 

@@ -1,35 +1,46 @@
 """Causal attention for packed rows on CPU: each sample attends to itself alone.
 
-A dense mask would compute every pair of tokens in a row and throw most of them away. Here samples of similar length
-are gathered into one padded batch and attended to without any mask but the causal one; padding stands behind a
-sample's last token, where causality hides it. Samples never meet in a matrix product, so isolation is exact.
+A dense mask would compute every pair of tokens in a row and throw most of them away. Here each sample is put to its own keys only, in
+blocks of places; blocks above the diagonal or outside a window are not computed at all. Samples never meet in a matrix product, so
+isolation is exact. For the backward pass only the output and each row's log-sum-exp are kept; weights are made again from them.
+
+Source: T. Dao et al., "FlashAttention" (2022, arXiv:2205.14135), appendix B.2, for the backward pass from log-sum-exps; N. Shazeer,
+"Fast Transformer Decoding" (2019, arXiv:1911.02150) and Ainslie et al. (2023, arXiv:2305.13245) for query heads that share a key head.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from trimtab.estimate import EXPLICIT_UP_TO
 from trimtab_runtime.packing import alike
 
 NAME = "trimtab_packed"
-_BLOCK = 512  # queries of a long sample that are put at once to what their window reaches
+_PADDED_UP_TO = 256  # tokens of samples that are attended to as one padded batch; a longer one is computed by itself
+_BLOCK = 512  # rows of queries (tokens times the heads that share a key head) that are put at once to the keys that they see
 
 
 @dataclass(frozen=True)
 class Group:
-    """Samples attended to together: `gather` [samples, length] places in the row; `scatter` the same for real tokens."""
+    """Samples attended to together: `gather` [samples, length] places in the row; `scatter` the same for real tokens, which are the
+    `valid` ones of the flattened `gather`. Sample i stands at `begins[i]` with `lengths[i]` tokens."""
 
     gather: Tensor
     scatter: Tensor
     valid: Tensor
+    begins: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    def to(self, device: str) -> Group:
+        return Group(self.gather.to(device), self.scatter.to(device), self.valid.to(device), self.begins, self.lengths)
 
 
 def plan_groups(lengths: list[int], *, slack: float = 0.25) -> list[Group]:
@@ -48,8 +59,166 @@ def plan_groups(lengths: list[int], *, slack: float = 0.25) -> list[Group]:
         size = torch.tensor([lengths[i] for i in members])[:, None]
         valid = columns[None, :] < size
         gather = torch.where(valid, begin + columns, begin)
-        planned.append(Group(gather, gather[valid], valid.reshape(-1).nonzero().squeeze(1)))
+        places = (tuple(starts[i] for i in members), tuple(lengths[i] for i in members))
+        planned.append(Group(gather, gather[valid], valid.reshape(-1).nonzero().squeeze(1), *places))
     return planned
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, groups: list[Group], scale: float, window: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """query [n, H, d], key and value [n, KV, d], which may be strided views of one tensor -> (out [n, H, d], lse [H, n] in fp32).
+
+    KV divides H; query head h attends to key head h // (H / KV). Each token sees those of its sample up to itself, with a `window` so
+    many of them at most, itself among them. bf16 or fp32 on a CPU. No autograd: see `packed_attention`.
+    """
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
+    for part in _parts(groups):
+        q, k, v = _heads(query, part, key.shape[1]), _heads(key, part, key.shape[1]), _heads(value, part, key.shape[1])
+        got, sums = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        for rows, keys, hidden in _blocks(part.length, q.shape[1] // part.length, window, q.device):
+            scores = _scores(q[:, rows], k[:, keys], scale, hidden)
+            total = torch.logsumexp(scores, dim=-1)
+            weights = scores.sub_(total[..., None]).exp_().to(v.dtype)
+            got[:, rows] = torch.bmm(weights, v[:, keys])
+            sums[:, rows] = total
+        _put_back(out, got, part)
+        _put_back(lse.t()[..., None], sums[..., None], part)
+    return out, lse
+
+
+def attend_backward(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    groups: list[Group],
+    scale: float,
+    window: int | None = None,
+    into: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, as `attend` was given them, from that of its `out`: three tensors shaped like those.
+
+    With `into` [n, (H + 2 KV) d] they are written there, one behind the other, and views of it are returned.
+    """
+    n, heads, width = query.shape
+    kv_heads = key.shape[1]
+    if into is None:
+        into = torch.empty(n, (heads + 2 * kv_heads) * width, dtype=query.dtype, device=query.device)
+    parts = into.split([heads * width, kv_heads * width, kv_heads * width], dim=1)
+    dq, dk, dv = (part.unflatten(1, (-1, width)) for part in parts)
+    for part in _parts(groups):
+        q, k, v = _heads(query, part, kv_heads), _heads(key, part, kv_heads), _heads(value, part, kv_heads)
+        d, got = _heads(d_out, part, kv_heads, padding=False), _heads(out, part, kv_heads)
+        sums = _heads(lse.t()[..., None], part, kv_heads)
+        delta = torch.linalg.vecdot(d.float(), got.float())[..., None]
+        dq_part = torch.empty_like(q)
+        dk_part, dv_part = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
+        for rows, keys, hidden in _blocks(part.length, q.shape[1] // part.length, window, q.device):
+            weights = _scores(q[:, rows], k[:, keys], scale, hidden).sub_(sums[:, rows]).exp_()
+            d_scores = torch.bmm(d[:, rows], v[:, keys].transpose(1, 2)).float().sub_(delta[:, rows]).mul_(weights).mul_(scale).to(q.dtype)
+            dq_part[:, rows] = torch.bmm(d_scores, k[:, keys])
+            dk_part[:, keys] += torch.bmm(d_scores.transpose(1, 2), q[:, rows])
+            dv_part[:, keys] += torch.bmm(weights.to(v.dtype).transpose(1, 2), d[:, rows])
+        _put_back(dq, dq_part, part)
+        _put_back(dk, dk_part.to(k.dtype), part)
+        _put_back(dv, dv_part.to(v.dtype), part)
+    return dq, dk, dv
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is computed at once: a group, padded, or with `group` None the one sample of `length` tokens at `begin`."""
+
+    group: Group | None
+    begin: int
+    length: int
+
+
+def _parts(groups: list[Group]) -> Iterator[_Part]:
+    for group in groups:
+        longest = group.gather.shape[1]
+        if longest <= _PADDED_UP_TO and len(group.begins) > 1:
+            yield _Part(group, 0, longest)
+        else:
+            yield from (_Part(None, begin, length) for begin, length in zip(group.begins, group.lengths, strict=True))
+
+
+def _heads(whole: Tensor, part: _Part, kv_heads: int, *, padding: bool = True) -> Tensor:
+    """[n, heads, d] -> [samples * kv_heads, length * heads / kv_heads, d], contiguous: the heads that share a key head stand side by side
+    as rows of one matrix. Where a sample is shorter than its group, there are copies of its first place, or without `padding` zeros."""
+    heads, width = whole.shape[1:]
+    if part.group is None:
+        rows = whole[part.begin : part.begin + part.length]
+    elif padding:
+        rows = whole.index_select(0, part.group.gather.reshape(-1))
+    else:
+        rows = torch.zeros(part.group.gather.numel(), heads, width, dtype=whole.dtype, device=whole.device)
+        rows.index_copy_(0, part.group.valid, whole.index_select(0, part.group.scatter))
+    by_head = rows.view(-1, part.length, kv_heads, heads // kv_heads, width).transpose(1, 2)
+    return by_head.reshape(-1, part.length * (heads // kv_heads), width)
+
+
+def _put_back(whole: Tensor, by_head: Tensor, part: _Part) -> None:
+    """The reverse of `_heads`: into the places of `whole` [n, heads, d]."""
+    heads, width = whole.shape[1:]
+    samples = 1 if part.group is None else len(part.group.begins)
+    rows = by_head.view(samples, -1, part.length, by_head.shape[1] // part.length, width).transpose(1, 2)
+    if part.group is None:
+        whole[part.begin : part.begin + part.length].view(part.length, *rows.shape[2:]).copy_(rows[0])
+    else:
+        whole.index_copy_(0, part.group.scatter, rows.reshape(-1, heads, width).index_select(0, part.group.valid))
+
+
+def _blocks(length: int, repeat: int, window: int | None, device: torch.device) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The blocks of a sample: rows of queries, the keys that any of them sees, and [rows, keys] 0 or minus infinity where it does not."""
+    size = max(1, _BLOCK // repeat)
+    for begin in range(0, length, size):
+        end = min(begin + size, length)
+        first = 0 if window is None else max(0, begin - window + 1)
+        yield slice(begin * repeat, end * repeat), slice(first, end), _hidden(end - begin, end - first, repeat, window, device)
+
+
+@lru_cache(maxsize=32)
+def _hidden(queries: int, keys: int, repeat: int, window: int | None, device: torch.device) -> Tensor:
+    """What the last `queries` of a sample's first `keys` places do not see [queries * repeat, keys]: minus infinity, else 0."""
+    with torch.inference_mode(False):  # whoever asks first
+        place = torch.arange(keys, device=device)
+        own = place[keys - queries :].repeat_interleave(repeat)[:, None]
+        unseen = place > own
+        if window is not None:
+            unseen |= place <= own - window
+        return torch.zeros(unseen.shape, device=device).masked_fill_(unseen, float("-inf"))
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, hidden: Tensor) -> Tensor:
+    """Scaled products [b, rows, keys] in fp32. From bf16 they come in two halves, for bf16 alone would be off by 0.4 % of a score, and a
+    weight by as much as its score's whole error: second what rounding took from the first."""
+    keys = key.transpose(1, 2)
+    high = torch.bmm(query, keys)
+    if query.dtype is torch.float32:
+        return high.mul_(scale).add_(hidden)
+    low = torch.baddbmm(high, query, keys, beta=-1)
+    return high.float().add_(low).mul_(scale).add_(hidden)
+
+
+class _Packed(torch.autograd.Function):
+    """`attend` with its gradient. Only what it is given, its output and the log-sum-exps are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: list[Group], scale: float, window: int | None) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            out, lse = attend(query, key, value, groups, scale, window)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.given = (groups, scale, window)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        return *attend_backward(upstream[0], *ctx.saved_tensors, *ctx.given), None, None, None
 
 
 def packed_attention(
@@ -72,77 +241,34 @@ def packed_attention(
         raise ValueError("packed attention takes one flattened row and its groups")
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
-    if len(packed_groups) == 1 and packed_groups[0].valid.numel() == packed_groups[0].gather.numel() == query.shape[0]:
-        group = packed_groups[0]
-        n, length = group.gather.shape
-        parts = (part.reshape(n, length, *part.shape[1:]) for part in (query, key, value))
-        return _attend(*parts, scale, sliding_window)[None].flatten(1, 2), None
-    pieces = []
-    for group in packed_groups:
-        shape = group.gather.shape
-        flat = group.gather.reshape(-1)
-        parts = (part.index_select(0, flat).view(*shape, *part.shape[1:]) for part in (query, key, value))
-        pieces.append(_attend(*parts, scale, sliding_window).flatten(0, 1).index_select(0, group.valid))
-    scatter = torch.cat([group.scatter for group in packed_groups])
-    back = torch.empty_like(scatter)
-    back[scatter] = torch.arange(len(scatter), device=scatter.device)
-    out = torch.cat(pieces).index_select(0, back)
+    if query.device.type != "cpu":
+        return _on_a_gpu(query, key, value, packed_groups, scale, sliding_window)[None], None
+    out: Tensor = _Packed.apply(query, key.to(query.dtype), value.to(query.dtype), packed_groups, scale, sliding_window)
     return out[None], None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None) -> Tensor:
-    """Causal attention inside each sample: [samples, length, heads, width] -> the same shape."""
-    samples, length, heads, width = query.shape
-    kv_heads = key.shape[2]
-    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-    beyond = window if window is not None and window < length else None  # else the window holds the whole sample
-    if length > EXPLICIT_UP_TO:  # the flash kernel, whose memory does not grow with the square
-        if beyond is not None:
-            return _by_blocks(query, key, value, scale, beyond).transpose(1, 2)
-        out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=kv_heads != heads)
-        return out.transpose(1, 2)
-    # query heads that share a key head stand as rows of one product: [samples, kv, repeat * length, width]
-    repeat = heads // kv_heads
-    query = query.reshape(samples, kv_heads, repeat * length, width)
-    scores = torch.matmul(query * scale, key.transpose(-1, -2)).view(samples, kv_heads, repeat, length, length)
-    hidden = _hidden(length, beyond, scores.device)
-    weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1, dtype=torch.float32).to(value.dtype)
-    out = torch.matmul(weights.view(samples, kv_heads, repeat * length, length), value)
-    return out.view(samples, heads, length, width).transpose(1, 2)
-
-
-def _by_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
-    """Attention within a window: [samples, heads, length, width] -> the same shape. Each block of queries is put to the keys of its own
-    places and of as many before it as the window reaches, so time grows with the length and not with its square."""
-    length, repeat = query.shape[2], query.shape[1] // key.shape[1]
-    if repeat > 1:  # once: the kernel would copy each block's keys for its heads, and keep the copies for the backward pass
-        key, value = (part.repeat_interleave(repeat, dim=1) for part in (key, value))
-    mask = _band(window, query.dtype, query.device)
-    blocks = []
-    for begin in range(0, length, _BLOCK):
-        end, first = min(begin + _BLOCK, length), max(0, begin - window)
-        seen = mask[: end - begin, window - (begin - first) : window + end - begin]
-        places = (query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end])
-        blocks.append(functional.scaled_dot_product_attention(*places, attn_mask=seen, scale=scale))
-    return torch.cat(blocks, dim=2)
+def _on_a_gpu(query: Tensor, key: Tensor, value: Tensor, groups: list[Group], scale: float, window: int | None) -> Tensor:
+    """The same by torch's own attention, group by group, with its own gradient."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    pieces = []
+    for group in groups:
+        samples, length = group.gather.shape
+        flat = group.gather.reshape(-1)
+        q, k, v = (part.index_select(0, flat).unflatten(0, (samples, length)).transpose(1, 2) for part in (query, key, value))
+        beyond = window if window is not None and window < length else None  # else the window holds the whole sample
+        mask = None if beyond is None else _band(length, beyond, query.device)
+        gqa = kv_heads != heads
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
+        pieces.append(out.transpose(1, 2).flatten(0, 1).index_select(0, group.valid))
+    scatter = torch.cat([group.scatter for group in groups])
+    return torch.empty_like(query, memory_format=torch.contiguous_format).index_copy(0, scatter, torch.cat(pieces))
 
 
 @lru_cache(maxsize=2)
-def _band(window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What a block's places [_BLOCK] see of themselves and of the `window` places before them: 0, or minus infinity.
-
-    One for all layers, each of which keeps what it was given for its backward pass.
-    """
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """Which places [length, length] a place sees: itself and the `window` - 1 before it. One for all layers."""
     with torch.inference_mode(False):  # whoever asks first
-        row, column = torch.arange(_BLOCK, device=device)[:, None], torch.arange(window + _BLOCK, device=device)
-        seen = (column > row) & (column <= row + window)
-        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
-
-
-def _hidden(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Which places [length, length] a place does not see: those after it, and those `window` or more before it."""
-    whole = torch.ones(length, length, dtype=torch.bool, device=device)
-    return whole.triu(1) if window is None else whole.triu(1) | whole.tril(-window)
+        return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 def block_diagonal(positions: Tensor, dtype: torch.dtype) -> Tensor:
