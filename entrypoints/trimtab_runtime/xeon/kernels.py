@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "TRIMTAB_XEON"
 PATHS = ("avx512", "portable", "off")
+STREAM_FROM = 4 << 20  # bytes of a dequantised weight from which it is written past the caches (measured: trimtab_xeon/README.md)
 _Op = Callable[..., Any]
 
 
@@ -96,23 +97,56 @@ def _fits(*tensors: Tensor) -> bool:
 def nf4_dequantise(packed: Tensor, state: QuantState, out: Tensor) -> None:
     """Write the weight of `packed` uint8 [(N K + 1) / 2] into `out` [N, K], bf16 or fp32; double quantisation is undone inside.
 
-    Bit-equal to bitsandbytes' dequantize_4bit into out's dtype, NaN and infinite scales included.
+    Bit-equal to bitsandbytes' dequantize_4bit(packed, state).to(out.dtype): where the state's dtype is bf16, an fp32 `out` holds
+    numbers rounded to bf16. Two differences to bitsandbytes 0.50.2 are its own: its AVX-512 kernel takes wrong scales where K is a
+    multiple of 32 and not of 64, and numbers under 1.2e-38 become 0 in it on some processors; both are right here.
+    Raises ValueError for a weight that bitsandbytes has packed for inference, which cannot be read.
     """
-    from bitsandbytes.functional import dequantize_4bit
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError("bitsandbytes has packed this weight for inference and it cannot be trained on: load the model again")
+    op, nested = _op("nf4_dequantise"), state.state2
+    if op is None or not _plain_nf4(packed, state, out):
+        from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    weight = dequantize_4bit(packed.view(-1, 1), state)
-    out.copy_(weight)
+        if out.shape[-1] % state.blocksize:  # laid out as one row, which its kernel gets right
+            of_scales = (state.offset, nested)
+            state = QuantState(state.absmax, (1, out.numel()), state.code, state.blocksize, state.quant_type, state.dtype, *of_scales)
+        out.copy_(dequantize_4bit(packed.view(-1, 1), state).reshape(out.shape))
+        return
+    codes = packed if packed.dtype == torch.uint8 else packed.view(torch.uint8)
+    of_scales = (None, None, None, 1) if nested is None else (nested.code, nested.absmax, state.offset, nested.blocksize)
+    op(codes, state.absmax, *of_scales, out, state.dtype == torch.bfloat16, STREAM_FROM)
+
+
+def _plain_nf4(packed: Tensor, state: QuantState, out: Tensor) -> bool:
+    """Whether the compiled operator knows this form: the one that bitsandbytes makes for training."""
+    of_weight = state.quant_type == "nf4" and state.blocksize == 64 and state.dtype in (torch.bfloat16, torch.float32)
+    scales = state.absmax.dtype == (torch.float32 if state.state2 is None else torch.uint8)
+    return of_weight and scales and packed.device.type == "cpu" and packed.is_contiguous() and _fits(out)
 
 
 def nf4_quantise(weight: Tensor) -> tuple[Tensor, QuantState]:
     """Quantise `weight` [N, K] (bf16, fp16 or fp32) by blocks of 64, the blocks' scales by blocks of 256.
 
     Returns (packed uint8 [(N K + 1) / 2, 1], state), byte for byte what bitsandbytes' quantize_4bit(compress_statistics=True,
-    quant_type="nf4") returns.
+    quant_type="nf4") returns. Raises ValueError for a weight that holds NaN or infinity, which would spoil every block of it.
     """
-    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
 
-    packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    op = _op("nf4_quantise")
+    if op is None or weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    else:
+        numbers = (weight.float() if weight.dtype == torch.float16 else weight).contiguous()
+        packed = torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8)
+        absmax = torch.empty((weight.numel() + 63) // 64, dtype=torch.float32)
+        op(numbers, packed, absmax)
+        offset = absmax.mean()
+        of_blocks, nested = quantize_blockwise(absmax - offset, blocksize=256)
+        code = get_4bit_type("nf4", device="cpu")
+        state = QuantState(of_blocks, weight.shape, code, 64, "nf4", weight.dtype, offset, nested)
+    if not torch.isfinite(state.offset):
+        raise ValueError("a weight holds NaN or infinite numbers and cannot be quantised: look at the checkpoint, or train with method=lora")
     return packed, state
 
 
