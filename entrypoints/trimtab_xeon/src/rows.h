@@ -1,0 +1,74 @@
+// What kernels over rows of numbers share: dtypes, rows that lie apart, threads, tails, a value rounded on the way.
+#pragma once
+
+#include <algorithm>
+
+#include "avx512.h"
+
+namespace xeon {
+
+// Rows of `width` numbers that lie together: [n, width] or [n, heads, width], where rows may lie further apart than they are wide.
+template <class T>
+struct Rows {
+  T* first;
+  int64_t count, inner, outer_step, inner_step, width;
+
+  T* operator[](int64_t row) const { return first + (row / inner) * outer_step + (row % inner) * inner_step; }
+};
+
+inline void check_rows(const Tensor& x, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu(), name, " is not on the CPU");
+  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3, name, " has ", x.dim(), " dimensions, and not 2 or 3");
+  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, " has another dtype");
+  STD_TORCH_CHECK(x.numel() == 0 || x.size(x.dim() - 1) == 1 || x.stride(x.dim() - 1) == 1, name, "'s rows are not contiguous");
+}
+
+template <class T>
+Rows<T> rows_of(const Tensor& x) {
+  const bool heads = x.dim() == 3;
+  const int64_t n = x.size(0), inner = heads ? x.size(1) : 1, width = x.size(x.dim() - 1);
+  auto* first = static_cast<T*>(const_cast<void*>(x.const_data_ptr()));
+  return {first, n * inner, std::max<int64_t>(1, inner), x.stride(0), heads ? x.stride(1) : 0, width};
+}
+
+inline void check_same(const Tensor& x, const Tensor& other, const char* name) {
+  STD_TORCH_CHECK(x.sizes() == other.sizes(), name, " has another shape");
+}
+
+inline void check_vector(const Tensor& x, int64_t length, ScalarType type, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.numel() == length && x.scalar_type() == type, name,
+                  " is no contiguous vector of ", length, " numbers of its dtype on the CPU");
+}
+
+// f(T()) with T = uint16_t for bf16, float for fp32.
+template <class F>
+void by_dtype(const Tensor& x, const F& f) {
+  if (x.scalar_type() == ScalarType::BFloat16) return f(uint16_t());
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "the kernels take bf16 and fp32");
+  f(float());
+}
+
+// f(begin, end) over parts of the rows; a thread is not woken for less than it takes to wake it.
+template <class F>
+void over_rows(int64_t rows, int64_t width, const F& f) {
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)), f);
+}
+
+inline float rounded(float value, const uint16_t*) { return from_bf16(to_bf16(value)); }
+inline float rounded(float value, const float*) { return value; }
+
+XEON_INLINE __m512 rounded16(__m512 value, const uint16_t*) { return widen(round_bf16(value)); }
+XEON_INLINE __m512 rounded16(__m512 value, const float*) { return value; }
+
+// The lanes of a step that are before the end.
+XEON_INLINE __mmask16 until(int64_t left) { return left >= 16 ? __mmask16(0xffff) : __mmask16((1u << left) - 1); }
+
+template <class T>
+XEON_INLINE void put16(T* to, __m512 value, __mmask16 mask) {
+  if (mask == 0xffff)
+    store16(to, value);
+  else
+    store16(to, value, mask);
+}
+
+}  // namespace xeon
