@@ -177,14 +177,15 @@ inline uint8_t code_of(float v) {
   return static_cast<uint8_t>(i);
 }
 
+// The largest magnitude: the bits of fp32 without their sign are ordered as the numbers are, with NaN above all.
 template <typename In>
 float largest_portable(const In* from, int64_t count) {
-  float largest = 0;
+  int32_t largest = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const float magnitude = std::bit_cast<float>(std::bit_cast<uint32_t>(load(from + i)) & 0x7fffffffu);
-    if (!(magnitude <= largest) && largest == largest) largest = magnitude;  // a NaN stays
+    const auto magnitude = static_cast<int32_t>(std::bit_cast<uint32_t>(load(from + i)) & 0x7fffffffu);
+    largest = magnitude > largest ? magnitude : largest;
   }
-  return largest;
+  return std::bit_cast<float>(largest);
 }
 
 inline float divisor(float largest) { return largest < SMALLEST ? SMALLEST : largest; }
@@ -196,10 +197,13 @@ void quantise_portable(const In* from, uint8_t* packed, float* absmax, int64_t f
     const In* numbers = from + block * BLOCK;
     absmax[block] = largest_portable(numbers, BLOCK);
     const float reciprocal = 1.0f / divisor(absmax[block]);
-    for (int i = 0; i < BLOCK; i += 2) {
-      packed[block * 32 + i / 2] =
-          static_cast<uint8_t>(code_of(load(numbers + i) * reciprocal) << 4 | code_of(load(numbers + i + 1) * reciprocal));
+    float v[BLOCK];
+    uint32_t codes[BLOCK] = {};
+    for (int i = 0; i < BLOCK; ++i) v[i] = load(numbers + i) * reciprocal;
+    for (int j = 0; j < 15; ++j) {  // no search: compilers make vectors of this
+      for (int i = 0; i < BLOCK; ++i) codes[i] += !(BOUNDS.at[j] >= v[i]);
     }
+    for (int i = 0; i < BLOCK; i += 2) packed[block * 32 + i / 2] = static_cast<uint8_t>(codes[i] << 4 | codes[i + 1]);
   }
 }
 
