@@ -20,16 +20,19 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 from trimtab.errors import SpecError, TrimtabError
-from trimtab.events import EventLog, Finished, Phase, Progress
-from trimtab.layout import EVENTS_VARIABLE, PIPE_VARIABLE, JobDir
+from trimtab.events import Choice, EventLog, Finished, Phase, Progress
+from trimtab.layout import DEVICE_VARIABLE, EVENTS_VARIABLE, PIPE_VARIABLE, JobDir
 from trimtab.spec import TrainSpec
-from trimtab_runtime import disk, memory
+from trimtab_runtime import disk, memory, ranks
 from trimtab_runtime.channels import staged, unfold
+from trimtab_runtime.xeon import placement, topology
+from trimtab_runtime.xeon.binding import bind
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # each asks training for a checkpoint and an artifact, however often it comes
 
@@ -58,6 +61,8 @@ def main(arguments: list[str]) -> int:
         return 2
     if os.environ.get(PIPE_VARIABLE):
         threading.Thread(target=_end_with_client, daemon=True).start()
+    if seat := os.environ.pop(ranks.VARIABLE, ""):
+        return _as_rank(job, ranks.Seat.from_text(seat))
     began = time.monotonic()
     reserve: disk.Reserve | None = None
     cause = ""
@@ -92,6 +97,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _generate(job: JobDir, events: EventLog) -> int:
+    _take(_placed(events).shares[0])
     _before_torch()
     with _importing():
         from trimtab_runtime.generate import generate
@@ -117,6 +123,7 @@ def _preview(job: JobDir, events: EventLog) -> int:
 
 
 def _measure(job: JobDir, events: EventLog) -> int:
+    _take(_placed(events).shares[0])
     _before_torch()
     with _importing():
         from trimtab_runtime.rates import measure
@@ -127,26 +134,63 @@ def _measure(job: JobDir, events: EventLog) -> int:
 
 
 def _train(job: JobDir, events: EventLog) -> int:
-    asked_to_stop: list[int] = []
-    for number in STOPS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # who started it with nohup, or in the background, wants that one ignored
-            signal.signal(number, lambda number, _: asked_to_stop.append(number))
+    asked_to_stop = _note_stops()
     spec = _spec(job)
     disk.refuse_unwritable((job.checkpoints, job.model))  # now, and not at the first checkpoint
     events.write(Phase(name="start", at=time.time()))
-    _before_torch()
+    plan = _placed(events, ranks=spec.ranks, dtype=spec.dtype)
+    if len(plan.shares) > 1:
+        return ranks.lead(plan.shares, _say, asked_to_stop, STOPS)
+    _take(plan.shares[0])
+    return _train_here(job, spec, events, asked_to_stop)
+
+
+def _as_rank(job: JobDir, seat: ranks.Seat) -> int:
+    """One of several ranks: who started it holds the job's folder, and says how the run ended."""
+    asked_to_stop = _note_stops()
+    ranks.take_signals(STOPS)
+    try:
+        _take(seat.share)
+        also = _say if os.environ.get(EVENTS_VARIABLE) == "log" else None
+        events = EventLog(Path(os.devnull)) if seat.number else EventLog(job.events, also)
+        return _train_here(job, _spec(job), events, asked_to_stop, seat)
+    except BaseException as exc:  # noqa: BLE001  the border: whatever it is, it is said by the process that started this one
+        from trimtab_runtime.distributed import HostLost
+
+        seat.tell(_cause(job, exc), "".join(traceback.format_exception(exc)), echo=isinstance(exc, HostLost))
+        return 1
+
+
+def _train_here(job: JobDir, spec: TrainSpec, events: EventLog, asked_to_stop: list[int], seat: ranks.Seat | None = None) -> int:
+    """Train in this process, as the only one of its machine or as one of several ranks."""
+    first = seat is None or seat.number == 0
+    _before_torch(aloud=first)
     if spec.method != "qlora":
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # PEFT would import it, which takes a second, for nothing
     with _importing():
         from trimtab_runtime.distributed import join, read_place
         from trimtab_runtime.recipe import train
 
-    with join(read_place(job.resources), _say) as team:
-        ending = train(job, spec, events, _say, lambda: bool(asked_to_stop), team)
+    place = read_place(job.resources)
+    if seat is not None:
+        place = replace(place, ranks=seat.of, number=seat.number, meet=seat.meet)
+    say = _say if first else lambda line: None  # all ranks would say the same
+    with join(place, say) as team:
+        ending = train(job, spec, events, say, lambda: bool(asked_to_stop), team)
     return 0 if ending != "stopped" else 128 + (asked_to_stop or [signal.SIGTERM])[0]  # it may be another machine that was asked
 
 
+def _note_stops() -> list[int]:
+    """The signals that asked for a stop so far; the list grows when one comes."""
+    asked: list[int] = []
+    for number in STOPS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # who started it with nohup, or in the background, wants that one ignored
+            signal.signal(number, lambda number, _: asked.append(number))
+    return asked
+
+
 def _evaluate(job: JobDir, events: EventLog) -> int:
+    _take(_placed(events).shares[0])
     _before_torch()
     with _importing():
         from trimtab_runtime.evaluate import evaluate
@@ -168,6 +212,7 @@ def _merge(job: JobDir, events: EventLog) -> int:
 
 def _losses(job: JobDir, events: EventLog) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take the processor from those that compute
+    _take(_placed(events).shares[0])
     _before_torch()
     with _importing():
         from trimtab_runtime.losses import losses
@@ -177,7 +222,30 @@ def _losses(job: JobDir, events: EventLog) -> int:
     return 0
 
 
-def _before_torch() -> None:
+def _placed(events: EventLog, *, ranks: int | Literal["auto"] = 1, dtype: str = "auto") -> placement.Plan:
+    """Where this run computes on this machine, said with its reasons. Nothing is done yet. Raises SpecError for ranks on a GPU."""
+    if os.environ.get(DEVICE_VARIABLE) == "gpu":
+        if ranks != 1:
+            raise SpecError(f"ranks are for CPUs, and this run was asked to compute on a GPU (ranks is {ranks}): leave out --ranks")
+        return placement.Plan((placement.Share(None),), ())
+    plan = placement.place(topology.read(), os.environ, ranks=ranks, dtype=dtype)
+    for name, choice in plan.choices:
+        _say(f"{name} {choice.value}: {choice.reason}")
+        events.write(Choice(name=name, value=choice.value, reason=choice.reason))
+    for line in placement.lines(plan):
+        _say(line)
+    for warning in plan.warnings:
+        _say(f"WARNING: {warning}")
+        events.write(Choice(name="warning", value="placement", reason=warning))
+    return plan
+
+
+def _take(share: placement.Share) -> None:
+    for refused in bind(share):
+        _say(refused)
+
+
+def _before_torch(*, aloud: bool = True) -> None:
     """What must be set before torch loads: no library may look for a hub, and malloc keeps large blocks."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -186,7 +254,9 @@ def _before_torch() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it asks for a kernel from a hub, and does without
     from trimtab_runtime.xeon.allocator import keep_large_blocks
 
-    _say(f"allocator: {keep_large_blocks()}")
+    done = keep_large_blocks()
+    if aloud:
+        _say(f"allocator: {done}")
 
 
 @contextlib.contextmanager
@@ -255,6 +325,7 @@ class _only_one:
             raise _InUse(
                 f"another trimtab process works in {self._path.parent} ({who}): wait for it, or end it, with a checkpoint, by  {end}"
             ) from exc
+        os.set_inheritable(self._file.fileno(), True)  # by ranks, which hold it, too, while they live
         with contextlib.suppress(OSError):  # a full disk; it holds all the same
             self._file.truncate(0)
             self._file.write(f"{os.getpid()} {_namespace()} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
@@ -286,7 +357,8 @@ def _cause(job: JobDir, exc: BaseException) -> str:
 
 def _failed(job: JobDir, exc: BaseException, cause: str) -> int:
     """The cause first, the traceback after; on the log the same."""
-    text = f"{cause}\n\n" + "".join(traceback.format_exception(exc))
+    trace = exc.trace if isinstance(exc, ranks.RankFailed) else ""
+    text = f"{cause}\n\n" + (trace or "".join(traceback.format_exception(exc)))
     try:
         job.failure.parent.mkdir(parents=True, exist_ok=True)
         job.failure.write_text(text, encoding="utf-8")

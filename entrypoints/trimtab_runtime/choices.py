@@ -69,13 +69,17 @@ def pick_dtype(asked: str, flags: frozenset[str]) -> Choice:
     return Choice(dtype, next((_BF16[flag] for flag in BF16_FLAGS if flag in flags), _NO_BF16))
 
 
-def expected_memory(spec: TrainSpec, config: Mapping[str, Any], dtype: str, manifest: Mapping[str, Any], device: str) -> Choice | None:
-    """The plan's estimate for these rows, by their manifest; None for a model whose config.json does not name its sizes."""
+def expected_memory(
+    spec: TrainSpec, config: Mapping[str, Any], dtype: str, manifest: Mapping[str, Any], device: str, ranks: int = 1
+) -> Choice | None:
+    """The plan's estimate for these rows, by their manifest, for each of `ranks` on a machine; None for a model whose config.json does
+    not name its sizes."""
     model = ModelFacts.from_config(config)
     if model is None:
         return None
     found = peak_memory(spec, model, dtype, RowFacts.from_manifest(manifest), "cpu" if device == "cpu" else "gpu")
-    return Choice(f"about {found.total:,} MB", f"estimated: {found}")
+    each = f" in each of {ranks} ranks" if ranks > 1 else ""
+    return Choice(f"about {found.total:,} MB{each}", f"estimated: {found}")
 
 
 def schedule(spec: TrainSpec, steps: int, rows_per_step: int) -> Choice:

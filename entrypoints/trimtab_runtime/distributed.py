@@ -1,7 +1,8 @@
-"""Several machines train as one: each takes its share of a step's rows, and their gradients are added up.
+"""Several machines train as one, or several ranks on a machine: each takes its share of a step's rows, and gradients are added up.
 
 Who takes part stands in resourceconfig.json, as Amazon SageMaker writes it for training containers (developer guide, "How Amazon
 SageMaker AI provides training information"). The first host by name has rank 0: there the others meet, and it alone writes what stays.
+On each machine there may be several ranks (ranks.py); those of one machine alone meet in a file and talk over the loopback interface.
 """
 
 from __future__ import annotations
@@ -29,29 +30,48 @@ PORT = 7777
 MEETING = 300.0  # seconds in which all hosts must have come
 SILENCE = 900.0  # seconds that a host may be silent: the others load their model, or the first one writes
 PARTING = 5.0  # seconds in which the others hear why the first one ends
+LOOPBACK = ("lo", "lo0")  # what Linux and macOS call it
 LAST_WORD = "last word"  # of the host that failed first
 
 
 class HostLost(TrimtabError):
-    """Another host did not come, went away, or failed."""
+    """Another host, or another rank of this one, did not come, went away, or failed."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which of `hosts` this machine is; they stand in the order of their ranks. `interface` leads to the others ("": any)."""
+    """Which of `hosts` this machine is; they stand in the order of their ranks. `interface` leads to the others ("": any).
+
+    Each machine has as many `ranks`, of which this is `number` (from 0); those of a machine that is alone meet in the file `meet`.
+    """
 
     host: str = "localhost"
     hosts: tuple[str, ...] = ("localhost",)
     interface: str = ""
     port: int = PORT
+    ranks: int = 1
+    number: int = 0
+    meet: str = ""
 
     @property
     def rank(self) -> int:
-        return self.hosts.index(self.host)
+        return self.hosts.index(self.host) * self.ranks + self.number
 
     @property
     def world(self) -> int:
-        return len(self.hosts)
+        return len(self.hosts) * self.ranks
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """What each is called, in the order of their ranks."""
+        if self.ranks == 1:
+            return self.hosts
+        numbers = [f"rank {number}" for number in range(self.ranks)]
+        return tuple(numbers if len(self.hosts) == 1 else (f"{host} {number}" for host in self.hosts for number in numbers))
+
+    @property
+    def name(self) -> str:
+        return self.members[self.rank]
 
 
 def read_place(resources: Path, environ: Mapping[str, str] = os.environ) -> Place:
@@ -77,7 +97,8 @@ def read_place(resources: Path, environ: Mapping[str, str] = os.environ) -> Plac
 
 
 class Team:
-    """The machines of a run, seen from one of them. Alone it exchanges nothing, and every method gives back what it got.
+    """The ranks of a run, one or several on each machine, seen from one of them. Alone it exchanges nothing, and every method gives back
+    what it got.
 
     As a context it parts from the others at the end; when this machine fails, they are told why. Every method that exchanges something
     is called by all at the same point, and raises HostLost when one of them is gone.
@@ -88,6 +109,11 @@ class Team:
         self.is_first = place.rank == 0  # it alone writes checkpoints, the artifact and the steps' events
         self._store, self._addresses = store, addresses or {}
         self._lost = ""
+
+    def counted(self) -> dict[str, int]:
+        """How many take part, as far as there are several: a step's rows depend on it."""
+        counts = {"nodes": len(self.place.hosts), "ranks": self.place.ranks}
+        return {name: count for name, count in counts.items() if count > 1}
 
     def add_up(self, *values: float) -> tuple[float, ...]:
         """The sum of each value over all machines."""
@@ -147,7 +173,7 @@ class Team:
     def _why(self, problem: str) -> str:
         """The last word of the host that failed, else who is gone."""
         assert self._store is not None
-        others = [host for host in self.place.hosts if host != self.place.host]
+        others = [member for member in self.place.members if member != self.place.name]
         with contextlib.suppress(RuntimeError):  # the store went with the first host
             if self._store.check([LAST_WORD]):
                 return self._store.get(LAST_WORD).decode()
@@ -165,13 +191,13 @@ class Team:
         assert self._store is not None
         with contextlib.suppress(RuntimeError):  # the store went with the first host
             if exc is not None:
-                word = str(exc) if isinstance(exc, HostLost) else f"{self.place.host} failed: {exc or type(exc).__name__}"
+                word = str(exc) if isinstance(exc, HostLost) else f"{self.place.name} failed: {exc or type(exc).__name__}"
                 self._store.compare_set(LAST_WORD, "", word)
         dist.destroy_process_group()  # those that wait for this machine notice
         with contextlib.suppress(RuntimeError):
             self._store.set(f"gone/{self.rank}", "")
             if self.is_first:
-                others = [f"gone/{rank}" for rank, host in enumerate(self.place.hosts) if host != self._lost]
+                others = [f"gone/{rank}" for rank, member in enumerate(self.place.members) if member != self._lost]
                 self._store.wait(others, timedelta(seconds=PARTING))
 
 
@@ -179,35 +205,47 @@ ALONE = Team()
 
 
 def join(place: Place, say: Callable[[str], None], *, meeting: float = MEETING) -> Team:
-    """Meet the other hosts within `meeting` seconds; alone, nothing is started. Raises HostLost naming who did not come."""
+    """Meet the others within `meeting` seconds; alone, nothing is started. Raises HostLost naming who did not come."""
     if place.world == 1:
         return Team(place)
-    say(f"nodes: this is {place.host}, one of {', '.join(place.hosts)}; meeting at {place.hosts[0]}:{place.port}")
+    together = len(place.hosts) == 1
+    at = "this machine" if together else f"{place.hosts[0]}:{place.port}"
+    kind = "ranks" if place.ranks > 1 else "nodes"
+    say(f"{kind}: this is {place.name}, one of {', '.join(place.members)}; meeting at {at}")
     patience = timedelta(seconds=meeting)
-    remedy = f"did not come within {meeting:g} s: see its own log. Every host must reach {place.hosts[0]}:{place.port}"
+    remedy = f"did not come within {meeting:g} s: see its own log" + ("" if together else f". Every host must reach {at}")
     try:
-        store = dist.TCPStore(place.hosts[0], place.port, place.world, place.rank == 0, timeout=patience, wait_for_workers=False)
+        store: dist.Store
+        if together:
+            store = dist.FileStore(place.meet, place.world)
+            store.set_timeout(patience)
+        else:
+            store = dist.TCPStore(place.hosts[0], place.port, place.world, place.rank == 0, timeout=patience, wait_for_workers=False)
         store.set(f"here/{place.rank}", "")
     except RuntimeError as exc:
+        if together:
+            raise HostLost(f"the ranks cannot meet in {place.meet} ({exc}): set TMPDIR to a folder that can be written") from exc
         if place.rank == 0:
             raise HostLost(f"port {place.port} cannot be opened ({exc}): set MASTER_PORT to another one, the same on all hosts") from exc
         raise HostLost(f"{place.hosts[0]} {remedy}") from exc
     try:
         store.wait([f"here/{rank}" for rank in range(place.world)], patience)
-        if place.interface in {name for _, name in socket.if_nameindex()}:
-            os.environ["GLOO_SOCKET_IFNAME"] = place.interface
+        wanted = LOOPBACK if together else (place.interface,)
+        if found := [name for _, name in socket.if_nameindex() if name in wanted]:
+            os.environ["GLOO_SOCKET_IFNAME"] = found[0]
         silence = timedelta(seconds=SILENCE)
         dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world, timeout=silence)
     except RuntimeError as exc:
-        absent = [host for rank, host in enumerate(place.hosts) if not _came(store, rank)]
+        absent = [member for rank, member in enumerate(place.members) if not _came(store, rank)]
         raise HostLost(f"{', '.join(absent) or 'a host'} {remedy}") from exc
-    return Team(place, store, _addresses(place.hosts))
+    return Team(place, store, {} if together else _addresses(place.hosts))
 
 
 def lost_host(others: Sequence[str], addresses: Mapping[str, str], problem: str) -> str:
-    """The host of which gloo complains: with one other it is that one, else the one whose address it names."""
-    named = [addresses[found] for found in re.findall(r"\[([0-9a-fA-F.:]+)\]:\d", problem) if addresses.get(found) in others]
-    return others[0] if len(others) == 1 else named[0] if named else "one of " + ", ".join(others)
+    """The member of which gloo complains: the only other one, else the one of the host whose address it names, where that has one rank."""
+    named = [addresses[found] for found in re.findall(r"\[([0-9a-fA-F.:]+)\]:\d", problem) if found in addresses]
+    of_host = [member for member in others if named and member.partition(" ")[0] == named[0]] or others
+    return of_host[0] if len(of_host) == 1 else "one of " + ", ".join(of_host)
 
 
 def _came(store: dist.Store, rank: int) -> bool:

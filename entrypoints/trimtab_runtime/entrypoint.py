@@ -59,9 +59,9 @@ def run(command: Sequence[str], job: JobDir, user: int | None = None) -> int:
     return 128 - code
 
 
-def killed(number: int, peak: int) -> str:
+def killed(number: int, peak: int, who: str = "the run") -> str:
     """The reason of a run that a signal ended without anyone asking for it. `peak` is its largest resident memory in bytes."""
-    said = f"the run was killed by {signal.Signals(number).name} with {peak / 1e9:.1f} GB of memory in use"
+    said = f"{who} was killed by {signal.Signals(number).name} with {peak / 1e9:.1f} GB of memory in use"
     if number == signal.SIGKILL:
         return f"{said}: out of memory. Give it more, or lower max_seq_len or batch_rows (of a server cache_gb or max_running)"
     return f"{said}: see the last lines of its log"

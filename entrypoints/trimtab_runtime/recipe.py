@@ -71,7 +71,7 @@ def train(
     device = pick_device(os.environ.get(DEVICE_VARIABLE, "xeon"), torch.cuda.device_count(), team.world)
     flags = cpu_flags() if device.value == "cpu" else gpu_flags()
     precision = pick_dtype(spec.dtype, flags)
-    memory = expected_memory(spec, read_config(job.channel("model")), precision.value, rows.facts, device.value)
+    memory = expected_memory(spec, read_config(job.channel("model")), precision.value, rows.facts, device.value, team.place.ranks)
     saved_as = saved_dtype(spec) if spec.method == "full" else None
     for name, choice in (("device", device), ("dtype", precision), ("peak_memory", memory), ("saved_dtype", saved_as)):
         tell(name, choice)
@@ -96,7 +96,7 @@ def train(
     tell("schedule", schedule(spec, steps, rows_per_step))
 
     # where an earlier life of this run left off
-    facts = {"spec": spec.course_digest(), "rows": rows.facts["files"]} | ({"nodes": team.world} if team.world > 1 else {})
+    facts = {"spec": spec.course_digest(), "rows": rows.facts["files"]} | team.counted()
     done = 0
     losses: list[float] = []
     before = 0.0  # seconds that earlier lives spent in the loop
@@ -230,7 +230,7 @@ def train(
         return ending
     events.write(Phase(name="save", at=time.time(), detail=ended_by))
     metrics = {
-        "steps": done, "of": steps, "nodes": team.world,
+        "steps": done, "of": steps, "nodes": len(team.place.hosts), "ranks": team.place.ranks,
         "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
         "seconds": round(before + time.monotonic() - loop_began, 1), "ended_by": ended_by or "all steps done",
     }  # fmt: skip

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 from click.shell_completion import CompletionItem
@@ -37,7 +37,7 @@ SECTIONS = {
     ),
     "Limits": ("max_steps", "max_minutes", "max_usd"),
     "Saving": ("save_every_steps", "save_every_minutes", "keep_checkpoints", "keep_merged"),
-    "Place": ("backend", "settings", "device", "nodes"),
+    "Place": ("backend", "settings", "device", "nodes", "ranks"),
 }
 """Where the options of `fit` and `plan` stand in their help; what is named nowhere comes last, under Options."""
 
@@ -58,6 +58,22 @@ api_key = click.option(
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     help="file that holds the API key; else it is taken from TRIMTAB_API_KEY",
 )
+
+
+class NumberOr(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions alone
+    """A whole number, or one of a few words."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = tuple(words)
+        self.name = "|".join(("integer", *self.words))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, int) or value in self.words:
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a whole number nor {' or '.join(self.words)}.", param, ctx)
 
 
 def key(file: Path | None) -> str | None:
@@ -144,7 +160,9 @@ def _kind(one: FieldInfo) -> dict[str, Any]:
     """click's settings for a field, from its type, default and description."""
     settings: dict[str, Any] = {"help": one.description}
     kind: Any = one.annotation
-    if get_origin(kind) is UnionType:  # such as int | None
+    words: tuple[str, ...] = ()
+    if get_origin(kind) in (Union, UnionType):  # such as int | None, or int | Literal["auto"]
+        words = next((get_args(part) for part in get_args(kind) if get_origin(part) is Literal), ())
         kind = next(part for part in get_args(kind) if part is not NoneType)
     if get_origin(kind) is tuple:
         kind = get_args(kind)[0]
@@ -152,7 +170,7 @@ def _kind(one: FieldInfo) -> dict[str, Any]:
     if kind is bool:
         settings |= {"is_flag": True, "flag_value": True}
     else:
-        settings["type"] = click.Choice(list(get_args(kind))) if get_origin(kind) is Literal else kind
+        settings["type"] = click.Choice(list(get_args(kind))) if get_origin(kind) is Literal else NumberOr(words) if words else kind
     settings |= {"required": True} if one.is_required() else {"default": None}
     if kind is not bool and not one.is_required() and one.default not in (None, ()):
         default = one.default

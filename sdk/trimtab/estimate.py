@@ -30,7 +30,8 @@ def optimiser_steps(spec: TrainSpec, rounds: Sequence[int], nodes: int = 1) -> t
 def epoch_steps(spec: TrainSpec, rounds: Sequence[int], epoch: int, nodes: int = 1) -> int:
     """Steps of an epoch (from 0), which takes the next round in turn.
 
-    A step takes `batch_rows * accumulation` rows on each of `nodes` machines; the last one of an epoch takes what is left.
+    A step takes `batch_rows * accumulation` rows on each of `nodes` (machines, or ranks of them: `TrainSpec.sharing`); the last one of an
+    epoch takes what is left.
     """
     return math.ceil(rounds[epoch % len(rounds)] / (spec.batch_rows * spec.accumulation * nodes))
 
@@ -234,7 +235,7 @@ _SPLIT = 1.1  # of a GPU's activations: blocks that its allocator cannot put tog
 def peak_memory(
     spec: TrainSpec, model: ModelFacts, dtype: str, rows: RowFacts | None = None, device: Literal["cpu", "gpu"] = "cpu"
 ) -> PeakMemory:
-    """What training takes on each machine when it computes in `dtype` on these rows; without them, on the costliest there can be.
+    """What training takes in each rank when it computes in `dtype` on these rows; without them, on the costliest there can be.
 
     With s bytes a number, n tokens in one forward pass, L layers, h hidden, f intermediate, a heads, d the width of one, k the width of
     all keys, r the rank, and for a row's groups of samples p padded places and e pairs of places in explicit attention:
@@ -356,6 +357,9 @@ class Rates(_Facts):
 def step_seconds(spec: TrainSpec, model: ModelFacts, rates: Rates, rows: RowFacts | None = None, nodes: int = 1) -> float:
     """Seconds of one optimiser step on the mean row, without checkpoints; `nodes` machines alike, each with its own rows.
 
+    Several ranks of a machine are taken to compute side by side, each at its share of the machine's rates: that they gain by nearer
+    memory, and what they tell each other, is not counted.
+
     Not counted: in bf16 oneDNN makes a kernel for each product of a new shape, so a row whose lengths were not seen before takes longer.
     On two million parameters, rows of 512 tokens and an EPYC with avx512_bf16 these were 144 kernels of 0.5 ms in five rows (its verbose
     log): 15 ms of a step of 66. Large models need as many, beside steps of seconds.
@@ -383,7 +387,7 @@ def step_seconds(spec: TrainSpec, model: ModelFacts, rates: Rates, rows: RowFact
     # AdamW reads and writes values, moments and gradients, which were clipped before; gradients in bf16 and copies come on top of it
     update = (52 if full and size == 2 else 40) * trained / rates.bandwidth
     shared = 8 * trained * (nodes - 1) / nodes / rates.network if rates.network else 0.0
-    return spec.accumulation * forward_and_backward + update + shared
+    return spec.sharing() * (spec.accumulation * forward_and_backward + update) + shared
 
 
 def elementwise_bytes(model: ModelFacts, size: int) -> int:

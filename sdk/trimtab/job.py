@@ -129,7 +129,7 @@ class Job:
         foreseen = backend.foresee(spec, work) if isinstance(backend, Priced) else self._foresee(spec, work, rates_of(staged.channels))
         findings = list(lacking or ())
         if lacking is not None and not findings:
-            findings = backend.findings(spec, foreseen) if isinstance(backend, Priced) else room(foreseen.memory)
+            findings = backend.findings(spec, foreseen) if isinstance(backend, Priced) else room(foreseen.memory, spec.train.sharing())
         found = plan(staged.train, staged.ledger, self.spec.nodes, foreseen=foreseen, findings=findings)
         return replace(found, place=backend.name)
 

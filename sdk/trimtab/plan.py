@@ -150,9 +150,9 @@ class Foreseen:
 class Plan:
     """`steps` optimiser steps over `rows` rows see `tokens` tokens, each pass counted; `reasons` says where every figure comes from.
 
-    `memory_mb` (2^20 bytes) is an estimate of what training takes on each machine, and `memory` its parts; None where the model's sizes
-    are not known. `place` is the backend; `time` is the whole job's, `price` the whole job's on `nodes` machines of type `instance`; None
-    where nobody can say, and of a price where nothing is paid.
+    `memory_mb` (2^20 bytes) is an estimate of what training takes in each rank of each machine, and `memory` its parts; None where the
+    model's sizes are not known. `place` is the backend; `time` is the whole job's, `price` the whole job's on `nodes` machines of type
+    `instance`; None where nobody can say, and of a price where nothing is paid.
     `findings` is what the place was asked for, such as permissions and quotas; `missing` what would stop the job, each with what to type.
     """
 
@@ -231,8 +231,9 @@ def plan(
     """
     foreseen = foreseen or Foreseen()
     memory = foreseen.memory or memory
-    steps, whole = optimiser_steps(spec, ledger.rounds, nodes)
-    in_step, per_row = spec.batch_rows * spec.accumulation * nodes, ledger.total.trained / max(1, ledger.rows)
+    sharing = spec.sharing(nodes)
+    steps, whole = optimiser_steps(spec, ledger.rounds, sharing)
+    in_step, per_row = spec.batch_rows * spec.accumulation * sharing, ledger.total.trained / max(1, ledger.rows)
     rows = sum(ledger.rounds[epoch % len(ledger.rounds)] for epoch in range(spec.epochs))
     tokens = round(per_row * rows * steps / whole) if whole else 0
     reasons = [
@@ -245,6 +246,8 @@ def plan(
         ),
         f"tokens {tokens:,}: what {steps:,} steps see, each pass counted",
     ]
+    if spec.ranks == "auto":
+        reasons.append("steps are those of one rank on a machine; with ranks auto there are as many fewer as it has clusters of cores")
     if spec.max_minutes is not None:
         reasons.append(f"time at most {spec.max_minutes:g} min: max_minutes; the run may stop before its last step")
     if memory is not None:
@@ -252,6 +255,7 @@ def plan(
             f"memory about {memory.total:,} MB: model {memory.base:,}, trained {memory.trained:,}, activations of {spec.batch_rows} x "
             f"{spec.max_seq_len:,} tokens up to {memory.activations:,}, logits {memory.logits:,}, libraries {memory.runtime:,}"
             + (f", loading {memory.loading:,}" if memory.loading else "")
+            + (f"; in each rank, and there are {spec.ranks} on a machine" if spec.ranks != 1 else "")
             + "; --dry-run measures it"
         )
     return Plan(
@@ -293,19 +297,20 @@ def steps_time(spec: TrainSpec, work: Work, rates: Rates) -> Time | None:
     """Of all steps on a machine of these rates; None for a model that does not name its sizes. Steps were found within 20 % of it."""
     if work.model is None:
         return None
-    steps, _ = optimiser_steps(spec, work.ledger.rounds)
+    steps, _ = optimiser_steps(spec, work.ledger.rounds, spec.sharing())
     seconds = steps * step_seconds(spec, work.model, rates, work.rows)
     own = spec.max_minutes * 60 if spec.max_minutes is not None else math.inf
     low, likely, high = (min(own, share * seconds) for share in (1 - _MEASURED, 1, 1 + _MEASURED))
     return Time(likely, low, high, "rates measured on this machine")
 
 
-def room(memory: PeakMemory | None) -> list[Finding]:
-    """Whether this machine has the memory that training takes on it; nothing where that is not known."""
+def room(memory: PeakMemory | None, ranks: int = 1) -> list[Finding]:
+    """Whether this machine has the memory that training takes in each of `ranks` on it; nothing where that is not known."""
     if memory is None:
         return []
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
-    detail = f"{memory.total:,} MB needed, {there:,} MB in this machine"
-    if memory.total <= there:
+    needed = ranks * memory.total
+    detail = f"{needed:,} MB needed{f' by {ranks} ranks' if ranks > 1 else ''}, {there:,} MB in this machine"
+    if needed <= there:
         return [Finding("memory", True, detail)]
     return [Finding("memory", False, detail, "lower max_seq_len or batch_rows, or plan it elsewhere with  --backend sagemaker")]

@@ -25,7 +25,9 @@ PREPARATION_FIELDS = {
     *("views", "questions", "replay", "epochs", "seed"),
 }
 _OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets", "use_rslora", "use_dora", "lora_init", "lora_dropout", "keep_merged")
-_BESIDE_THE_COURSE = {"max_minutes", "save_every_steps", "save_every_minutes", "keep_checkpoints", "keep_merged"}
+# how many ranks there were is noted with a checkpoint, for "auto" is another number on another machine
+_BESIDE_THE_COURSE = {"max_minutes", "save_every_steps", "save_every_minutes", "keep_checkpoints", "keep_merged", "ranks"}
+MOST_RANKS = 256
 
 _MAX_PAIRS, _MAX_KEY, _MAX_VALUE = 100, 256, 2_500
 _PLATFORM_KEYS = re.compile(r"^(sagemaker_.*|_tuning_objective_metric)$")
@@ -101,6 +103,11 @@ class TrainSpec(_Spec):
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay")
     batch_rows: int = Field(1, ge=1, le=4096, description="rows in one forward pass")
     accumulation: int = Field(1, ge=1, le=4096, description="forward passes in one optimiser step")
+    ranks: int | Literal["auto"] = Field(
+        1,
+        description="processes that train together on each machine, each on cores and memory of its own and on batch_rows * accumulation "
+        "rows a step; auto: one for each socket, or sub-NUMA cluster, that the run may use",
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="compute dtype; auto: bf16 where the machine has it")
     seed: int = Field(42, ge=0, le=2**32 - 1, description="seed of everything random")
@@ -127,6 +134,13 @@ class TrainSpec(_Spec):
                 f"leave {'them' if len(given) > 1 else 'it'} out, or choose  --method lora"
             )
         return self
+
+    @field_validator("ranks", mode="before")
+    @classmethod
+    def _counted(cls, value: Any) -> Any:
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_RANKS):
+            raise ValueError(f"is neither auto nor a whole number from 1 to {MOST_RANKS}")
+        return value
 
     @field_validator("model")
     @classmethod
@@ -172,11 +186,11 @@ class TrainSpec(_Spec):
 
     def course_digest(self) -> str:
         """sha256 of the fields that decide what each step does: a run may go on under other limits of time, and save more often."""
-        return _digest(
-            self.model_dump(
-                mode="json", exclude={"max_minutes", "save_every_steps", "save_every_minutes", "keep_checkpoints", "keep_merged"}
-            )
-        )
+        return _digest(self.model_dump(mode="json", exclude=_BESIDE_THE_COURSE))
+
+    def sharing(self, nodes: int = 1) -> int:
+        """How many processes share a step's rows on so many machines; `auto` counts as one, for only the machine tells."""
+        return nodes * (1 if self.ranks == "auto" else self.ranks)
 
     def preparation_digest(self) -> str:
         """sha256 of the fields that shape the packed rows: jobs that share it share their prepared data."""
@@ -208,6 +222,8 @@ class JobSpec(_Spec):
     def _joined(self) -> Self:
         if self.device == "gpu" and self.nodes > 1:
             raise SpecError("several machines with GPUs cannot train together yet: leave out --nodes, or use CPUs with  --device xeon")
+        if self.device == "gpu" and self.train.ranks != 1:
+            raise SpecError("ranks share out a machine's processors and memory: leave out --ranks, or use CPUs with  --device xeon")
         return self
 
 

@@ -45,13 +45,15 @@ def forecast(
     flags = ["gpu_bf16"] if gpu else ["amx_bf16"] if ask is None or instances.find(ask).amx else []
     dtype = dtype_of(spec.train.dtype, flags)
     memory = peak_memory(spec.train, model, dtype, work.rows, "gpu" if gpu else "cpu") if model is not None else None
-    steps, _ = optimiser_steps(spec.train, work.ledger.rounds, spec.nodes)
+    steps, _ = optimiser_steps(spec.train, work.ledger.rounds, spec.train.sharing(spec.nodes))
 
     def seconds(instance: Instance) -> float:
         assert model is not None
         return steps * step_seconds(spec.train, model, rates_of(instance, dtype), work.rows, spec.nodes)
 
-    chosen = instances.choose(spec, memory.total if memory else None, ask=ask, seconds=seconds if model else None, region=region)
+    chosen = instances.choose(
+        spec, memory.total * spec.train.sharing() if memory else None, ask=ask, seconds=seconds if model else None, region=region
+    )
     training = seconds(chosen.instance) if model else None
     one_pass = training / max(1, steps) / spec.train.accumulation if training is not None else 0.0
     bounds = instances.limits(
