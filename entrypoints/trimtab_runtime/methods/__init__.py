@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.spec import TrainSpec
 from trimtab_runtime.methods.full import masters_of
@@ -18,11 +19,19 @@ if TYPE_CHECKING:
 
 
 def train_by(
-    base: PreTrainedModel, spec: TrainSpec, dtype: torch.dtype, typical: dict[str, Any] | None, *, fused: bool = True
+    base: PreTrainedModel,
+    spec: TrainSpec,
+    dtype: torch.dtype,
+    typical: dict[str, Any] | None,
+    *,
+    lost: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    fused: bool = True,
+    say: Callable[[str], None] = lambda line: None,
 ) -> PeftModel | PreTrainedModel:
     """The base, frozen (in NF4 for qlora), with fresh adapters; for full the base itself, in fp32.
 
-    `typical` is what one forward of the base may be given. Raises SpecError for `lora_targets` that the base does not have.
+    `typical` is what one forward of the base may be given; `lost` what qlora's adapters begin as, of a base that is in NF4 already.
+    With `fused` its layers compute as xeon/block.py chooses, which is said. Raises SpecError for `lora_targets` that the base does not have.
     """
     if spec.method == "full":
         return base
@@ -31,8 +40,9 @@ def train_by(
 
         targets = adapted_layers(base, spec.lora_targets)
         restoring = spec.lora_init == "qera"
-        scales = input_scales(base, typical) if typical and restoring else None
-        lost = quantise(base, dtype, rank=spec.lora_rank if restoring else 0, scales=scales, restored=targets)
+        if lost is None:
+            scales = input_scales(base, typical) if typical and restoring else None
+            lost = quantise(base, dtype, rank=spec.lora_rank if restoring else 0, scales=scales, restored=targets)
         model = add_adapters(base, spec, targets)
         begin_with(model, lost)
     else:
@@ -40,9 +50,10 @@ def train_by(
     if spec.use_dora:
         begin_magnitudes(model)
     if fused:
-        from trimtab_runtime.xeon.lora import fuse  # here, as PEFT is: who only merges or serves need not wait for it
+        from trimtab_runtime.xeon.block import fuse  # here, as PEFT is: who only merges or serves need not wait for it
 
-        fuse(model)
+        steps = fuse(model)
+        say(f"fused {steps.value}: {steps.reason}")
     return model
 
 
