@@ -1,5 +1,5 @@
-// exp in fp32 by the polynomial of Cephes' expf (S. Moshier), at most 1 ulp off where the result is a normal number (held by a test over
-// all ranges). Too large gives infinity, too small 0, infinities and NaN what they should.
+// exp in fp32 by the polynomial of Cephes' expf (S. Moshier). Beside exp in double precision, over every seventh fp32 number there is, at
+// most 1.3 units in the last place off with AVX-512 and without. Too large gives infinity, too small 0; a NaN stays one.
 #pragma once
 
 #include "avx512.h"
