@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -17,8 +17,12 @@ from trimtab.families import refusal
 from trimtab.spec import TrainSpec
 from trimtab_runtime import families
 from trimtab_runtime.batch import Batch
+from trimtab_runtime.loading import open_base
 from trimtab_runtime.methods import train_by
 from trimtab_runtime.methods.lora import linear_layers
+
+if TYPE_CHECKING:
+    from trimtab_runtime.methods.qlora import Factors
 
 # heads that do something to their logits, which the chunked loss does not know
 _OWN_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier")
@@ -53,27 +57,42 @@ def load_model(
     config = read_config(folder)
     _refuse(refusal(config, spec.max_seq_len))
     logging.disable_progress_bar()
-    loaded = torch.float32 if spec.method == "full" else dtype
+    lost: dict[str, Factors] | None = None
     try:
-        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=loaded, attn_implementation=families.implementation(config), local_files_only=True,
-            use_safetensors=True, trust_remote_code=False,
-        )  # fmt: skip
+        found = open_base(folder, spec, dtype, typical, say=say) if device == "cpu" and spec.method != "full" else ""
+        if isinstance(found, str):
+            if found:
+                say(f"base loaded as a whole, not layer by layer: {found}")
+            base = _whole(folder, config, torch.float32 if spec.method == "full" else dtype)
+        else:
+            base, lost = found
     except (OSError, ValueError, KeyError) as exc:
+        if isinstance(exc, SpecError):
+            raise
         raise SpecError(f"the base model in {folder} does not load: {exc}") from exc
     changes = [name for name in _OWN_LOGITS if getattr(base.config, name, None) not in (None, 1, 1.0)]
     if changes:
         raise SpecError(f"this model changes its logits ({changes[0]}), which this version does not train: choose another base model")
     _refuse(refusal(base.config.to_dict(), spec.max_seq_len))  # with what config.json leaves to transformers
     base.config.use_cache = False
-    base.to(device)
+    if device != "cpu":
+        base.to(device)
     if families.is_masked(base):
         families.prove(base)
     if spec.method != "full" and not linear_layers(base):
         raise SpecError(f"models of type {base.config.model_type} have no linear layers that adapters could go on: choose --method full")
     for line in families.sayings(base, spec.method, dtype):
         say(line)
-    return train_by(base, spec, dtype, typical.to(device).inputs(families.mask_dtype(base)) if typical else None, fused=fused)
+    given = typical.to(device).inputs(families.mask_dtype(base)) if typical else None
+    return train_by(base, spec, dtype, given, lost=lost, fused=fused, say=say)
+
+
+def _whole(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=families.implementation(config), local_files_only=True,
+        use_safetensors=True, trust_remote_code=False,
+    )  # fmt: skip
+    return found
 
 
 def _refuse(why: str) -> None:

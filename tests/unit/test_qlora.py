@@ -48,12 +48,23 @@ def test_weighed_by_its_inputs_a_layers_output_changes_least() -> None:
 
 
 def test_an_adapter_begins_with_what_restores_the_original_best(tiny_model: Path, tmp_path: Path) -> None:
-    """Outputs of the quantised model: nearer to the original's with the adapters than without, and nearer still when weighed."""
+    """Outputs of the quantised model: nearer to the original's with the adapters than without, and nearer still when weighed.
+
+    Inputs differ a hundredfold, as those of trained models do and a random one's do not, or weighing them would change nothing."""
     from transformers import AutoModelForCausalLM
 
+    order = torch.randperm(192, generator=torch.Generator().manual_seed(5))
+    wide = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.no_grad():
+        for layer in wide.model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight.copy_(torch.logspace(-1.5, 0.5, len(norm.weight))[order])
+    tiny_model = tmp_path / "wide"
+    wide.save_pretrained(tiny_model)
+
     tokens = torch.randint(10, 200, (600,), generator=torch.Generator().manual_seed(2)).tolist()
-    write_rows(tmp_path, [[Sample("document", tokens, [True] * 600)]], 256, {})
-    rows = PackedRows(tmp_path)
+    write_rows(tmp_path / "rows", [[Sample("document", tokens, [True] * 600)]], 256, {})
+    rows = PackedRows(tmp_path / "rows")
     typical = as_batch([rows[0], rows[1]])
     ids = torch.tensor([rows[2].tokens.tolist()])
 
@@ -69,7 +80,8 @@ def test_an_adapter_begins_with_what_restores_the_original_best(tiny_model: Path
     with torch.no_grad():
         original = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).get_decoder()(input_ids=ids).last_hidden_state
     far = [float((output(**how) - original).square().mean()) for how in ({"lora_init": "zeros"}, {}, {"typical": typical})]
-    assert far[2] < far[1] < far[0]
+    assert far[2] < 0.8 * far[1]
+    assert far[1] < far[0]
 
 
 def test_what_is_dequantised_is_what_the_layer_computes_with(tiny_model: Path) -> None:

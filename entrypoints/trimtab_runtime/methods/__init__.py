@@ -31,7 +31,7 @@ def train_by(
     """The base, frozen (in NF4 for qlora), with fresh adapters; for full the base itself, in fp32.
 
     `typical` is what one forward of the base may be given; `lost` what qlora's adapters begin as, of a base that is in NF4 already.
-    With `fused` its layers compute as xeon/block.py chooses, which is said. Raises SpecError for `lora_targets` that the base does not have.
+    With `fused` its layers compute as xeon/block.py chooses, which is said. Raises SpecError for `lora_targets` that it does not have.
     """
     if spec.method == "full":
         return base
