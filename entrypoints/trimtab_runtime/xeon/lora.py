@@ -13,6 +13,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from trimtab_runtime.xeon.weights import weight_of
+
 
 class _Adapted(torch.autograd.Function):
     """y = x W' + b + s (x A') B' for x [tokens, in], W [out, in] frozen, A [r, in] and B [out, r] in fp32."""
@@ -78,17 +80,6 @@ def _through(ctx: Any, dy: Tensor, x: Tensor, inner: Tensor, a_low: Tensor, b_lo
         dx = torch.mm(dy, weight_of(ctx.base, dy.dtype))
         dx.addmm_(d_inner, a_low)
     return dx, da, db
-
-
-def weight_of(base: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The frozen weight [out, in] in the compute dtype; a 4-bit one is dequantised for this product only."""
-    state = getattr(base.weight, "quant_state", None)
-    if state is None:
-        return base.weight.to(dtype)
-    from bitsandbytes.functional import dequantize_4bit
-
-    weight: Tensor = dequantize_4bit(base.weight.data, state)
-    return weight.to(dtype)
 
 
 def _forward(self: LoraLayer, x: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -61,7 +61,7 @@ struct Scales {
 inline void number(uint16_t* to, float product, bool) { *to = to_bf16(product); }
 inline void number(float* to, float product, bool twice) { *to = twice ? from_bf16(to_bf16(product)) : product; }
 
-// Numbers [first, last) of the whole; `first` begins a block.
+// Numbers [first, last) of the whole, to out[first] and so on; `first` begins a block.
 template <typename Out>
 void dequantise_portable(const uint8_t* packed, const Scales& scales, Out* out, int64_t first, int64_t last, bool twice) {
   for (int64_t begin = first; begin < last; begin += BLOCK) {
@@ -96,7 +96,6 @@ XEON_AVX512 void dequantise_avx512(const uint8_t* packed, const Scales& scales, 
       }
     }
   }
-  if (stream) _mm_sfence();
 }
 
 XEON_AVX512 void dequantise_avx512(const uint8_t* packed, const Scales& scales, float* out, int64_t first, int64_t last, bool twice, bool stream) {
@@ -116,23 +115,30 @@ XEON_AVX512 void dequantise_avx512(const uint8_t* packed, const Scales& scales, 
       }
     }
   }
-  if (stream) _mm_sfence();
 }
 
 template <typename Out>
 void dequantise_into(const Tensor& packed, const Scales& scales, Tensor& out, bool twice, int64_t stream_from) {
   const auto* from = static_cast<const uint8_t*>(packed.const_data_ptr());
   auto* to = static_cast<Out*>(out.mutable_data_ptr());
-  const int64_t n = out.numel(), blocks = n / BLOCK;
+  const int64_t n = out.numel(), blocks = n / BLOCK, size = sizeof(Out);
+  const int64_t gap = out.is_contiguous() ? 0 : out.stride(0) - out.size(1);  // between rows, which are whole blocks then
+  const int64_t blocks_a_row = gap ? out.size(1) / BLOCK : blocks;
   const bool wide = path() == Path::avx512;
   // past the caches and not through them, which would read each line before it is overwritten; whole lines only
-  const bool stream = n * static_cast<int64_t>(sizeof(Out)) >= stream_from && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+  const bool stream = wide && n * size >= stream_from && reinterpret_cast<uintptr_t>(to) % 64 == 0 && gap * size % 64 == 0;
   torch::stable::parallel_for(0, blocks, 1024, [&](int64_t first, int64_t last) {
-    if (wide) {
-      dequantise_avx512(from, scales, to, first, last, twice, stream);
-    } else {
-      dequantise_portable(from, scales, to, first * BLOCK, last * BLOCK, twice);
+    while (first < last) {
+      const int64_t row = first / blocks_a_row;
+      const int64_t end = (row + 1) * blocks_a_row < last ? (row + 1) * blocks_a_row : last;
+      if (wide) {
+        dequantise_avx512(from, scales, to + row * gap, first, end, twice, stream);
+      } else {
+        dequantise_portable(from, scales, to + row * gap, first * BLOCK, end * BLOCK, twice);
+      }
+      first = end;
     }
+    if (stream) _mm_sfence();  // before another thread is told that it is there
   });
   dequantise_portable(from, scales, to, blocks * BLOCK, n, twice);
 }
@@ -143,7 +149,8 @@ void dequantise(Tensor packed, Tensor absmax, std::optional<Tensor> book, std::o
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.numel() == (n + 1) / 2,
                   "packed must be contiguous uint8, two codes a byte: ", (n + 1) / 2, " bytes for ", n, " numbers, not ", packed.numel());
   STD_TORCH_CHECK(absmax.is_contiguous() && absmax.numel() == blocks, "absmax must have one number a block of 64: ", blocks, ", not ", absmax.numel());
-  STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
+  STD_TORCH_CHECK(out.is_contiguous() || (out.dim() == 2 && out.stride(1) == 1 && out.stride(0) >= out.size(1) && out.size(1) % BLOCK == 0),
+                  "out must be contiguous, or rows of whole blocks of 64");
   Scales scales{};
   if (book.has_value()) {
     STD_TORCH_CHECK(of_codes.has_value() && offset.has_value() && codes_a_scale > 0 && std::has_single_bit(static_cast<uint64_t>(codes_a_scale)),
