@@ -28,7 +28,16 @@ HERE = Path(__file__).resolve().parent
 BUILD = HERE / "build"
 PLATFORM = "manylinux_2_28_x86_64"  # held by a test: auditwheel says the same of the wheel
 FLAGS = [
-    *("-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
+    *(
+        "-std=c++20",
+        "-O3",
+        "-fPIC",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fvisibility=hidden",
+        "-fvisibility-inlines-hidden",
+    ),
     *("-fno-gnu-unique", "-march=x86-64", "-mtune=sapphirerapids", "-Wall", "-Wextra"),
     *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),  # gcc 12 finds them in its own intrinsics
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # 2.10: what later versions added is not used

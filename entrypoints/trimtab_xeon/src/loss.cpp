@@ -22,7 +22,10 @@ XEON_AVX512 Softmax softmax_avx512(const T* x, int64_t width) {
   __m512 most[4] = {none, none, none, none};
   int64_t i = 0;
   for (; i + 64 <= width; i += 64)
-    for (int part = 0; part < 4; ++part) most[part] = _mm512_max_ps(most[part], load16(x + i + 16 * part));
+    for (int part = 0; part < 4; ++part) {
+      ahead(x + i + 16 * part);
+      most[part] = _mm512_max_ps(most[part], load16(x + i + 16 * part));
+    }
   for (; i < width; i += 16) {
     const __mmask16 mask = until(width - i);
     most[0] = _mm512_mask_max_ps(most[0], mask, most[0], load16(x + i, mask));
@@ -41,11 +44,15 @@ XEON_AVX512 Softmax softmax_avx512(const T* x, int64_t width) {
 
 template <class T>
 Softmax softmax(const T* x, int64_t width) {
-  float largest = -std::numeric_limits<float>::infinity();
-  for (int64_t i = 0; i < width; ++i) largest = std::max(largest, load(x + i));
-  float sums[16] = {};
+  float most[16];
+  std::fill(most, most + 16, -std::numeric_limits<float>::infinity());
   int64_t i = 0;
   for (; i + 16 <= width; i += 16)
+    for (int lane = 0; lane < 16; ++lane) most[lane] = std::max(most[lane], load(x + i + lane));
+  for (; i < width; ++i) most[0] = std::max(most[0], load(x + i));
+  const float largest = *std::max_element(most, most + 16);
+  float sums[16] = {};
+  for (i = 0; i + 16 <= width; i += 16)
     for (int lane = 0; lane < 16; ++lane) sums[lane] += exp_of(load(x + i + lane) - largest);
   for (; i < width; ++i) sums[0] += exp_of(load(x + i) - largest);
   float sum = 0;
@@ -65,6 +72,7 @@ XEON_AVX512 void spread_avx512(T* x, int64_t width, float largest, float factor)
 
 template <class T>
 void spread(T* x, int64_t width, float largest, float factor) {
+#pragma GCC ivdep
   for (int64_t i = 0; i < width; ++i) store(x + i, exp_of(load(x + i) - largest) * factor);
 }
 

@@ -13,6 +13,7 @@ XEON_AVX512 float squares_avx512(const T* x, int64_t width) {
   int64_t i = 0;
   for (; i + 64 <= width; i += 64)
     for (int part = 0; part < 4; ++part) {
+      ahead(x + i + 16 * part);
       const __m512 value = load16(x + i + 16 * part);
       sums[part] = _mm512_fmadd_ps(value, value, sums[part]);
     }
@@ -50,6 +51,7 @@ XEON_AVX512 void scale_avx512(const T* x, const T* weight, float rstd, T* y, int
 
 template <class T>
 void scale(const T* x, const T* weight, float rstd, T* y, int64_t width) {
+#pragma GCC ivdep
   for (int64_t i = 0; i < width; ++i) store(y + i, load(weight + i) * rounded(load(x + i) * rstd, x));
 }
 
@@ -60,6 +62,8 @@ XEON_AVX512 float along_avx512(const T* dy, const T* x, const T* weight, float r
   __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   for (int64_t i = 0, part = 0; i < width; i += 16, part ^= 1) {
     const __mmask16 mask = until(width - i);
+    ahead(dy + i);
+    ahead(x + i);
     const __m512 scaled = _mm512_mul_ps(load16(dy + i, mask), load16(weight + i, mask));
     sums[part] = _mm512_fmadd_ps(scaled, _mm512_mul_ps(load16(x + i, mask), scale), sums[part]);
   }
@@ -88,15 +92,18 @@ XEON_AVX512 void back_avx512(const T* dy, const T* x, const T* weight, const T* 
     const __mmask16 mask = until(width - i);
     const __m512 scaled = _mm512_mul_ps(load16(dy + i, mask), load16(weight + i, mask));
     const __m512 across = _mm512_fnmadd_ps(_mm512_mul_ps(load16(x + i, mask), scale), along, scaled);
-    if constexpr (adds)
+    if constexpr (adds) {
+      ahead(add + i);
       put16(dx + i, _mm512_fmadd_ps(across, scale, load16(add + i, mask)), mask);
-    else
+    } else {
       put16(dx + i, _mm512_mul_ps(across, scale), mask);
+    }
   }
 }
 
 template <class T, bool adds>
 void back(const T* dy, const T* x, const T* weight, const T* add, float rstd, float mean, T* dx, int64_t width) {
+#pragma GCC ivdep
   for (int64_t i = 0; i < width; ++i) {
     const float across = (load(dy + i) * load(weight + i) - (load(x + i) * rstd) * mean) * rstd;
     store(dx + i, adds ? across + load(add + i) : across);

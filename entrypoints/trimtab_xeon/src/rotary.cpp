@@ -9,6 +9,8 @@ template <class T, class C, bool backwards>
 XEON_AVX512 void turn_avx512(T* x, const C* cos, const C* sin, int64_t half) {
   for (int64_t i = 0; i < half; i += 16) {
     const __mmask16 mask = until(half - i);
+    ahead(x + i);
+    ahead(x + half + i);
     const __m512 a = load16(x + i, mask), b = load16(x + half + i, mask);
     const __m512 ca = rounded16(load16(cos + i, mask), x), cb = rounded16(load16(cos + half + i, mask), x);
     const __m512 sa = rounded16(load16(sin + i, mask), x), sb = rounded16(load16(sin + half + i, mask), x);
@@ -25,6 +27,7 @@ XEON_AVX512 void turn_avx512(T* x, const C* cos, const C* sin, int64_t half) {
 
 template <class T, class C, bool backwards>
 void turn(T* x, const C* cos, const C* sin, int64_t half) {
+#pragma GCC ivdep
   for (int64_t i = 0; i < half; ++i) {
     const float a = load(x + i), b = load(x + half + i);
     const float ac = rounded(a * rounded(load(cos + i), x), x), bc = rounded(b * rounded(load(cos + half + i), x), x);

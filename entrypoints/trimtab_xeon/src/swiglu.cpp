@@ -16,6 +16,8 @@ template <class T>
 XEON_AVX512 void forward_avx512(const T* gate, const T* up, T* act, int64_t width) {
   for (int64_t i = 0; i < width; i += 16) {
     const __mmask16 mask = until(width - i);
+    ahead(gate + i);
+    ahead(up + i);
     const __m512 g = load16(gate + i, mask);
     const __m512 silu = rounded16(_mm512_mul_ps(g, sigmoid16(g)), act);
     put16(act + i, _mm512_mul_ps(silu, load16(up + i, mask)), mask);
@@ -24,6 +26,7 @@ XEON_AVX512 void forward_avx512(const T* gate, const T* up, T* act, int64_t widt
 
 template <class T>
 void forward(const T* gate, const T* up, T* act, int64_t width) {
+#pragma GCC ivdep
   for (int64_t i = 0; i < width; ++i) {
     const float g = load(gate + i);
     store(act + i, rounded(g * sigmoid(g), act) * load(up + i));
@@ -36,6 +39,9 @@ XEON_AVX512 void backward_avx512(const T* d, const T* gate, const T* up, T* d_ga
   const __m512 one = _mm512_set1_ps(1.0f);
   for (int64_t i = 0; i < width; i += 16) {
     const __mmask16 mask = until(width - i);
+    ahead(gate + i);
+    ahead(up + i);
+    ahead(d + i);
     const __m512 g = load16(gate + i, mask), u = load16(up + i, mask), above = load16(d + i, mask);
     const __m512 s = sigmoid16(g), silu = _mm512_mul_ps(g, s);
     const __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(g, _mm512_sub_ps(one, s), one));
@@ -47,6 +53,7 @@ XEON_AVX512 void backward_avx512(const T* d, const T* gate, const T* up, T* d_ga
 
 template <class T>
 void backward(const T* d, const T* gate, const T* up, T* d_gate, T* d_up, T* act, int64_t width) {
+#pragma GCC ivdep
   for (int64_t i = 0; i < width; ++i) {
     const float g = load(gate + i), u = load(up + i), above = load(d + i);
     const float s = sigmoid(g), silu = g * s, slope = s * (1.0f + g * (1.0f - s));
