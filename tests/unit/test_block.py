@@ -36,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def folder(name: str) -> Path:
         grouped = {"intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 1}
-        biased = make_config("llama", **grouped, head_dim=24, attention_bias=True, mlp_bias=True) if name == "biased" else None
+        biased = make_config("llama", **grouped, head_dim=48, attention_bias=True, mlp_bias=True) if name == "biased" else None
         return root / name if (root / name).is_dir() else make_model(root / name, biased or config_of(name))
 
     return folder
