@@ -22,7 +22,7 @@ def facts(name: str, root: Path) -> Topology:
         (root / path).write_text(text)
     for number, node in enumerate(one.get("nodes", ())):
         for processor in numbers(node["processors"]):
-            (root / f"sys/devices/system/cpu/cpu{processor}/node{number}").mkdir()
+            (root / f"sys/devices/system/cpu/cpu{processor}/node{number}").mkdir(exist_ok=True)
     return read(root, count=6, system=one.get("system", "Linux"), machine=one.get("machine", "x86_64"))
 
 
