@@ -125,16 +125,13 @@ def open_base(
 ) -> tuple[PreTrainedModel, dict[str, Factors] | None] | str:
     """The base in `folder`, computing in `dtype`, and for qlora, whose layers are in NF4 then, what that took away (methods/qlora.py).
 
-    Instead of that, why it is to be loaded as a whole; that is empty where loading it so takes no more memory. Raises SpecError for
-    tensors that are missing, too many, of another shape or type, and for files that are none; KeyError, ValueError and OSError for a
-    configuration that cannot be read.
+    Instead of that, why it is to be loaded as a whole. Raises SpecError for tensors that are missing, too many or of another shape,
+    and for files that are none; KeyError, ValueError and OSError for a configuration that cannot be read.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     try:
         shards = Shards(folder)
         try:
-            if spec.method == "lora" and {_TYPES.get(name) for name in shards.dtypes()} == {dtype}:
-                return ""  # whose pages are the file's own
             plan = _plan(folder, config, shards, dtype)
             if isinstance(plan, str):
                 return plan

@@ -27,12 +27,12 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trimtab.layout import NF4_CACHE_VARIABLE as VARIABLE
 from trimtab.spec import TrainSpec
 from trimtab_runtime.batch import Batch
 from trimtab_runtime.methods.lora import linear_layers
 from trimtab_runtime.methods.qlora import BLOCK, Factors, four_bit, put
 
-VARIABLE = "TRIMTAB_NF4_CACHE"
 KEPT = 4  # files of each kind, the last used
 PAYS_FROM = 1 << 28  # weights in layers; what is smaller is quantised again in a few seconds
 _VERSION = 1  # of the quantiser and of what adapters begin as; another one finds no entry of this one
@@ -95,17 +95,20 @@ class Cache:
         if self.weights is None or not self.weights.is_file() or (self.lost is not None and not self.lost.is_file()):
             return None
         began, before = time.monotonic(), linear_layers(base)
-        entry = self.weights
+        entry = self.lost or self.weights
         try:
             found = _read(self.lost) if self.lost else {}
             lost = {name: (found[f"{name}.lora_B"], found[f"{name}.lora_A"]) for name in {key.rpartition(".")[0] for key in found}}
-            entry, packed = self.weights, _read(self.weights)
+            entry = self.weights
+            packed = _read(entry)
             for name, layer in before.items():
                 stats = {key: packed.pop(f"{name}.weight.{key}") for key in _STATS}
                 put(base, name, four_bit(layer, packed.pop(f"{name}.weight"), QuantState.from_dict(stats, torch.device("cpu")), dtype))
         except (_Damaged, OSError, KeyError, ValueError) as exc:
             for name, layer in before.items():
                 put(base, name, layer)
+            with contextlib.suppress(OSError):
+                entry.unlink()
             self.say(f"NF4 cache: {entry} is not used ({exc or type(exc).__name__}); the base is put into NF4 anew")
             return None
         for path in (self.weights, self.lost):
@@ -116,10 +119,11 @@ class Cache:
         return lost
 
     def write(self, base: PreTrainedModel, lost: Mapping[str, Factors]) -> None:
-        """Keep what was made: the base's packed weights, and what adapters begin as. Where that cannot be, it is said and no more."""
-        if self.weights is not None:
+        """Keep what was made and is not there: the base's packed weights, and what adapters begin as. Where that cannot be, it is said
+        and no more."""
+        if self.weights is not None and not self.weights.is_file():
             self._keep(self.weights, dict(_packed(base)))
-        if self.lost is not None:
+        if self.lost is not None and not self.lost.is_file():
             factors = {f"{name}.lora_{side}": one for name, pair in lost.items() for side, one in zip("BA", pair, strict=True)}
             self._keep(self.lost, factors)
 

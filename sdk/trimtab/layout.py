@@ -16,6 +16,7 @@ EVENTS_VARIABLE = "TRIMTAB_EVENTS"  # log: events are printed, too, for a place 
 PIPE_VARIABLE = "TRIMTAB_UNTIL_STDIN_CLOSES"  # end with the process that holds the other end of standard input
 SERVE_VARIABLE = "TRIMTAB_SERVE"  # how to serve: a ServeSpec as one line of JSON
 DEVICE_VARIABLE = "TRIMTAB_DEVICE"  # xeon or gpu: what a run was asked to compute on; the images set their own
+NF4_CACHE_VARIABLE = "TRIMTAB_NF4_CACHE"  # a folder in which quantised bases stay between runs; unset: none do
 
 
 @dataclass(frozen=True)

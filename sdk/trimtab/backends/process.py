@@ -24,9 +24,10 @@ from typing import Any
 from trimtab.backends import run_folder
 from trimtab.backends.base import RunHandle, RunState, RunStatus
 from trimtab.backends.run_folder import LocalRuns, read_json, refuse_absent, write_json
+from trimtab.cache import cache_dir
 from trimtab.command import INHERITED, inherited, refuse_missing_runtime, runtime_command, runtime_environment
 from trimtab.errors import BackendError, BackendUnavailable
-from trimtab.layout import ROOT_VARIABLE, JobDir
+from trimtab.layout import NF4_CACHE_VARIABLE, ROOT_VARIABLE, JobDir
 from trimtab.spec import JobSpec
 
 GRACE = run_folder.GRACE
@@ -66,7 +67,7 @@ class ProcessBackend(LocalRuns):
             "handle": str(RunHandle(self.name, run_id)),
             "folder": str(folder),
             "command": runtime_command(self.python, "train"),
-            "environment": runtime_environment(folder, device=spec.device),
+            "environment": {**runtime_environment(folder, device=spec.device), NF4_CACHE_VARIABLE: str(cache_dir() / "nf4")},
             "inherits": list(INHERITED),
             "channels": {name: str(path) for name, path in channels.items()},
             "hyperparameters": spec.train.to_hyperparameters(),
