@@ -1,9 +1,9 @@
 """A decoder layer of Llama's kind as one step of the graph, its backward pass written by hand.
 
 transformers and PEFT make some forty steps of it, each of which reads and writes all activations and keeps what it was given. Here q, k, v
-and gate, up are one product each (merged.py), residuals are added by the products that end a half, and only these are kept for the
-backward pass: the input, the reciprocal norms, q, k, v, attention's output with its log-sum-exp, the middle of the layer, gate and up,
-and the adapters' inner products. The normed inputs and the activation are made again. A layer that is recomputed keeps its input alone.
+and gate, up are one product each (merged.py), and only these are kept for the backward pass: the input, the reciprocal norms, q, k, v,
+attention's output with its log-sum-exp, the middle of the layer, gate and up, and the adapters with their inner products. The normed
+inputs and the activation are made again. A layer that is recomputed keeps its input alone.
 
 Llama, Mistral, Qwen2 and Qwen3 (whose q and k are normed head by head) are such models. PEFT's modules stay the holders of all
 parameters; without packed groups (generation) a layer computes as before.
@@ -133,8 +133,8 @@ class Block:
         query, key, value, _rstds = self._turned(qkv, places)
         out, lse = attention.attend(query, key, value, places.groups, self.scale, self.window)
         out = out.flatten(1)
-        y, inner_out = self.o.forward(out, low.o, add=x)
-        return y, Attended(rstd, qkv, inner, out, lse, inner_out)
+        y, inner_out = self.o.forward(out, low.o)
+        return y.add_(x), Attended(rstd, qkv, inner, out, lse, inner_out)
 
     def attend_backward(
         self, dy: Tensor, x: Tensor, kept: Attended, places: Places, low: Lows, needs_dx: bool
@@ -187,8 +187,8 @@ class Block:
     def gate(self, x: Tensor, low: Lows) -> tuple[Tensor, Gated]:
         """x [n, hidden] + the MLP of the normed x, and what the backward pass needs beside x."""
         rstd, gate_up, inner, act = self._activated(x, low)
-        y, inner_down = self.down.forward(act, low.down, add=x)
-        return y, Gated(rstd, gate_up, inner, inner_down)
+        y, inner_down = self.down.forward(act, low.down)
+        return y.add_(x), Gated(rstd, gate_up, inner, inner_down)
 
     def gated(self, x: Tensor, low: Lows) -> Gated:
         """What `gate` keeps, without its output."""
@@ -230,21 +230,21 @@ class _Layer(torch.autograd.Function):
         y, gated = block.gate(middle, low)
         ctx.save_for_backward(x, *parameters)
         ctx.block, ctx.places = block, places
-        ctx.kept = None if block.recompute else [middle, attended, gated]
+        ctx.kept = None if block.recompute else [low, middle, attended, gated]
         return y
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         block, places, dy = ctx.block, ctx.places, upstream[0].contiguous()
-        low = block.lows(tuple(parameters), x.dtype)
         if ctx.kept == []:
             raise RuntimeError("a fused decoder layer keeps nothing for a second backward pass: do the forward pass again")
         if ctx.kept is None:
+            low = block.lows(tuple(parameters), x.dtype)
             middle, attended = block.attend(x, places, low)
             gated = block.gated(middle, low)
         else:
-            middle, attended, gated = ctx.kept
+            low, middle, attended, gated = ctx.kept
             ctx.kept.clear()  # each is freed after its use, and gate and up become their gradient: there is no second backward pass
         dy, of_mlp = block.gate_backward(dy, middle, gated, low)
         del middle, gated

@@ -15,13 +15,15 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from trimtab_runtime.xeon.lora import weight_of
+from trimtab_runtime.xeon.weights import weight_of, weights_below
 
 _ALIASED = 4096  # bytes: rows of so many, or a multiple, fall upon the same places of a cache
 
 
 class Factors(NamedTuple):
-    """The adapters of `Maps` in the compute dtype, transposed: a [in, ranks], and each b [rank, out] times its scale; None for none."""
+    """The adapters of `Maps` in the compute dtype, transposed: a [in, ranks], and each b [rank, out] times its scale; None for none.
+
+    So a product with few columns takes up to a third less time (README.md)."""
 
     a: Tensor | None
     b: tuple[Tensor | None, ...]
@@ -51,7 +53,7 @@ class Maps:
         return found
 
     def factors(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Factors:
-        """The adapters in the compute dtype, from `parameters` as above. So small beside the products that no pass keeps them."""
+        """The adapters in the compute dtype, from `parameters` as above."""
         if not parameters:
             return Factors(None, (None,) * len(self.bases))
         a = torch.cat(list(parameters[::2])).to(dtype).t().contiguous()
@@ -60,14 +62,10 @@ class Maps:
             b.append(None if adapter is None else (next(left) * adapter.scaling["default"]).to(dtype).t().contiguous())
         return Factors(a, tuple(b))
 
-    def forward(self, x: Tensor, factors: Factors, add: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(y, x A' [n, ranks]); `add` [n, out] is added to y."""
+    def forward(self, x: Tensor, factors: Factors) -> tuple[Tensor, Tensor | None]:
+        """(y, x A' [n, ranks])."""
         weight = self.weight(x.dtype).t()
-        if add is not None:
-            y = torch.addmm(add, x, weight)
-            y = y if self.bias is None else y.add_(self.bias)
-        else:
-            y = torch.mm(x, weight) if self.bias is None else torch.addmm(self.bias, x, weight)
+        y = torch.mm(x, weight) if self.bias is None else torch.addmm(self.bias, x, weight)
         inner = self.inner(x, factors)
         if inner is None:
             return y, None
@@ -110,14 +108,14 @@ class Maps:
         return found
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """[W1; W2; ...] [out, in]: a view where they stand so in memory, else made for this one product."""
+        """[W1; W2; ...] [out, in]: a view where they stand so in memory, else made for this one product, and gone with the next."""
         if len(self.bases) == 1:
             return weight_of(self.bases[0], dtype)
         parts = [base.weight for base in self.bases]
         if parts[0].dtype == dtype and _stand_below(parts):
             joined: Tensor = parts[0].data.as_strided((self.out, parts[0].shape[1]), parts[0].stride())
             return joined
-        return torch.cat([weight_of(base, dtype) for base in self.bases])
+        return weights_below(self.bases, dtype)
 
 
 def join(bases: Sequence[Any]) -> None:
