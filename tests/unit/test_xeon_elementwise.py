@@ -28,21 +28,45 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each path in turn; a processor without AVX-512 cannot take that one."""
     if request.param == "avx512" and "avx512bw" not in _flags():
         pytest.skip("this processor has no AVX-512")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors: a second thread would only be waited for
     with kernels.forced(request.param):
         assert (kernels._op("rms_norm") is None) == (request.param == "off")
         yield request.param
-
-
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
 
 
 def _flags() -> str:
     return next(line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith("flags"))
+
+
+def everything(dtype: torch.dtype) -> list[Tensor]:
+    """What each function gives for rows enough that threads share them."""
+    n, width = 67, 1000
+    x, d, gate_up = drawn(n, width, dtype=dtype), drawn(n, width, dtype=dtype, seed=1), drawn(n, 2 * width, dtype=dtype, seed=2)
+    angles, weight, targets = drawn(n, width // 5, dtype=torch.float32, seed=3), drawn(width, dtype=dtype, seed=4), torch.arange(n)
+    y, rstd = kernels.rms_norm(x, weight, 1e-5)
+    turned = kernels.rotate_(x.view(n, 5, -1).clone(), angles.cos(), angles.sin())
+    first, second, ids = gate_up.clone(), gate_up.clone(), torch.arange(3).repeat(n, 1)
+    losses = [kernels.cross_entropy_(first, targets, 0.5), kernels.divergence_(second, ids, torch.full((n, 3), 0.2), 0.5)]
+    swiglu = [kernels.swiglu(gate_up), *kernels.swiglu_backward(d, gate_up, keep=True)]
+    return [y, rstd, kernels.rms_norm_backward(d, x, rstd, weight, d), turned, *swiglu, *losses, first, second]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_threads_give_the_same_bits_as_one(dtype: torch.dtype, path: str) -> None:
+    """A row is one thread's; torch itself, without kernels, splits some sums otherwise."""
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(everything(dtype))
+    torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        if path == "off":
+            near(one, other)
+        else:
+            assert torch.equal(one, other)
 
 
 def near(found: Tensor, expected: Tensor, *, roundings: float = 1, size: float | None = None) -> None:
@@ -78,7 +102,7 @@ def gap_is_whole(view: Tensor) -> bool:
 class TestNorm:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("width", WIDTHS)
-    def test_forward_and_backward_are_those_of_transformers(self, width: int, dtype: torch.dtype, threads: None) -> None:
+    def test_forward_and_backward_are_those_of_transformers(self, width: int, dtype: torch.dtype) -> None:
         x, dy, add = (drawn(37, width, dtype=dtype, seed=seed) for seed in range(3))
         norm = LlamaRMSNorm(width, eps=1e-5).to(dtype)
         norm.weight.data.copy_(drawn(width, dtype=dtype, seed=3) + 1)
@@ -137,7 +161,7 @@ class TestNorm:
 class TestRotary:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("width", [2, 6, 32, 64, 80, 128])
-    def test_bit_equal_to_transformers_and_back_to_its_gradient(self, width: int, dtype: torch.dtype, threads: None) -> None:
+    def test_bit_equal_to_transformers_and_back_to_its_gradient(self, width: int, dtype: torch.dtype) -> None:
         n, heads = 29, 5
         x, d = drawn(n, heads, width, dtype=dtype), drawn(n, heads, width, dtype=dtype, seed=1)
         angles = drawn(n, width, dtype=torch.float32, seed=2) * 3
@@ -177,7 +201,7 @@ class TestRotary:
 class TestSwiglu:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("width", WIDTHS)
-    def test_forward_and_backward(self, width: int, dtype: torch.dtype, threads: None) -> None:
+    def test_forward_and_backward(self, width: int, dtype: torch.dtype) -> None:
         gate_up, d = drawn(23, 2 * width, dtype=dtype, scale=4), drawn(23, width, dtype=dtype, seed=1)
         gate, up = gate_up.chunk(2, dim=-1)
         act = functional.silu(gate) * up
@@ -221,7 +245,7 @@ class TestSwiglu:
 class TestCrossEntropy:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("width", [*WIDTHS, 32_003])
-    def test_loss_and_gradient_are_torchs(self, width: int, dtype: torch.dtype, threads: None) -> None:
+    def test_loss_and_gradient_are_torchs(self, width: int, dtype: torch.dtype) -> None:
         logits, targets = drawn(19, width, dtype=dtype, scale=5), torch.randint(0, width, (19,), generator=torch.Generator().manual_seed(1))
         wide = leaf_of(logits)
         expected = functional.cross_entropy(wide, targets, reduction="sum") * 0.25
@@ -277,7 +301,7 @@ class TestCrossEntropy:
 class TestDivergence:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize(("width", "k"), [(9, 1), (50, 8), (1000, 32), (32_003, 16)])
-    def test_loss_and_gradient_are_autograds(self, width: int, k: int, dtype: torch.dtype, threads: None) -> None:
+    def test_loss_and_gradient_are_autograds(self, width: int, k: int, dtype: torch.dtype) -> None:
         logits = drawn(11, width, dtype=dtype, scale=2)
         chances, ids = torch.softmax(drawn(11, width, dtype=torch.float32, seed=1, scale=2), -1).topk(k)
         chances = chances.half()  # as a ledger keeps them

@@ -43,7 +43,7 @@ XEON_AVX512 Softmax softmax_avx512(const T* x, int64_t width) {
 }
 
 template <class T>
-Softmax softmax(const T* x, int64_t width) {
+XEON_PORTABLE Softmax softmax(const T* x, int64_t width) {
   float most[16];
   std::fill(most, most + 16, -std::numeric_limits<float>::infinity());
   int64_t i = 0;
@@ -71,7 +71,7 @@ XEON_AVX512 void spread_avx512(T* x, int64_t width, float largest, float factor)
 }
 
 template <class T>
-void spread(T* x, int64_t width, float largest, float factor) {
+XEON_PORTABLE void spread(T* x, int64_t width, float largest, float factor) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < width; ++i) store(x + i, exp_of(load(x + i) - largest) * factor);
 }

@@ -25,7 +25,7 @@ XEON_AVX512 float squares_avx512(const T* x, int64_t width) {
 }
 
 template <class T>
-float squares(const T* x, int64_t width) {
+XEON_PORTABLE float squares(const T* x, int64_t width) {
   float sums[16] = {};
   int64_t i = 0;
   for (; i + 16 <= width; i += 16)
@@ -50,7 +50,7 @@ XEON_AVX512 void scale_avx512(const T* x, const T* weight, float rstd, T* y, int
 }
 
 template <class T>
-void scale(const T* x, const T* weight, float rstd, T* y, int64_t width) {
+XEON_PORTABLE void scale(const T* x, const T* weight, float rstd, T* y, int64_t width) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < width; ++i) store(y + i, load(weight + i) * rounded(load(x + i) * rstd, x));
 }
@@ -71,7 +71,7 @@ XEON_AVX512 float along_avx512(const T* dy, const T* x, const T* weight, float r
 }
 
 template <class T>
-float along(const T* dy, const T* x, const T* weight, float rstd, int64_t width) {
+XEON_PORTABLE float along(const T* dy, const T* x, const T* weight, float rstd, int64_t width) {
   float sums[16] = {};
   int64_t i = 0;
   for (; i + 16 <= width; i += 16)
@@ -102,7 +102,7 @@ XEON_AVX512 void back_avx512(const T* dy, const T* x, const T* weight, const T* 
 }
 
 template <class T, bool adds>
-void back(const T* dy, const T* x, const T* weight, const T* add, float rstd, float mean, T* dx, int64_t width) {
+XEON_PORTABLE void back(const T* dy, const T* x, const T* weight, const T* add, float rstd, float mean, T* dx, int64_t width) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < width; ++i) {
     const float across = (load(dy + i) * load(weight + i) - (load(x + i) * rstd) * mean) * rstd;

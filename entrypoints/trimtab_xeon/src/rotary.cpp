@@ -26,7 +26,7 @@ XEON_AVX512 void turn_avx512(T* x, const C* cos, const C* sin, int64_t half) {
 }
 
 template <class T, class C, bool backwards>
-void turn(T* x, const C* cos, const C* sin, int64_t half) {
+XEON_PORTABLE void turn(T* x, const C* cos, const C* sin, int64_t half) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < half; ++i) {
     const float a = load(x + i), b = load(x + half + i);

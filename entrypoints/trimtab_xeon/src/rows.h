@@ -54,6 +54,9 @@ void over_rows(int64_t rows, int64_t width, const F& f) {
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)), f);
 }
 
+// Before the portable loops: compiled for AVX2 as well, which the loader takes where it is. Without fused products, so the same numbers.
+#define XEON_PORTABLE __attribute__((target_clones("avx2", "default")))
+
 inline float rounded(float value, const uint16_t*) { return from_bf16(to_bf16(value)); }
 inline float rounded(float value, const float*) { return value; }
 

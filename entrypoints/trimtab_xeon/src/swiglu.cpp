@@ -25,7 +25,7 @@ XEON_AVX512 void forward_avx512(const T* gate, const T* up, T* act, int64_t widt
 }
 
 template <class T>
-void forward(const T* gate, const T* up, T* act, int64_t width) {
+XEON_PORTABLE void forward(const T* gate, const T* up, T* act, int64_t width) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < width; ++i) {
     const float g = load(gate + i);
@@ -52,7 +52,7 @@ XEON_AVX512 void backward_avx512(const T* d, const T* gate, const T* up, T* d_ga
 }
 
 template <class T>
-void backward(const T* d, const T* gate, const T* up, T* d_gate, T* d_up, T* act, int64_t width) {
+XEON_PORTABLE void backward(const T* d, const T* gate, const T* up, T* d_gate, T* d_up, T* act, int64_t width) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < width; ++i) {
     const float g = load(gate + i), u = load(up + i), above = load(d + i);
