@@ -4,6 +4,9 @@ A dense mask would compute every pair of tokens in a row and throw most of them 
 blocks of places; blocks above the diagonal or outside a window are not computed at all. Samples never meet in a matrix product, so
 isolation is exact. For the backward pass only the output and each row's log-sum-exp are kept; weights are made again from them.
 
+A kernel of trimtab-xeon computes that where there is one for the dtype (kernels.attend); else what stands here does, of torch's products,
+with short samples of like length in one padded batch.
+
 Source: T. Dao et al., "FlashAttention" (2022, arXiv:2205.14135), appendix B.2, for the backward pass from log-sum-exps; N. Shazeer,
 "Fast Transformer Decoding" (2019, arXiv:1911.02150) and Ainslie et al. (2023, arXiv:2305.13245) for query heads that share a key head.
 """
@@ -22,6 +25,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from trimtab_runtime.packing import alike
+from trimtab_runtime.xeon import kernels
 
 NAME = "trimtab_packed"
 _PADDED_UP_TO = 256  # tokens of samples that are attended to as one padded batch; a longer one is computed by itself
@@ -74,6 +78,8 @@ def attend(
     """
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
+    if kernels.attend(query, key, value, _places(groups), scale, window, out, lse):
+        return out, lse
     for part in _parts(groups):
         q, k, v = _heads(query, part, key.shape[1]), _heads(key, part, key.shape[1]), _heads(value, part, key.shape[1])
         got, sums = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -109,7 +115,10 @@ def attend_backward(
     if into is None:
         into = torch.empty(n, (heads + 2 * kv_heads) * width, dtype=query.dtype, device=query.device)
     parts = into.split([heads * width, kv_heads * width, kv_heads * width], dim=1)
-    dq, dk, dv = (part.unflatten(1, (-1, width)) for part in parts)
+    dq, dk, dv = (part.view(n, -1, width) for part in parts)
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+    if kernels.attend_backward(d_out, query, key, value, out, lse, _places(groups), scale, window, dq, dk, dv):
+        return dq, dk, dv
     for part in _parts(groups):
         q, k, v = _heads(query, part, kv_heads), _heads(key, part, kv_heads), _heads(value, part, kv_heads)
         d, got = _heads(d_out, part, kv_heads, padding=False), _heads(out, part, kv_heads)
@@ -127,6 +136,11 @@ def attend_backward(
         _put_back(dk, dk_part.to(k.dtype), part)
         _put_back(dv, dv_part.to(v.dtype), part)
     return dq, dk, dv
+
+
+def _places(groups: list[Group]) -> Tensor:
+    """[samples, 2] int64: where each begins, and its length."""
+    return torch.tensor([place for group in groups for place in zip(group.begins, group.lengths, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -174,17 +188,19 @@ def _put_back(whole: Tensor, by_head: Tensor, part: _Part) -> None:
 
 
 def _blocks(length: int, repeat: int, window: int | None, device: torch.device) -> Iterator[tuple[slice, slice, Tensor]]:
-    """The blocks of a sample: rows of queries, the keys that any of them sees, and [rows, keys] 0 or minus infinity where it does not."""
+    """The blocks of a sample: rows of queries, the keys that any of them sees, and for these keys, or the last of them, 0 or minus
+    infinity where a row does not see it [rows, last keys]."""
     size = max(1, _BLOCK // repeat)
     for begin in range(0, length, size):
         end = min(begin + size, length)
         first = 0 if window is None else max(0, begin - window + 1)
-        yield slice(begin * repeat, end * repeat), slice(first, end), _hidden(end - begin, end - first, repeat, window, device)
+        hidden = _hidden(end - begin, end - begin if window is None else end - first, repeat, window, device)
+        yield slice(begin * repeat, end * repeat), slice(first, end), hidden
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)
 def _hidden(queries: int, keys: int, repeat: int, window: int | None, device: torch.device) -> Tensor:
-    """What the last `queries` of a sample's first `keys` places do not see [queries * repeat, keys]: minus infinity, else 0."""
+    """What the last `queries` of `keys` places do not see of these [queries * repeat, keys]: minus infinity there, else 0."""
     with torch.inference_mode(False):  # whoever asks first
         place = torch.arange(keys, device=device)
         own = place[keys - queries :].repeat_interleave(repeat)[:, None]
@@ -198,11 +214,12 @@ def _scores(query: Tensor, key: Tensor, scale: float, hidden: Tensor) -> Tensor:
     """Scaled products [b, rows, keys] in fp32. From bf16 they come in two halves, for bf16 alone would be off by 0.4 % of a score, and a
     weight by as much as its score's whole error: second what rounding took from the first."""
     keys = key.transpose(1, 2)
-    high = torch.bmm(query, keys)
-    if query.dtype is torch.float32:
-        return high.mul_(scale).add_(hidden)
-    low = torch.baddbmm(high, query, keys, beta=-1)
-    return high.float().add_(low).mul_(scale).add_(hidden)
+    scores = torch.bmm(query, keys)
+    if query.dtype is torch.bfloat16:
+        low = torch.baddbmm(scores, query, keys, beta=-1)
+        scores = scores.float().add_(low)
+    scores.mul_(scale)[..., scores.shape[-1] - hidden.shape[-1] :].add_(hidden)
+    return scores
 
 
 class _Packed(torch.autograd.Function):

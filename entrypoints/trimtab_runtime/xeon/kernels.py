@@ -327,3 +327,41 @@ def divergence_(logits: Tensor, ids: Tensor, chances: Tensor, scale: float) -> T
     if wide is not logits:
         logits.copy_(wide)
     return loss * scale
+
+
+# Attention of packed rows: what computes it elsewhere is attention.py
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, places: Tensor, scale: float, window: int | None, out: Tensor, lse: Tensor) -> bool:
+    """Causal attention of each sample alone, into `out` [n, H, d] and `lse` [H, n] fp32; False where no kernel takes these tensors.
+
+    query [n, H, d], key and value [n, KV, d] may lie in one tensor; `places` [samples, 2] int64 are each sample's begin and length.
+    The kernels take an even d, bf16 where the processor has AVX512-BF16, fp32 where it has AVX-512. Sums are in fp32.
+    """
+    op = _op("attend")
+    if op is None or not _attendable(query, key, value):
+        return False
+    op(query, key, value, places, scale, -1 if window is None else window, out, lse)
+    return True
+
+
+def attend_backward(
+    d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, places: Tensor, scale: float, window: int | None,
+    dq: Tensor, dk: Tensor, dv: Tensor,
+) -> bool:  # fmt: skip
+    """The gradients of what `attend` was given, from that of its `out`, into dq [n, H, d], dk and dv [n, KV, d]; False as there."""
+    op = _op("attend_backward")
+    if op is None or not _attendable(d_out, query, key, value, out, dq, dk, dv):
+        return False
+    op(d_out, query, key, value, out, lse, places, scale, -1 if window is None else window, dq, dk, dv)
+    return True
+
+
+def _attendable(*tensors: Tensor) -> bool:
+    dtype = tensors[0].dtype
+    return (
+        dtype in (torch.bfloat16, torch.float32)
+        and tensors[0].shape[-1] % 2 == 0
+        and all(t.dtype is dtype and t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
+        and bool(torch.ops.trimtab_xeon.attend_takes(dtype is torch.bfloat16))
+    )
