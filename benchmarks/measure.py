@@ -49,8 +49,8 @@ class Figure:
         return self.value >= self.bar if self.least else self.value <= self.bar
 
     def __str__(self) -> str:
-        digits = 4 if abs(self.value) < 0.1 else 3
-        return f"{self.name} {self.value:.{digits}f}  bar {'>=' if self.least else '<='} {self.bar:g}  {'kept' if self.kept else 'MISSED'}"
+        value = f"{self.value:.3f}" if abs(self.value) >= 0.1 else f"{self.value:.2g}"
+        return f"{self.name} {value}  bar {'>=' if self.least else '<='} {self.bar:g}  {'kept' if self.kept else 'MISSED'}"
 
 
 @dataclass
