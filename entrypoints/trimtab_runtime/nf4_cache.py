@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bitsandbytes.functional import QuantState
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -31,7 +30,7 @@ from trimtab.layout import NF4_CACHE_VARIABLE as VARIABLE
 from trimtab.spec import TrainSpec
 from trimtab_runtime.batch import Batch
 from trimtab_runtime.methods.lora import linear_layers
-from trimtab_runtime.methods.qlora import BLOCK, Factors, four_bit, put
+from trimtab_runtime.methods.qlora import BLOCK, Factors, four_bit, library, put
 
 KEPT = 4  # files of each kind, the last used
 PAYS_FROM = 1 << 28  # weights in layers; what is smaller is quantised again in a few seconds
@@ -103,7 +102,8 @@ class Cache:
             packed = _read(entry)
             for name, layer in before.items():
                 stats = {key: packed.pop(f"{name}.weight.{key}") for key in _STATS}
-                put(base, name, four_bit(layer, packed.pop(f"{name}.weight"), QuantState.from_dict(stats, torch.device("cpu")), dtype))
+                state = library().functional.QuantState.from_dict(stats, torch.device("cpu"))
+                put(base, name, four_bit(layer, packed.pop(f"{name}.weight"), state, dtype))
         except (_Damaged, OSError, KeyError, ValueError) as exc:
             for name, layer in before.items():
                 put(base, name, layer)

@@ -214,11 +214,10 @@ def _logits(model: ModelFacts, dtype: torch.dtype) -> float:
 
 def _dequantised(model: ModelFacts, dtype: torch.dtype) -> float:
     """4-bit weights made into numbers."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from trimtab_runtime.methods.qlora import BLOCK, library
 
-    from trimtab_runtime.methods.qlora import BLOCK  # which loads bitsandbytes without its warnings
-
+    functional = library().functional
     out, inner = model.intermediate, model.hidden
     weight = torch.rand(max(1, min(out, _QUANTISED // inner)), inner, dtype=dtype)
-    packed, state = quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
-    return weight.numel() / _seconds(lambda: dequantize_4bit(packed, state))
+    packed, state = functional.quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    return weight.numel() / _seconds(lambda: functional.dequantize_4bit(packed, state))

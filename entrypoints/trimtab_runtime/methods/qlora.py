@@ -15,6 +15,7 @@ from trimtab_runtime.methods.lora import linear_layers
 from trimtab_runtime.xeon import kernels
 
 if TYPE_CHECKING:
+    import bitsandbytes as bnb
     from bitsandbytes.functional import QuantState
     from peft import PeftModel
 
@@ -25,10 +26,13 @@ _SEED = 20_090_917  # of the draws that a randomised decomposition begins with, 
 _BEYOND = 16  # columns that it takes beyond the rank asked for
 _ROUNDS = 2  # of its power iteration
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import bitsandbytes as bnb
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+def library() -> Any:
+    """bitsandbytes, without its warnings. It takes a second to load, so it is loaded where something is put into 4 bits, and not before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import bitsandbytes
+    return bitsandbytes
 
 
 @contextmanager
@@ -86,11 +90,12 @@ def quantised(layer: nn.Linear, dtype: torch.dtype) -> bnb.nn.Linear4bit:
 
 def four_bit(layer: nn.Linear, packed: Tensor, state: QuantState, dtype: torch.dtype) -> bnb.nn.Linear4bit:
     """What computes in the place of `layer` with the weights `packed`, as bitsandbytes stores them."""
-    small = bnb.nn.Linear4bit(
+    nn4 = library().nn
+    small: bnb.nn.Linear4bit = nn4.Linear4bit(
         layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=dtype, compress_statistics=True,
         quant_type="nf4", device="meta",
     )  # fmt: skip
-    small.weight = bnb.nn.Params4bit(
+    small.weight = nn4.Params4bit(
         packed, requires_grad=False, quant_state=state, compress_statistics=True, quant_type="nf4", blocksize=BLOCK, module=small,
         bnb_quantized=True,
     )  # fmt: skip
@@ -167,6 +172,7 @@ def begin_with(model: PeftModel, lost: Mapping[str, Factors]) -> None:
 
 def dequantised_nf4(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """What the quantised layer computes with: `weight` [out, in] to NF4 and back, in `dtype` (default: the weight's)."""
-    packed, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
-    restored: Tensor = dequantize_4bit(packed, state)
+    functional = library().functional
+    packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    restored: Tensor = functional.dequantize_4bit(packed, state)
     return restored.to(dtype or weight.dtype)
