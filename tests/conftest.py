@@ -38,6 +38,7 @@ pytest_plugins = [
     "support.sagemaker_runs",
     "support.log_groups",
     "support.hosting",
+    "support.kernel_paths",
 ]
 
 
