@@ -171,6 +171,8 @@ def _kind(one: FieldInfo) -> dict[str, Any]:
         settings |= {"is_flag": True, "flag_value": True}
     else:
         settings["type"] = click.Choice(list(get_args(kind))) if get_origin(kind) is Literal else NumberOr(words) if words else kind
+    if words:
+        settings["metavar"] = "|".join(("INTEGER", *words))
     settings |= {"required": True} if one.is_required() else {"default": None}
     if kind is not bool and not one.is_required() and one.default not in (None, ()):
         default = one.default

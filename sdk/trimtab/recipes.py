@@ -16,16 +16,7 @@ FULL_RATE = 2e-5
 """The rate for all parameters where none is given: the one that is published for instruct. The option's own default is for adapters."""
 
 LORA_OPTIONS = {"lora_rank", "lora_alpha", "lora_init", "lora_dropout", "lora_targets", "use_rslora", "use_dora"}
-_BESIDE = {
-    "spec_version",
-    "model",
-    "model_digest",
-    "data_digest",
-    "recipe",
-    "seed",
-    "keep_merged",
-    "ranks",
-}  # no part of how a model is trained
+_BESIDE = {"spec_version", "model", "model_digest", "data_digest", "recipe", "seed", "keep_merged"}  # no part of how a model is trained
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def place(facts: Topology, environ: Mapping[str, str], *, ranks: int | Literal["
     bound, bound_why = _binding(facts, environ, parts)
     choices.append(("binding", bound_why))
     memory = [_memory(facts, part) for part in parts]
-    if facts.nodes:
+    if len(facts.nodes) > 1 or any(node.cache_mb for node in facts.nodes):
         choices.append(("memory_nodes", _memory_choice(facts, parts, memory)))
         warnings += [
             warning for number, part in enumerate(parts) if (warning := _remote(facts, part, f"rank {number}: " if count > 1 else ""))
