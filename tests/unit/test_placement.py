@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.topologies import RECORDED, facts
+from trimtab_runtime.xeon.allocator import keep_large_blocks
 from trimtab_runtime.xeon.binding import mask
 from trimtab_runtime.xeon.placement import Memory, Plan, lines, place
 from trimtab_runtime.xeon.topology import as_list
@@ -241,3 +242,21 @@ def test_node_masks() -> None:
     assert mask([0, 3])[0] == 0b1001
     assert mask([65])[:2] == [0, 2]
     assert len(mask([])) * 64 == 1024
+
+
+def test_large_blocks_are_kept_unless_the_user_chose_otherwise(tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    maps.write_text("7f00-7f10 r-xp 00000000 08:01 1 /usr/lib/x86_64-linux-gnu/libc.so.6\n")
+    if sys.platform == "linux":
+        said = [
+            keep_large_blocks(maps, environ)
+            for environ in (
+                {"MALLOC_MMAP_MAX_": "9"},
+                {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=9"},
+                {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+            )
+        ]
+        assert said[:2] == ["left as it is: MALLOC_MMAP_MAX_ is set", "left as it is: GLIBC_TUNABLES is set"]
+        assert said[2].startswith("large blocks stay on the heap")
+        maps.write_text(maps.read_text() + "7f20-7f30 r-xp 00000000 08:01 2 /usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4\n")
+        assert keep_large_blocks(maps, {}) == "left as it is: tcmalloc is in glibc's place"

@@ -12,7 +12,7 @@ import pytest
 
 from trimtab.cli_options import NumberOr
 from trimtab.errors import SpecError
-from trimtab.estimate import optimiser_steps
+from trimtab.estimate import ModelFacts, Rates, optimiser_steps, peak_memory, step_seconds
 from trimtab.ledger import Account, Ledger
 from trimtab.plan import plan, room
 from trimtab.spec import JobSpec, TrainSpec
@@ -99,6 +99,11 @@ def test_ranks_cross_and_are_counted() -> None:
     assert [plan(one, ledger).steps for one in (spec, four)] == [18, 6]
     assert any(reason.startswith("steps are those of one rank on a machine") for reason in plan(spec, ledger).reasons)
     assert room(None, 4) == []
+    model = ModelFacts(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=4, head_width=16, vocabulary=512, tied=True)
+    assert [finding.ok for finding in room(peak_memory(four, model, "float32"), 4)] == [True]
+    assert not room(peak_memory(four, model, "float32"), 10_000)[0].ok
+    rates = Rates.stated("float32", 1e11, 1e10)  # of a machine, which its ranks share
+    assert step_seconds(four, model, rates) == pytest.approx(4 * step_seconds(spec, model, rates))
 
 
 def test_ranks_are_for_processors() -> None:
