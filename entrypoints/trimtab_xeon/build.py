@@ -5,6 +5,8 @@ build/ and compiled again when their source, a header, the compiler, its flags o
 
     python build.py                 compile what changed, make the wheel, install it
     python build.py --wheel FOLDER  the wheel only
+
+Exits with 3 where this machine has no compiler for them, or is none that they are for; with 1 where the build failed.
 """
 
 from __future__ import annotations
@@ -26,49 +28,50 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE / "build"
-PLATFORM = "manylinux_2_28_x86_64"  # held by a test: auditwheel says the same of the wheel
+CANNOT = 3  # exit code where this machine cannot build them at all, which trimtab gets along with
 FLAGS = [
-    *(
-        "-std=c++20",
-        "-O3",
-        "-fPIC",
-        "-ffp-contract=off",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-fvisibility=hidden",
-        "-fvisibility-inlines-hidden",
-    ),
-    *("-fno-gnu-unique", "-march=x86-64", "-mtune=sapphirerapids", "-Wall", "-Wextra"),
+    *("-std=c++20", "-O3", "-fPIC", "-ffunction-sections", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-gnu-unique"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),  # no result changes by these; products are not fused into sums
+    *("-march=x86-64", "-mtune=sapphirerapids", "-Wall", "-Wextra"),
     *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),  # gcc 12 finds them in its own intrinsics
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # 2.10: what later versions added is not used
 ]
-# libgcc stays shared: torch needs it too, and a static one would ask for the glibc of the machine that built it (_dl_find_object)
-LINK = ["-shared", "-static-libstdc++", "-Wl,--exclude-libs,ALL", "-Wl,--no-undefined", "-Wl,--as-needed", "-Wl,-O1", "-Wl,--strip-debug"]
+# libgcc stays shared: torch needs it too, and a static one would ask for the glibc of the machine that built it (_dl_find_object);
+# of libstdc++ only what is called is kept, for the same reason
+LINK = [
+    *("-shared", "-static-libstdc++", "-Wl,--gc-sections", "-Wl,--exclude-libs,ALL", "-Wl,--no-undefined", "-Wl,--as-needed"),
+    *("-Wl,-O1", "-Wl,--strip-debug"),
+]
 
 
 class BuildError(RuntimeError):
     """Says what could not be built, and what to do."""
 
 
+class CannotBuild(BuildError):
+    """This machine lacks what any build of the kernels needs."""
+
+
 def torch_folder() -> Path:
     """Where torch is installed, without importing it."""
     found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None:
-        raise BuildError(
-            "torch is not installed here and its headers are needed: pip install 'torch>=2.10', then build with --no-build-isolation"
-        )
+    if found is None or found.origin is None or not (Path(found.origin).parent / "include").is_dir():
+        raise CannotBuild("torch's headers are needed and are not here: pip install 'torch>=2.10', then build without isolation")
     return Path(found.origin).parent
 
 
 def compiler() -> str:
-    """The C++ compiler: $CXX, or the first there is. Raises BuildError where there is none, or for another processor."""
-    if os.uname().machine != "x86_64":
-        raise BuildError(f"the kernels are for x86-64 processors and this is {os.uname().machine}: trimtab works without them")
+    """The C++ compiler: $CXX, or the first there is. Raises CannotBuild where there is none, or for another machine."""
+    if os.uname().machine != "x86_64" or sys.platform != "linux":
+        raise CannotBuild(f"the kernels are for Linux on x86-64 and this is {sys.platform} on {os.uname().machine}")
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    for name in names:
-        if found := shutil.which(name):
-            return found
-    raise BuildError(f"no C++ compiler ({', '.join(names)}): install one (Debian: apt-get install g++), or name it in CXX")
+    found = [path for name in names if (path := shutil.which(name))]
+    if not found:
+        raise CannotBuild(f"there is no C++ compiler ({', '.join(names)}): install one (Debian: apt-get install g++), or name it in CXX")
+    check = subprocess.run([found[0], *FLAGS, "-xc++", "-fsyntax-only", os.devnull], capture_output=True, text=True, check=False)
+    if check.returncode:
+        raise CannotBuild(f"{found[0]} is too old ({check.stderr.strip()}): install g++ 11 or later, or name one in CXX")
+    return found[0]
 
 
 def run(command: list[str]) -> None:
@@ -115,6 +118,13 @@ def compile_library() -> Path:
     return library
 
 
+def platform_of(library: Path) -> str:
+    """The wheel's platform, by the newest glibc of whose symbols the library uses any (PEP 600)."""
+    table = subprocess.run(["objdump", "-T", str(library)], capture_output=True, text=True, check=True).stdout
+    versions = [int(minor) for minor in re.findall(r"GLIBC_2\.(\d+)", table)]
+    return f"manylinux_2_{max([17, *versions])}_x86_64"
+
+
 def _record(data: bytes) -> str:
     return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
 
@@ -129,10 +139,11 @@ def make_wheel(folder: Path) -> Path:
         *(f"Requires-Dist: {needed}" for needed in project["dependencies"]),
         *("Description-Content-Type: text/markdown", "", (HERE / "README.md").read_text()),
     ]
-    tag = f"py3-none-{PLATFORM}"
+    library = compile_library()
+    tag = f"py3-none-{platform_of(library)}"
     package = HERE / "trimtab_xeon"
     files = {f"trimtab_xeon/{path.name}": path.read_bytes() for path in (package / "__init__.py", package / "py.typed")}
-    files["trimtab_xeon/kernels.so"] = compile_library().read_bytes()
+    files["trimtab_xeon/kernels.so"] = library.read_bytes()
     info = f"{name}-{version}.dist-info"
     files[f"{info}/METADATA"] = "\n".join(metadata).encode()
     files[f"{info}/WHEEL"] = f"Wheel-Version: 1.0\nGenerator: trimtab_xeon/build.py\nRoot-Is-Purelib: false\nTag: {tag}\n".encode()
@@ -146,6 +157,8 @@ def make_wheel(folder: Path) -> Path:
             entry = zipfile.ZipInfo(path, (1980, 1, 1, 0, 0, 0))
             entry.external_attr = (0o755 if path.endswith(".so") else 0o644) << 16
             archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
+    for older in folder.glob(f"{name}-*.whl"):
+        older.unlink()
     aside.rename(wheel)
     return wheel
 
@@ -179,7 +192,7 @@ def main() -> int:
                 install(wheel)
         except BuildError as failed:
             print(f"trimtab-xeon: {failed}", file=sys.stderr)
-            return 1
+            return CANNOT if isinstance(failed, CannotBuild) else 1
     print(f"trimtab-xeon: {wheel.name}" + (" installed" if folder is None else f" in {folder}"))
     return 0
 

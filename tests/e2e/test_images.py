@@ -12,6 +12,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,17 @@ def test_the_xeon_image_is_small_and_holds_what_it_says(client: DockerClient, xe
     with container(client, xeon_image, entrypoint=["python", "-P", "-c", look], user=str(SOMEONE)) as started:
         said = json.loads(ended(started, 0).splitlines()[-1])
     assert said == {"compilers": [], "not for a job": [], "gpu libraries": [], "cuda": None}
+
+
+def test_the_xeon_image_computes_with_the_kernels_that_are_here(client: DockerClient, xeon_image: str) -> None:
+    look = "from trimtab_runtime.xeon import kernels; print(kernels.path().value)"
+    with container(client, xeon_image, entrypoint=["python", "-P", "-c", look], user=str(SOMEONE)) as started:
+        said = ended(started, 0).splitlines()[-1]
+    try:
+        expected = import_module("trimtab_xeon").best()
+    except (ImportError, AttributeError):  # the second: the folder of its sources, where it is not installed
+        expected = "off"
+    assert said == expected
 
 
 def test_nothing_is_built_when_nothing_changed(client: DockerClient, xeon_image: str, base_image: str) -> None:

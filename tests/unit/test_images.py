@@ -132,8 +132,25 @@ def test_the_wheel_is_one_that_pip_installs(tmp_path: Path) -> None:
 
 def test_what_one_target_holds_leaves_the_other_as_it_is() -> None:
     train, serve = context.context("xeon"), context.context("xeon", "serve")
-    assert train.keys() == serve.keys()
-    assert [name for name in train if train[name] == serve[name]] == [name for name in train if name.endswith(".whl")]
+    assert {name for name in train if not name.startswith("trimtab_xeon-")} == serve.keys()
+    assert [name for name in serve if train[name] == serve[name]] == [name for name in serve if name.endswith(".whl")]
+
+
+def test_the_kernels_go_into_the_image_that_trains_on_xeons_where_they_are_installed(tmp_path: Path) -> None:
+    packed = context.pack_kernels()
+    held = [name for kind in KINDS for name in context.context(*kind) if name.startswith("trimtab_xeon-")]
+    assert held == ([] if packed is None else [packed[0]])
+    assert "WITHOUT the compiled kernels, so plain torch computes" in context.said_of_kernels({"trimtab-1.whl": b""})
+    if packed is None:
+        pytest.skip("trimtab-xeon is not built here: .venv/bin/python entrypoints/trimtab_xeon/build.py")
+    assert re.fullmatch(r"trimtab_xeon-[0-9.]+-py3-none-manylinux_2_\d+_x86_64\.whl", packed[0])
+    assert context.said_of_kernels(dict([packed])) == f"with the compiled kernels, {packed[0]}"
+    assert context.pack_kernels() == packed
+    (tmp_path / packed[0]).write_bytes(packed[1])
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(tmp_path / "site")]
+    subprocess.run([*install, str(tmp_path / packed[0])], check=True)
+    names = sorted(path.name for path in (tmp_path / "site" / "trimtab_xeon").iterdir() if path.is_file())
+    assert names == ["__init__.py", "kernels.so", "py.typed"]
 
 
 def test_a_tag_says_device_target_version_and_contents() -> None:

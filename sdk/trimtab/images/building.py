@@ -73,6 +73,8 @@ def build(
         if offline and find_links is None:
             raise BackendError("an offline build takes its packages from a folder of wheels: name it with --find-links")
         say(f"image: building {plan.tag} on {plan.base}")
+        if with_torch:
+            say(f"image: {context.said_of_kernels(plan.files)}")
         extra: dict[str, Any] = {}
         passed = {"BASE": plan.base, **plan.arguments}
         if find_links is not None:

@@ -2,7 +2,8 @@
 
 Dockerfile         how, from containers/<device>/<target>
 requirements.txt   with what: every package by its exact version, from the same folder
-trimtab-*.whl      us: a wheel packed from the files of the packages that run here, be they a checkout or installed
+trimtab-*.whl      us: a wheel packed from the files of the packages that run here, be they a checkout or installed;
+                   in xeon's train image the compiled kernels beside it, trimtab_xeon-*.whl, where they are installed here
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from trimtab.errors import BackendUnavailable
 DEVICES = ("xeon", "gpu")
 TARGETS = ("train", "serve")
 PACKAGES = ("trimtab", "trimtab_runtime")
+KERNELS = "trimtab-xeon"  # a distribution of its own, since it is compiled (entrypoints/trimtab_xeon)
 
 _KEPT = {".py", ".toml", ".txt"}
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the first time that a zip file can tell
@@ -48,7 +50,9 @@ def context(device: str, target: str = "train") -> dict[str, bytes]:
     """
     home = _container_folder(device, target)
     name, wheel = pack_wheel({package: _folder_of(package) for package in PACKAGES}, version())
-    return {"Dockerfile": (home / "Dockerfile").read_bytes(), "requirements.txt": (home / "requirements.txt").read_bytes(), name: wheel}
+    files = {"Dockerfile": (home / "Dockerfile").read_bytes(), "requirements.txt": (home / "requirements.txt").read_bytes(), name: wheel}
+    kernels = pack_kernels() if (device, target) == ("xeon", "train") else None
+    return files if kernels is None else files | dict([kernels])
 
 
 def digest(files: Mapping[str, bytes], arguments: Mapping[str, str] | None = None) -> str:
@@ -85,6 +89,35 @@ def pack_wheel(packages: Mapping[str, Path], version: str) -> tuple[str, bytes]:
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: trimtab\nVersion: {version}\nRequires-Python: >=3.11\n".encode(),
         f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: trimtab\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
+    return f"trimtab-{version}-py3-none-any.whl", _zipped(files, info)
+
+
+def pack_kernels() -> tuple[str, bytes] | None:
+    """The wheel of the compiled kernels, its name and its bytes, packed from what is installed here; None where they are not."""
+    try:
+        installed = importlib.metadata.distribution(KERNELS)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    tag = next(line.removeprefix("Tag: ") for line in (installed.read_text("WHEEL") or "").splitlines() if line.startswith("Tag: "))
+    name = f"{KERNELS.replace('-', '_')}-{installed.version}"
+    files = {
+        file.as_posix(): Path(str(installed.locate_file(file))).read_bytes()
+        for file in sorted(installed.files or ())
+        if "__pycache__" not in file.parts and (not file.parts[0].endswith(".dist-info") or file.name in ("METADATA", "WHEEL"))
+    }
+    return f"{name}-{tag}.whl", _zipped(files, f"{name}.dist-info")
+
+
+def said_of_kernels(files: Mapping[str, bytes]) -> str:
+    """Whether a context of xeon's train image holds the compiled kernels, and what to do where it does not."""
+    held = next((name for name in files if name.startswith("trimtab_xeon-")), None)
+    if held is not None:
+        return f"with the compiled kernels, {held}"
+    return "WITHOUT the compiled kernels, so plain torch computes: trimtab-xeon is not installed here (entrypoints/trimtab_xeon/README.md)"
+
+
+def _zipped(files: Mapping[str, bytes], info: str) -> bytes:
+    """A wheel's bytes: its files, and the record of them in `info`."""
     rows = io.StringIO()
     record = csv.writer(rows, lineterminator="\n")
     for name, content in files.items():
@@ -97,7 +130,7 @@ def pack_wheel(packages: Mapping[str, Path], version: str) -> tuple[str, bytes]:
             entry = zipfile.ZipInfo(name, _EPOCH)
             entry.create_system, entry.external_attr = 3, 0o100644 << 16
             wheel.writestr(entry, content)
-    return f"trimtab-{version}-py3-none-any.whl", buffer.getvalue()
+    return buffer.getvalue()
 
 
 def _container_folder(device: str, target: str) -> Path:
