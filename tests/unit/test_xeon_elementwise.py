@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from trimtab_runtime.xeon import kernels
+from trimtab_runtime.xeon.loss import linear_cross_entropy
 
 DTYPES = (torch.float32, torch.bfloat16)
 NEIGHBOUR = 2.0**-7  # from one number of bf16 to the next, relative
@@ -97,6 +101,19 @@ def apart(x: Tensor, *, extra: int = 7) -> Tensor:
 
 def gap_is_whole(view: Tensor) -> bool:
     return bool(view._base is not None and view._base[..., view.shape[-1] :].isnan().all())
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest memory that a result stands in."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.bytes = max(self.bytes, leaf.untyped_storage().nbytes())
+        return result
 
 
 class TestNorm:
@@ -335,3 +352,31 @@ class TestDivergence:
         assert kernels.divergence_(logits, ids, chances, 1.0).isnan()
         assert logits.isnan().all(1).tolist() == [False, True, False]
         assert logits[[0, 2]].isfinite().all()
+
+
+class TestChunkedLoss:
+    @pytest.mark.parametrize("tokens", [40, 1030])
+    def test_in_bf16_it_is_the_loss_of_full_fp32_logits(self, tokens: int) -> None:
+        """As transformers computes it: bf16 products, logits made fp32. The gradient of the logits is rounded to bf16 in both."""
+        hidden, head = drawn(tokens, 48, dtype=torch.bfloat16), drawn(333, 48, dtype=torch.bfloat16, seed=1, scale=0.3)
+        targets = torch.randint(0, 333, (tokens,), generator=torch.Generator().manual_seed(2))
+        both = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+        expected = functional.cross_entropy((both[0] @ both[1].t()).float(), targets, reduction="sum") * 0.01
+        of_hidden, of_head = torch.autograd.grad(expected, both)
+        mine = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+        loss = linear_cross_entropy(mine[0], mine[1], targets, scale=0.01)
+        found_hidden, found_head = torch.autograd.grad(loss, mine)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+        off = [
+            float((ours.float() - theirs.float()).norm() / theirs.float().norm())
+            for ours, theirs in ((found_hidden, of_hidden), (found_head, of_head))
+        ]
+        assert off[0] < 1e-3  # a few numbers of bf16 are neighbours
+        assert off[1] < 2.0**-8  # the head's is a sum over chunks, each rounded to bf16
+
+    def test_no_tensor_is_larger_than_a_chunks_logits(self) -> None:
+        """Those of 512 tokens, in bf16 with the kernels, whatever the number of tokens."""
+        hidden, head = drawn(4 * 512, 8, dtype=torch.bfloat16).requires_grad_(), drawn(5000, 8, dtype=torch.bfloat16, seed=1)
+        with Largest() as seen:
+            linear_cross_entropy(hidden, head, torch.zeros(len(hidden), dtype=torch.int64), scale=1.0).backward()
+        assert seen.bytes == 512 * 5000 * (4 if kernels.path().value == "off" else 2)
