@@ -7,7 +7,6 @@ number is computed in fp32 and rounded, so it may be torch's neighbour (2^-7 of 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,19 +28,13 @@ INF, NAN = float("inf"), float("nan")
 
 @pytest.fixture(params=kernels.PATHS, autouse=True)
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each path in turn; a processor without AVX-512 cannot take that one."""
-    if request.param == "avx512" and "avx512bw" not in _flags():
-        pytest.skip("this processor has no AVX-512")
+    """Each path in turn; those that this machine cannot take are skipped and counted (support/kernel_paths.py)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small tensors: a second thread would only be waited for
     with kernels.forced(request.param):
         assert (kernels._op("rms_norm") is None) == (request.param == "off")
         yield request.param
     torch.set_num_threads(threads)
-
-
-def _flags() -> str:
-    return next(line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith("flags"))
 
 
 def everything(dtype: torch.dtype) -> list[Tensor]:
