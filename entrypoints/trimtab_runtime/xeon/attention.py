@@ -128,7 +128,7 @@ def attend_backward(
         dk_part, dv_part = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
         for rows, keys, hidden in _blocks(part.length, q.shape[1] // part.length, window, q.device):
             weights = _scores(q[:, rows], k[:, keys], scale, hidden).sub_(sums[:, rows]).exp_()
-            d_scores = torch.bmm(d[:, rows], v[:, keys].transpose(1, 2)).float().sub_(delta[:, rows]).mul_(weights).mul_(scale).to(q.dtype)
+            d_scores = _products(d[:, rows], v[:, keys]).sub_(delta[:, rows]).mul_(weights).mul_(scale).to(q.dtype)
             dq_part[:, rows] = torch.bmm(d_scores, k[:, keys])
             dk_part[:, keys] += torch.bmm(d_scores.transpose(1, 2), q[:, rows])
             dv_part[:, keys] += torch.bmm(weights.to(v.dtype).transpose(1, 2), d[:, rows])
@@ -211,15 +211,18 @@ def _hidden(queries: int, keys: int, repeat: int, window: int | None, device: to
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, hidden: Tensor) -> Tensor:
-    """Scaled products [b, rows, keys] in fp32. From bf16 they come in two halves, for bf16 alone would be off by 0.4 % of a score, and a
-    weight by as much as its score's whole error: second what rounding took from the first."""
-    keys = key.transpose(1, 2)
-    scores = torch.bmm(query, keys)
-    if query.dtype is torch.bfloat16:
-        low = torch.baddbmm(scores, query, keys, beta=-1)
-        scores = scores.float().add_(low)
-    scores.mul_(scale)[..., scores.shape[-1] - hidden.shape[-1] :].add_(hidden)
+    """Scaled products [b, rows, keys] in fp32, minus infinity where a row does not see a key."""
+    scores = _products(query, key).mul_(scale)
+    scores[..., scores.shape[-1] - hidden.shape[-1] :].add_(hidden)
     return scores
+
+
+def _products(rows: Tensor, keys: Tensor) -> Tensor:
+    """rows [b, m, d] times keys [b, k, d] -> [b, m, k] in fp32. Of bf16 in two halves, the second what rounding took from the first:
+    bf16 alone would be off by 0.4 % of a score, and a weight by as much as its score's whole error."""
+    turned = keys.transpose(1, 2)
+    high = torch.bmm(rows, turned)
+    return high if rows.dtype is torch.float32 else high.float().add_(torch.baddbmm(high, rows, turned, beta=-1))
 
 
 class _Packed(torch.autograd.Function):
