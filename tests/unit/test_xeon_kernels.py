@@ -25,6 +25,7 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_bloc
 from trimtab.errors import SpecError  # noqa: E402
 from trimtab_runtime.choices import Choice  # noqa: E402
 from trimtab_runtime.xeon import kernels, weights  # noqa: E402
+from trimtab_runtime.xeon.lora import fuse  # noqa: E402
 
 BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
 # whole blocks, blocks across rows, a rest behind the last block, odd numbers of numbers, one number; one that two threads share
@@ -243,6 +244,26 @@ def test_weights_share_one_scratch_and_stand_one_below_another(path: str) -> Non
         assert same(weights.weight_of(layer, FP32), expected.float())
     assert weights.weight_of(plain, BF16) is plain.weight
     assert same(weights.weights_below(layers[:1], BF16), wanted[0])
+
+
+@pytest.mark.parametrize("width", [96, 256])  # of the first bitsandbytes' own forward takes wrong scales
+@pytest.mark.parametrize(("given", "computes"), [(FP32, FP32), (BF16, BF16), (FP32, BF16)])
+def test_a_4_bit_layer_without_an_adapter_multiplies_by_what_its_format_says(
+    path: str, width: int, given: torch.dtype, computes: torch.dtype
+) -> None:
+    layer = layer_of(drawn((64, width), "normal").to(computes), bias=True)
+    torch.nn.init.normal_(layer.bias, generator=torch.Generator().manual_seed(0))
+    weight, bias = by_format(layer.weight.data, layer.weight.quant_state), layer.bias.detach().to(computes)
+    assert fuse(torch.nn.Sequential(layer)) == 0  # adapted ones
+    x, dy = drawn((3, width), "normal").to(given), drawn((3, 64), "normal").to(given)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, wanted = layer(ours), (theirs.to(computes) @ weight.t() + bias).to(given)
+    y.backward(dy)
+    wanted.backward(dy)
+    assert same(y.detach(), wanted.detach())
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert same(ours.grad, theirs.grad)
 
 
 def test_each_thread_has_a_scratch_of_its_own(path: str) -> None:

@@ -172,7 +172,7 @@ def begin_with(model: PeftModel, lost: Mapping[str, Factors]) -> None:
 
 def dequantised_nf4(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """What the quantised layer computes with: `weight` [out, in] to NF4 and back, in `dtype` (default: the weight's)."""
-    functional = library().functional
-    packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
-    restored: Tensor = functional.dequantize_4bit(packed, state)
+    packed, state = kernels.nf4_quantise(weight)
+    restored = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    kernels.nf4_dequantise(packed, state, restored)
     return restored.to(dtype or weight.dtype)

@@ -95,14 +95,42 @@ def _directed(self: LoraLayer, x: Tensor, *_: Any, **__: Any) -> Tensor:
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+class _Frozen(torch.autograd.Function):
+    """y = x W' + b of a 4-bit layer, of which nothing is kept for the backward pass: dx = dy W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: nn.Module) -> Tensor:
+        ctx.base = base
+        y = torch.mm(x, weight_of(base, x.dtype).t())
+        bias = getattr(base, "bias", None)
+        return y if bias is None else y.add_(bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None]:
+        return (torch.mm(upstream[0].contiguous(), weight_of(ctx.base, upstream[0].dtype)) if ctx.needs_input_grad[0] else None), None
+
+
+def _frozen(self: Any, x: Tensor) -> Tensor:
+    flat: Tensor = _Frozen.apply(x.reshape(-1, x.shape[-1]).to(self.compute_dtype or x.dtype), self)
+    return flat.view(*x.shape[:-1], flat.shape[-1]).to(x.dtype)
+
+
 def fuse(model: nn.Module) -> int:
-    """Let every adapted linear layer compute in one step; layers with dropout stay as they are. Returns how many do."""
+    """Let every adapted linear layer compute in one step; layers with dropout stay as they are. Returns how many do.
+
+    4-bit layers that are left, without an adapter or below one with dropout, multiply as all others here do: bitsandbytes' own
+    forward makes its weight afresh each time, and takes wrong scales where a width is a multiple of 32 and not of 64.
+    """
     fused = 0
     for layer in model.modules():
-        if isinstance(layer, LoraLayer) and isinstance(layer.lora_dropout["default"], nn.Identity):
+        if isinstance(layer, LoraLayer):
+            if not isinstance(layer.lora_dropout["default"], nn.Identity):
+                continue
             directed = "default" in layer.lora_magnitude_vector
             if directed:
                 layer.row_squares = weight_of(layer.base_layer, torch.float32).square().sum(1)
             layer.forward = MethodType(_directed if directed else _forward, layer)
             fused += 1
+        elif getattr(getattr(layer, "weight", None), "quant_state", None) is not None and layer.weight.device.type == "cpu":
+            layer.forward = MethodType(_frozen, layer)
     return fused
