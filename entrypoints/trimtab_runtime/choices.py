@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trimtab.errors import SpecError
-from trimtab.estimate import BF16_FLAGS, ModelFacts, RowFacts, dtype_of, peak_memory
+from trimtab.estimate import BF16_FLAGS, ModelFacts, RowFacts, dtype_of, peak_memory, recompute_layers
 from trimtab.spec import TrainSpec
 
 _BF16 = {
@@ -70,16 +70,30 @@ def pick_dtype(asked: str, flags: frozenset[str]) -> Choice:
 
 
 def expected_memory(
-    spec: TrainSpec, config: Mapping[str, Any], dtype: str, manifest: Mapping[str, Any], device: str, ranks: int = 1
+    spec: TrainSpec, config: Mapping[str, Any], dtype: str, manifest: Mapping[str, Any], device: str, ranks: int = 1, again: int = 0
 ) -> Choice | None:
     """The plan's estimate for these rows, by their manifest, for each of `ranks` on a machine; None for a model whose config.json does
-    not name its sizes."""
+    not name its sizes. `again`: as many layers as `recomputed` says."""
     model = ModelFacts.from_config(config)
     if model is None:
         return None
-    found = peak_memory(spec, model, dtype, RowFacts.from_manifest(manifest), "cpu" if device == "cpu" else "gpu")
+    found = peak_memory(spec, model, dtype, RowFacts.from_manifest(manifest), "cpu" if device == "cpu" else "gpu", again)
     each = f" in each of {ranks} ranks" if ranks > 1 else ""
     return Choice(f"about {found.total:,} MB{each}", f"estimated: {found}")
+
+
+def recomputed(
+    spec: TrainSpec, config: Mapping[str, Any], dtype: str, manifest: Mapping[str, Any], memory_mb: int | None
+) -> tuple[int, Choice | None]:
+    """How many decoder layers do their forward pass again in the backward pass, on a processor with so much memory for this process.
+
+    (0, None) for a model whose config.json does not name its sizes.
+    """
+    model = ModelFacts.from_config(config)
+    if model is None:
+        return 0, None
+    found = recompute_layers(spec, model, dtype, RowFacts.from_manifest(manifest), memory_mb)
+    return found.layers, Choice(f"{found.layers} layers" if found.layers else "none", found.reason)
 
 
 def schedule(spec: TrainSpec, steps: int, rows_per_step: int) -> Choice:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import json
 import re
@@ -12,6 +14,7 @@ from trimtab.errors import TrimtabError
 from trimtab.events import Choice, Phase, read
 from trimtab.layout import JobDir
 from trimtab.spec import TrainSpec
+from trimtab_runtime.xeon import topology
 
 # what torch, mmap, OpenMP and the system say, each in its own class of error
 _NO_MEMORY = re.compile(
@@ -36,6 +39,38 @@ def peak_memory_mb(device: str = "cpu", status: Path = Path("/proc/self/status")
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) // 1024
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def memory_there(ranks: int = 1, root: Path = Path("/")) -> int | None:
+    """MB (2^20 bytes) that this process may hold at most, what it holds now included; None where nothing tells.
+
+    The least of what the system has to give (MemAvailable of proc_meminfo(5)), shared by the `ranks` of this machine, what its control
+    groups allow all of them, and what `ulimit -v` leaves of this process' address space. `root`: where the machine's files lie.
+    """
+    held, mapped = _kilobytes(root / "proc/self/status", "VmRSS:"), _kilobytes(root / "proc/self/status", "VmSize:")
+    available = _kilobytes(root / "proc/meminfo", "MemAvailable:")
+    allowed = topology.read(root).memory_limit_mb
+    bound = resource.getrlimit(resource.RLIMIT_AS)[0]
+    found = [allowed // ranks] if allowed is not None else []
+    if available is not None:
+        found.append((available // ranks + (held or 0)) >> 10)
+    if bound != resource.RLIM_INFINITY and mapped is not None:
+        found.append(((bound >> 10) - mapped + (held or 0)) >> 10)
+    return max(0, min(found)) if found else None
+
+
+def give_back() -> None:
+    """Let the system have the pages of the heap that nothing is on any more; with glibc (malloc_trim(3)), elsewhere nothing happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _kilobytes(file: Path, name: str) -> int | None:
+    try:
+        lines = file.read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
 
 
 def ran_out(exc: BaseException) -> bool:

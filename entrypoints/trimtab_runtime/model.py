@@ -18,6 +18,7 @@ from trimtab.spec import TrainSpec
 from trimtab_runtime import families
 from trimtab_runtime.batch import Batch
 from trimtab_runtime.loading import open_base
+from trimtab_runtime.memory import give_back
 from trimtab_runtime.methods import train_by
 from trimtab_runtime.methods.lora import linear_layers
 
@@ -84,7 +85,9 @@ def load_model(
     for line in families.sayings(base, spec.method, dtype):
         say(line)
     given = typical.to(device).inputs(families.mask_dtype(base)) if typical else None
-    return train_by(base, spec, dtype, given, lost=lost, fused=fused, say=say)
+    model = train_by(base, spec, dtype, given, lost=lost, fused=fused, say=say)
+    give_back()  # what a layer's original weights lay on, and weights that were put below one another
+    return model
 
 
 def _whole(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:

@@ -27,14 +27,16 @@ from trimtab_runtime.choices import (
     method_line,
     pick_device,
     pick_dtype,
+    recomputed,
     saved_dtype,
     schedule,
 )
 from trimtab_runtime.distributed import ALONE, Team
-from trimtab_runtime.memory import peak_memory_mb
+from trimtab_runtime.memory import memory_there, peak_memory_mb
 from trimtab_runtime.methods import trained_parts
 from trimtab_runtime.model import load_model, read_config
 from trimtab_runtime.rows import PackedRows
+from trimtab_runtime.xeon.block import set_recompute
 
 TYPICAL_ROWS = 2  # of the first packed, which hold the longest samples; other choices are in README.md
 
@@ -71,14 +73,20 @@ def train(
     device = pick_device(os.environ.get(DEVICE_VARIABLE, "xeon"), torch.cuda.device_count(), team.world)
     flags = cpu_flags() if device.value == "cpu" else gpu_flags()
     precision = pick_dtype(spec.dtype, flags)
-    memory = expected_memory(spec, read_config(job.channel("model")), precision.value, rows.facts, device.value, team.place.ranks)
+    config, ranks = read_config(job.channel("model")), team.place.ranks
+    again, why = (0, None) if device.value != "cpu" else recomputed(spec, config, precision.value, rows.facts, memory_there(ranks))
+    memory = expected_memory(spec, config, precision.value, rows.facts, device.value, ranks, again)
     saved_as = saved_dtype(spec) if spec.method == "full" else None
-    for name, choice in (("device", device), ("dtype", precision), ("peak_memory", memory), ("saved_dtype", saved_as)):
+    for name, choice in (
+        ("device", device), ("dtype", precision), ("recompute", why), ("peak_memory", memory), ("saved_dtype", saved_as)
+    ):  # fmt: skip
         tell(name, choice)
     dtype = getattr(torch, precision.value)
     typical = as_batch([rows[index] for index in range(min(TYPICAL_ROWS, len(rows)))])
     model = load_model(job.channel("model"), spec, dtype, typical=typical, device=device.value, say=say)
     model.train()
+    if again:
+        set_recompute(model, range(again))
     mixed = dtype is torch.bfloat16 and spec.lora_dropout > 0  # layers with dropout are PEFT's own, in fp32 but for autocast
     trained = trained_parts(model, spec, dtype)
     say(method_line(spec, trained.size, trained.of, precision.value))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from trimtab.sizes import EXPLICIT_UP_TO, Facts, ModelFacts, RowFacts, RowShape
 from trimtab.spec import TrainSpec
 
-EXPLICIT_UP_TO = 512
-"""Tokens of a sample whose attention weights are computed and kept; a longer one goes to the flash kernel, which computes them again."""
+__all__ = [
+    "BF16_FLAGS", "EXPLICIT_UP_TO", "LOGITS_AT_ONCE", "ModelFacts", "PeakMemory", "Rates", "Recompute", "RowFacts", "RowShape",
+    "dtype_of", "elementwise_bytes", "epoch_steps", "optimiser_steps", "peak_memory", "recompute_layers", "step_seconds",
+]  # fmt: skip
 
 LOGITS_AT_ONCE = 512
 """Tokens whose logits exist at once."""
@@ -47,163 +50,6 @@ def dtype_of(asked: str, flags: Collection[str]) -> str:
 
 
 @dataclass(frozen=True)
-class ModelFacts:
-    """The sizes of a Llama-like model, as its config.json names them. `head_width` is that of one attention head."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    vocabulary: int
-    tied: bool
-    stored: int = 2  # bytes a weight has in its file
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ModelFacts | None:
-        """From the fields of a transformers configuration; None for one that does not name these sizes (Falcon's), and for a mixture of
-        experts, whose sizes do not say what they are taken to say here."""
-        if any(config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
-            return None
-        try:
-            layers, hidden, intermediate, heads, vocabulary = (
-                int(config[name]) for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-            )
-            kv_heads, width = int(config.get("num_key_value_heads") or heads), int(config.get("head_dim") or hidden // heads)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):
-            return None
-        stored = 4 if config.get("dtype", config.get("torch_dtype")) in (None, "float32") else 2
-        return cls(layers, hidden, intermediate, heads, kv_heads, width, vocabulary, bool(config.get("tie_word_embeddings", False)), stored)
-
-    def gpus_used(self, present: int) -> int:
-        """The most of the GPUs present on which its layers can be split (Shoeybi et al. 2019, arXiv:1909.08053): each has as many heads.
-
-        Heads of keys and values are shared among as many, or repeated; vLLM refuses any other number.
-        """
-        fits = (n for n in range(max(present, 1), 1, -1) if self.heads % n == 0 and (self.kv_heads % n == 0 or n % self.kv_heads == 0))
-        return next((n for n in fits if self.intermediate % n == 0), 1)
-
-    @property
-    def linear(self) -> int:
-        """Weights of the layers' linear maps."""
-        query, keys = self.heads * self.head_width, self.kv_heads * self.head_width
-        return self.layers * self.hidden * (2 * query + 2 * keys + 3 * self.intermediate)
-
-    @property
-    def parameters(self) -> int:
-        """All weights, norms too; tied ones count once."""
-        return self.linear + self.vocabulary * self.hidden * (1 if self.tied else 2) + (2 * self.layers + 1) * self.hidden
-
-    @property
-    def largest(self) -> int:
-        """Weights of the largest linear map of a layer."""
-        return self.hidden * max(self.intermediate, self.heads * self.head_width)
-
-    def adapter(self, rank: int) -> int:
-        """Weights of adapters of this rank on every linear map of the layers."""
-        return sum(rank * times * (out + inner) for times, out, inner in self._adapted(()))
-
-    def _adapted(self, targets: Sequence[str]) -> list[tuple[int, int, int]]:
-        """(in how many layers, out, in) of each linear map that gets adapters, by the ends of their names as `lora_targets` has them.
-
-        Names that no Llama has are taken for all maps.
-        """
-        query, keys, hidden, inner = self.heads * self.head_width, self.kv_heads * self.head_width, self.hidden, self.intermediate
-        maps = {"q_proj": (query, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, query)}
-        maps |= {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-        ends = [target.rpartition(".")[::2] for target in targets]
-        if not all(name in maps for _, name in ends) or not ends:
-            return [(self.layers, *shape) for shape in maps.values()]
-        found = []
-        for name, shape in maps.items():
-            of_it = {path for path, end in ends if end == name}
-            numbered = {path for path in of_it if any(part.isdigit() for part in path.split("."))}
-            found.append((min(self.layers, len(numbered)) if numbered == of_it else self.layers, *shape))
-        return found
-
-    def trained(self, spec: TrainSpec) -> int:
-        """Numbers that the spec's method trains."""
-        if spec.method == "full":
-            return self.parameters
-        adapted = self._adapted(spec.lora_targets)
-        return sum(times * (spec.lora_rank * (out + inner) + (out if spec.use_dora else 0)) for times, out, inner in adapted)
-
-
-class _Facts(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class RowShape(_Facts):
-    """What of a packed row costs memory and time; a mean of several need not be whole. `learned` places have their logits computed.
-
-    Attention gathers samples of like length into groups, each padded to its longest: `groups` of them, with `padded` places,
-    `explicit` pairs of places in those of up to 512 tokens, and `flash` pairs in longer ones.
-    """
-
-    tokens: float = Field(ge=0)
-    learned: float = Field(ge=0)
-    groups: float = Field(ge=0)
-    padded: float = Field(ge=0)
-    explicit: float = Field(ge=0)
-    flash: float = Field(ge=0)
-
-    @classmethod
-    def of(cls, groups: Sequence[Sequence[int]], learned: int) -> RowShape:
-        """Of a row whose samples, by their tokens, are attended to in these groups."""
-        squares = [(len(group), max(group)) for group in groups]
-        return cls(
-            tokens=sum(sum(group) for group in groups),
-            learned=learned,
-            groups=len(groups),
-            padded=sum(count * longest for count, longest in squares),
-            explicit=sum(count * longest**2 for count, longest in squares if longest <= EXPLICIT_UP_TO),
-            flash=sum(count * longest**2 for count, longest in squares if longest > EXPLICIT_UP_TO),
-        )
-
-    def times(self, factor: float) -> RowShape:
-        """That many such rows as one."""
-        return RowShape(**{name: value * factor for name, value in self.model_dump().items()})
-
-
-class RowFacts(_Facts):
-    """The packed rows of a channel: their `mean`, and a row that has the `most` of each. `distinct`: how many different tokens occur."""
-
-    mean: RowShape
-    most: RowShape
-    distinct: int = Field(ge=0)
-
-    @classmethod
-    def of(cls, rows: Iterable[RowShape], distinct: int) -> RowFacts:
-        """Of one row at least. They are looked at one after the other, and none is kept; sums of whole numbers are exact up to 2^53."""
-        names, count = tuple(RowShape.model_fields), 0
-        total, most = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-        for row in rows:
-            count += 1
-            for name in names:
-                figure = getattr(row, name)
-                total[name] += figure
-                most[name] = max(most[name], figure)
-        mean = {name: round(total[name] / count, 3) for name in names}
-        return cls(mean=RowShape(**mean), most=RowShape(**most), distinct=distinct)
-
-    @classmethod
-    def from_manifest(cls, manifest: Mapping[str, Any]) -> RowFacts | None:
-        """From the parsed manifest.json of a channel `train`; None where it tells nothing of its rows."""
-        try:
-            return cls.model_validate(manifest["shape"])
-        except (KeyError, TypeError, ValidationError):
-            return None
-
-    @classmethod
-    def worst(cls, spec: TrainSpec) -> RowFacts:
-        """Where no rows are known: every row full, all of it learned, each sample as long as costs most memory."""
-        tokens, longest = spec.max_seq_len, min(EXPLICIT_UP_TO, spec.max_seq_len)
-        row = RowShape(tokens=tokens, learned=tokens, groups=2, padded=1.1 * tokens, explicit=tokens * longest, flash=0)
-        return cls(mean=row, most=row, distinct=1 << 31)
-
-
-@dataclass(frozen=True)
 class PeakMemory:
     """The parts of a training process' peak, in MB (2^20 bytes): of its resident set on a CPU; on a GPU of what it allocates there
 
@@ -230,44 +76,55 @@ _LIBRARIES_MB = 485  # torch, transformers, peft and bitsandbytes, imported and 
 _NF4 = 0.53  # bytes for a weight: 4 bits, and the scales of each 64 in 8 bits (arXiv:2305.14314, double quantisation)
 _QUANTISING = 11  # times the largest map: the heap keeps what quantising and its correction took for it
 _SPLIT = 1.1  # of a GPU's activations: blocks that its allocator cannot put together; assumed
+_SCORES = 512  # queries whose scores exist at once
 
 
 def peak_memory(
-    spec: TrainSpec, model: ModelFacts, dtype: str, rows: RowFacts | None = None, device: Literal["cpu", "gpu"] = "cpu"
+    spec: TrainSpec,
+    model: ModelFacts,
+    dtype: str,
+    rows: RowFacts | None = None,
+    device: Literal["cpu", "gpu"] = "cpu",
+    again: int = 0,
 ) -> PeakMemory:
-    """What training takes in each rank when it computes in `dtype` on these rows; without them, on the costliest there can be.
+    """What training takes on each machine when it computes in `dtype` on these rows; without them, on the costliest there can be.
+    `again`: layers whose forward pass is done again in the backward pass (`recompute_layers`).
 
     With s bytes a number, n tokens in one forward pass, L layers, h hidden, f intermediate, a heads, d the width of one, k the width of
-    all keys, r the rank, and for a row's groups of samples p padded places and e pairs of places in explicit attention:
+    all keys, r the rank, and l the tokens of the longest sample:
 
-        base         on a CPU the pages of the model's file that are read (all, but for rows of an embedding that is not the head, too);
-                     where the file has another dtype s bytes a weight more, with qlora not for those of the layers; with qlora 0.53 bytes
-                     more for each weight of the layers; with full only the copies in bf16. On a GPU s bytes a weight, with qlora 0.53 for
-                     those of the layers
+        base         s bytes a weight, with qlora 0.53 for those of the layers; with full the copies in bf16. On a CPU, of a model that
+                     is not read layer by layer, the pages of its file that are read, and s bytes a weight more where its type is another
         trained      16 bytes for each number that is: fp32 value, gradient and AdamW's two moments
-        activations  kept for the backward pass (counted with hooks on saved tensors):
-                         L (n (8 h + s (2 h + 4 f + 7 r)) + p s (2 a d + 2 k) + e a (4, in bf16 6)) + s * adapters in bf16
+        activations  of each layer that is one step (Llama's kind on a CPU, adapters without dropout and DoRA), what it keeps, and at once
+                     the gradients of one:
+                         (L - again) n (s (2 h + 2 a d + 2 k + 2 f + 7 r) + 4 a + 8) + again n s h
+                         + max(n s (2 f + 4 h), n s (5 a d + 4 k) + 8 n k + 16 k/d 512 l)
+                     and with qlora the largest weights that are dequantised at once, s max(2 f h, h (a d + 2 k)); of other layers
+                         (L - again) n (8 h + s (2 h + 4 f + 7 r + 2 a d + 2 k) + 4 a) + again n s h + s * adapters in bf16
                      and on a CPU the temporaries of every layer, for glibc's heap does not give an aligned block that was freed to
                      the next of the same size, so the gaps stay between what is kept:
-                         L (n (16 h + 4 s h + 3 s (a d + k), in bf16 4 h more) + 2 s e a); a GPU has them for one layer
+                         L n (16 h + 4 s h + 3 s (a d + k), in bf16 4 h more); a GPU has them for one layer
         logits       (4 + s) * vocabulary * min(learned places, 512); with full the head's gradient, twice, too
-        loading      beyond all that, what the heap got to quantise the largest map (11 times its size); on a GPU, to which the model
-                     goes before it is quantised, s bytes for each weight where these are more
+        loading      beyond all that: a layer's original weights and two numbers in fp32 for each of the largest map, where a model is
+                     quantised layer by layer; elsewhere what the heap got to quantise the largest map (11 times its size), on a GPU, to
+                     which the model goes before it is quantised, s bytes for each weight where these are more
 
-    485 MB and 11 were fitted, and temporaries were counted in full, on runs of two random Llamas (2M; 300M in 4 layers) and SmolLM2-135M,
-    lora and qlora, 512 to 2,048 tokens; 18 in bf16 took 0.92 to 1.05 times as much, 5 in fp32 0.90 to 1.03. The six cases of
-    `python benchmarks/estimate.py` with adapters, other rows of the same three models, took 0.86 to 1.10 times; full in bf16 at
-    512 tokens 0.96 (2M), 0.87 (SmolLM2) and 1.13 (300M). Not measured: a GPU (1.1 is assumed), other models, models beyond 300M.
+    FITTED
     """
     size = 2 if dtype == "bfloat16" else 4
     rows = rows or RowFacts.worst(spec)
     row, trained = rows.most.times(spec.batch_rows), model.trained(spec)
     quantised = _NF4 * model.linear if spec.method == "qlora" else 0.0
-    kept, passing = _kept(spec, model, size, row), _passing(model, size, row)
+    fused = device == "cpu" and _fused(spec, model)
+    kept = _kept(spec, model, size, row, fused) * (model.layers - again) + size * model.hidden * row.tokens * again
+    passing = _passing_fused(spec, model, size, row) if fused else _passing(model, size, row)
+    if size == 2 and spec.method != "full" and not fused:
+        kept += size * trained  # copies in bf16
     logits = (4 + size) * model.vocabulary * min(row.learned, LOGITS_AT_ONCE)
     if device == "gpu":
         left = model.parameters - (model.linear if quantised else 0)
-        base, activations = size * left + quantised, _SPLIT * (kept + passing / model.layers)
+        base, activations = size * left + quantised, _SPLIT * (kept + passing)
         if spec.method == "full" and size == 4:
             base = 0.0  # the fp32 values are the model
         while_training = base + 16 * trained + activations + 2 * logits
@@ -279,51 +136,110 @@ def peak_memory(
             logits=_mb(2 * logits),
             loading=_mb(max(0.0, size * model.parameters - while_training)),
         )
-    read = model.parameters - (0 if model.tied else max(0, model.vocabulary - rows.distinct) * model.hidden)
-    pages, base, loaded = model.stored * read, model.stored * read + quantised, 0.0
-    if spec.method == "full":
-        base = size * model.parameters if size == 2 else 0  # the file's pages go once it is loaded
-        logits += model.vocabulary * model.hidden * (2 * size + (4 if row.learned > LOGITS_AT_ONCE else 0))
-    elif size != model.stored:
-        base += size * (model.parameters - (model.linear if quantised else 0))
-        loaded = pages + size * model.parameters
-    heap = _QUANTISING * size * model.largest if quantised else 0.0
+    activations = kept + passing if fused else kept + passing * model.layers
+    if model.blocks and spec.method != "full":  # read layer by layer
+        base = size * (model.parameters - (model.linear if quantised else 0)) + quantised
+        of_layer = size * model.linear / model.layers + (8 + size) * model.largest if quantised else 0.0
+        loading = max(0.0, of_layer - 12 * trained - activations - logits)
+    else:
+        base, loading = _mapped(spec, model, size, rows, logits, activations, quantised)
+        logits += model.vocabulary * model.hidden * (2 * size + (4 if row.learned > LOGITS_AT_ONCE else 0)) * (spec.method == "full")
     return PeakMemory(
         runtime=_LIBRARIES_MB,
         base=_mb(base),
         trained=_mb(16 * trained),
-        activations=_mb(kept + passing),
+        activations=_mb(activations),
         logits=_mb(logits),
-        loading=_mb(max(heap, loaded - base - 16 * trained - kept - passing - logits)),
+        loading=_mb(loading),
     )
 
 
-def _kept(spec: TrainSpec, model: ModelFacts, size: int, row: RowShape) -> float:
-    """Bytes that the forward pass of a row keeps for its backward pass, in numbers of `size` bytes."""
+def _mapped(
+    spec: TrainSpec, model: ModelFacts, size: int, rows: RowFacts, logits: float, activations: float, quantised: float
+) -> tuple[float, float]:
+    """(base, loading) in bytes of a model whose file is mapped as a whole."""
+    read = model.parameters - (0 if model.tied else max(0, model.vocabulary - rows.distinct) * model.hidden)
+    pages, base, loaded = model.stored * read, model.stored * read + quantised, 0.0
+    if spec.method == "full":
+        base = size * model.parameters if size == 2 else 0  # the file's pages go once it is loaded
+    elif size != model.stored:
+        base += size * (model.parameters - (model.linear if quantised else 0))
+        loaded = pages + size * model.parameters
+    heap = _QUANTISING * size * model.largest if quantised else 0.0
+    return base, max(heap, loaded - base - 16 * model.trained(spec) - activations - logits)
+
+
+def _fused(spec: TrainSpec, model: ModelFacts) -> bool:
+    """Whether each decoder layer is one step on a CPU, with its backward pass written by hand."""
+    return model.blocks and spec.method != "full" and not spec.lora_dropout and not spec.use_dora
+
+
+def _kept(spec: TrainSpec, model: ModelFacts, size: int, row: RowShape, fused: bool) -> float:
+    """Bytes that a layer's forward pass of a row keeps for its backward pass, in numbers of `size` bytes."""
     query, keys = model.heads * model.head_width, model.kv_heads * model.head_width
-    a_token = 8 * model.hidden + size * (2 * model.hidden + 4 * model.intermediate) + size * _of_adapters(spec, model)
-    a_place = size * (2 * query + 2 * keys) + (0 if row.groups <= spec.batch_rows else size * query)
-    a_score = 6 if size == 2 else 4
-    low = size * model.trained(spec) if size == 2 and spec.method != "full" else 0  # their copies in bf16
-    return low + model.layers * (row.tokens * a_token + row.padded * a_place + row.explicit * model.heads * a_score)
+    a_token = size * (2 * model.hidden + 2 * query + 2 * keys + _of_adapters(spec, model)) + 4 * model.heads
+    a_token += 2 * size * model.intermediate + 8 if fused else 4 * size * model.intermediate + 8 * model.hidden
+    return row.tokens * a_token
 
 
 def _of_adapters(spec: TrainSpec, model: ModelFacts) -> float:
     """Numbers a token and layer that adapters keep: between their two products, and with DoRA each map's output before it is scaled."""
     if spec.method == "full":
         return 0.0
-    adapted = model._adapted(spec.lora_targets)
+    adapted = model.adapted(spec.lora_targets)
     return sum(times * (spec.lora_rank + (out if spec.use_dora else 0)) for times, out, _ in adapted) / model.layers
 
 
 def _passing(model: ModelFacts, size: int, row: RowShape) -> float:
-    """Bytes that the same pass makes and frees on its way."""
+    """Bytes that a layer makes and frees on its way."""
     query, keys = model.heads * model.head_width, model.kv_heads * model.head_width
-    a_token = (16 + 4 * size + (4 if size == 2 else 0)) * model.hidden + 3 * size * (query + keys)
-    return model.layers * (row.tokens * a_token + row.explicit * model.heads * 2 * size)
+    return row.tokens * ((16 + 4 * size + (4 if size == 2 else 0)) * model.hidden + 3 * size * (query + keys))
 
 
-class Rates(_Facts):
+def _passing_fused(spec: TrainSpec, model: ModelFacts, size: int, row: RowShape) -> float:
+    """The same at once of a layer that is one step, in its backward pass, where most of them are; and its dequantised weights."""
+    query, keys = model.heads * model.head_width, model.kv_heads * model.head_width
+    longest = min(row.tokens, max(math.sqrt(row.flash), min(EXPLICIT_UP_TO, math.sqrt(row.explicit))))
+    of_mlp = row.tokens * size * (2 * model.intermediate + 4 * model.hidden)
+    scores = 16 * model.kv_heads * _SCORES * longest
+    of_attention = row.tokens * (size * (5 * query + 4 * keys) + 8 * keys) + scores
+    weights = size * model.hidden * max(2 * model.intermediate, query + 2 * keys) if spec.method == "qlora" else 0
+    return max(of_mlp, of_attention) + weights
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """How many decoder layers, the first ones, do their forward pass again in the backward pass, and why."""
+
+    layers: int
+    reason: str
+
+
+_ROOM = 0.92  # of the memory that is there; estimates were up to 13 % below what was measured, mostly of small models
+
+
+def recompute_layers(
+    spec: TrainSpec, model: ModelFacts, dtype: str, rows: RowFacts | None, memory_mb: int | None, device: Literal["cpu", "gpu"] = "cpu"
+) -> Recompute:
+    """As few as let `peak_memory` stay within 92 % of `memory_mb`, the memory that is there (2^20 bytes; None: not known).
+
+    Each keeps its input alone, and costs a third of its time again, half with adapters (`step_seconds`).
+    """
+    if memory_mb is None:
+        return Recompute(0, "how much memory there is is not known, so all is kept")
+    totals = [peak_memory(spec, model, dtype, rows, device, again).total for again in (0, model.layers)]
+    room = int(_ROOM * memory_mb)
+    there = f"{room:,} MB ({_ROOM:.0%} of the {memory_mb:,} that are there)"
+    if totals[0] <= room:
+        return Recompute(0, f"all that layers keep fits: about {totals[0]:,} MB of {there}")
+    if totals[1] > room:
+        return Recompute(model.layers, f"even so about {totals[1]:,} MB of {there}; {totals[0]:,} with all kept")
+    enough = next(n for n in range(1, model.layers + 1) if peak_memory(spec, model, dtype, rows, device, n).total <= room)
+    total = peak_memory(spec, model, dtype, rows, device, enough).total
+    return Recompute(enough, f"of {model.layers}: about {total:,} MB of {there}; {totals[0]:,} with all kept")
+
+
+class Rates(Facts):
     """What a machine does in a second when it computes in `dtype` with all that it has: measured there at a model's own shapes
     (`python -m trimtab_runtime measure`), or stated. JSON both ways (pydantic).
     """
@@ -354,8 +270,14 @@ class Rates(_Facts):
         )  # fmt: skip
 
 
-def step_seconds(spec: TrainSpec, model: ModelFacts, rates: Rates, rows: RowFacts | None = None, nodes: int = 1) -> float:
+def step_seconds(
+    spec: TrainSpec, model: ModelFacts, rates: Rates, rows: RowFacts | None = None, nodes: int = 1, *, again: int = 0
+) -> float:
     """Seconds of one optimiser step on the mean row, without checkpoints; `nodes` machines alike, each with its own rows.
+
+    `again` layers do their forward pass again (`recompute_layers`): of a row's products with frozen weights a half more, a third of those
+    with adapters, of attention and of what is elementwise (three parts backward to one forward are counted as two to one, for
+    attention makes its weights again anyway), and their weights are dequantised once more.
 
     Several ranks of a machine are taken to compute side by side, each at its share of the machine's rates: that they gain by nearer
     memory, and what they tell each other, is not counted.
@@ -382,9 +304,18 @@ def step_seconds(spec: TrainSpec, model: ModelFacts, rates: Rates, rows: RowFact
     if spec.method == "qlora":
         forward_and_backward += 2 * model.linear / rates.dequantised
     if spec.use_dora:  # the norms of each weight's rows, and each output once more both ways
-        outs = sum(times * out for times, out, _ in model._adapted(spec.lora_targets))
+        outs = sum(times * out for times, out, _ in model.adapted(spec.lora_targets))
         forward_and_backward += 2 * model.linear * spec.lora_rank / rates.linear + row.tokens * outs * 8 * size / rates.bandwidth
     # AdamW reads and writes values, moments and gradients, which were clipped before; gradients in bf16 and copies come on top of it
+    if again:
+        share = again / model.layers
+        forward_and_backward += share * (
+            row.tokens * 2 * model.linear / rates.linear
+            + (0 if full else row.tokens * 2 * trained / rates.adapters)
+            + (row.explicit / rates.explicit + row.flash / rates.flash) * model.heads * model.layers / 3
+            + row.tokens * model.layers * elementwise_bytes(model, size) / rates.bandwidth / 3
+            + (model.linear / rates.dequantised if spec.method == "qlora" else 0)
+        )
     update = (52 if full and size == 2 else 40) * trained / rates.bandwidth
     shared = 8 * trained * (nodes - 1) / nodes / rates.network if rates.network else 0.0
     return spec.sharing() * (spec.accumulation * forward_and_backward + update) + shared
