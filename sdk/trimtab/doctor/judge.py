@@ -8,7 +8,7 @@ from typing import Literal
 
 from trimtab.backends.container import GPU_REMEDY
 from trimtab.doctor.facts import PLACES, Absent, Built, Cpu, Disk, Engine, Facts, Memory
-from trimtab.doctor.look import EXTRAS
+from trimtab.doctor.look import EXTRAS, KERNELS
 
 State = Literal["ok", "warning", "missing"]
 
@@ -36,6 +36,7 @@ def judge(facts: Facts) -> list[Finding]:
         python(facts.python, facts.trimtab),
         *packages(facts.packages),
         cpu(facts.cpu),
+        kernels(facts.packages.get(KERNELS)),
         cores(facts.cpu),
         memory(facts.memory),
         *(disk(place) for place in facts.disks),
@@ -88,6 +89,14 @@ def cpu(found: Cpu) -> Finding:
     return Finding("cpu", "warning", f"{name}: not even avx2, so training will be very slow", "use a machine with AVX-512 or AMX")
 
 
+def kernels(version: str | None) -> Finding:
+    """The compiled part of training on a Xeon; images for Xeons are built with what is installed here."""
+    if version is not None:
+        return Finding("kernels", "ok", f"{KERNELS} {version}: compiled kernels for training on the CPU, here and in the Xeon image")
+    said = f"{KERNELS} is not installed, so plain torch computes in its place on the CPU, slower, here and in the Xeon image"
+    return Finding("kernels", "warning", said, "make setup   in a checkout builds it, where there is a C++ compiler")
+
+
 def cores(found: Cpu) -> Finding:
     """How many there are, how many may be used, and whether memory has a far side."""
     said = (
@@ -97,11 +106,11 @@ def cores(found: Cpu) -> Finding:
     if found.quota is not None and found.quota < found.usable:
         said += f"; the control group allows {found.quota:g} processors' worth of time"
         threads = max(1, int(found.quota))
-        return Finding("cores", "warning", said, f"raise the limit, or set OMP_NUM_THREADS={threads} so that threads do not wait for it")
+        return Finding("cores", "warning", said, f"raise the limit; a run takes {threads} thread{'s' if threads > 1 else ''}")
     if found.usable < found.processors:
         said += f"; {found.usable} of them may be used here"
     if found.numa_nodes > 1:
-        remedy = "numactl --cpunodebind=0 --membind=0 trimtab fit ...   keeps a run's memory on its own side"
+        remedy = "trimtab fit --ranks auto ...   trains with a process on each side, its memory near; a step then takes more rows"
         return Finding("cores", "warning", f"{said}: reading from the other node's memory is slower", remedy)
     return Finding("cores", "ok", said)
 
