@@ -49,7 +49,7 @@ ENGINE = look.engine_of(INFO, VERSION, "unix:///var/run/docker.sock")
 HEALTHY = Facts(
     python="3.11.7",
     trimtab="0.1.0",
-    packages={name: "1.0" for names in look.EXTRAS.values() for name in names} | {"trimtab_runtime": ""},
+    packages={name: "1.0" for names in look.EXTRAS.values() for name in names} | {"trimtab_runtime": "", look.KERNELS: "1.0"},
     cpu=EPYC,
     memory=Memory(24_105, 17_487),
     disks=(Disk("cache", "/home/ann/.cache/trimtab", 59.0, True, "set TRIMTAB_CACHE to a folder on a larger disk"),),
@@ -112,6 +112,7 @@ def test_what_is_missing_stops_the_places_that_need_it_and_has_a_remedy(name):
         ("cpu", {"cpu": SKYLAKE}, "no bf16 instructions, so training computes in float32"),
         ("cpu", {"cpu": replace(SKYLAKE, flags=frozenset({"avx2"}))}, "avx2 and nothing newer"),
         ("cpu", {"cpu": Cpu()}, "not even avx2"),
+        ("kernels", {"packages": {**HEALTHY.packages, look.KERNELS: None}}, "plain torch computes in its place"),
         ("cores", {"cpu": SKYLAKE}, "40 cores, 80 processors, 2 sockets, 2 NUMA nodes"),
         ("cores", {"cpu": replace(SKYLAKE, quota=3.5)}, "allows 3.5 processors' worth of time"),
         ("memory", {"memory": Memory(64_000, 60_000, limit=2_000)}, "the control group allows 2,000 MB"),

@@ -89,3 +89,11 @@ def test_a_machine_that_cannot_build_them_is_told_apart_from_a_build_that_fails(
     done = subprocess.run([sys.executable, HOME / "build.py"], env=kept | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert re.search(message, done.stderr)
+
+
+def test_one_module_alone_knows_the_kernels() -> None:
+    """The runtime's door to them; the SDK asks only whether the distribution is installed."""
+    sources = [*(ROOT / "sdk" / "trimtab").rglob("*.py"), *(ROOT / "entrypoints" / "trimtab_runtime").rglob("*.py")]
+    loading = re.compile(r"import trimtab_xeon|from trimtab_xeon|import_module\(.trimtab_xeon|ops\.trimtab_xeon")
+    found = [str(path.relative_to(ROOT)) for path in sources if loading.search(path.read_text(encoding="utf-8"))]
+    assert found == ["entrypoints/trimtab_runtime/xeon/kernels.py"]

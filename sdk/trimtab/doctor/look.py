@@ -39,6 +39,8 @@ EXTRAS = {
 }
 """The distributions behind each extra of the installation."""
 
+KERNELS = "trimtab-xeon"  # a distribution of its own, optional everywhere
+
 _HUB = "https://huggingface.co"
 _UNLIMITED = 1 << 60  # bytes; the first control groups write a number above it for no limit
 _T = TypeVar("_T")
@@ -56,7 +58,7 @@ def look(environ: Mapping[str, str] = os.environ) -> Facts:
     asked_hub = _in_background(lambda: "" if forbidden else _silence(hub), f"no answer within {PATIENCE:g} s")
     asked_aws = _in_background(lambda: _aws(environ), "")
     asked_gpu = _in_background(_gpu, Gpu())
-    names = sorted({name for extra in EXTRAS.values() for name in extra})
+    names = sorted({KERNELS, *(name for extra in EXTRAS.values() for name in extra)})
     engine, images = asked_engine()
     return Facts(
         python=platform.python_version(),
