@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from support.packed_rows import LENGTHS, drawn, parts, row
@@ -31,13 +32,17 @@ Gradients = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a family's model, made when it is first asked for; `biased` is a Llama with a bias on every map."""
+    """The folder of a family's model, made when it is first asked for, its weights such as bf16 can tell; `biased` is a Llama with a bias
+    on every map."""
     root = tmp_path_factory.mktemp("blocks")
 
     def folder(name: str) -> Path:
         grouped = {"intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 1}
         biased = make_config("llama", **grouped, head_dim=48, attention_bias=True, mlp_bias=True) if name == "biased" else None
-        return root / name if (root / name).is_dir() else make_model(root / name, biased or config_of(name))
+        if not (root / name).is_dir():
+            file = make_model(root / name, biased or config_of(name)) / "model.safetensors"
+            save_file({key: weight.bfloat16().float() for key, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+        return root / name
 
     return folder
 
@@ -123,14 +128,12 @@ def test_on_every_path_of_the_kernels(method: str, name: str, path: str, folders
             assert furthest(ours[2], wanted[2]) < 1e-5
 
             low = adapted(folders(name), spec, torch.bfloat16)
-            if method == "lora":  # with the same bf16 weights, computed in fp32
-                wanted = computed(copy.deepcopy(low).float())
             ours, again = computed(fused(low)), computed(fused(low, recompute=[0, 1]))
             theirs = computed(low, cast=True)
     except SpecError as exc:
         pytest.skip(str(exc))
-    for part in (0, 1):
-        assert distance(ours[part], wanted[part]) < 1.2 * distance(theirs[part], wanted[part]) + 1e-4
+    assert distance(ours[0], wanted[0]) < 1.2 * distance(theirs[0], wanted[0])
+    assert distance(ours[1], wanted[1]) < 4e-3  # by as much bf16 rounds each logit, and each dequantised weight
     whole, theirs_whole, wanted_whole = (torch.cat([part[key].flatten() for key in wanted[2]]) for part in (ours[2], theirs[2], wanted[2]))
     assert distance(whole, wanted_whole) < 1.2 * distance(theirs_whole, wanted_whole)
     for key in wanted[2]:  # a few numbers each: chance decides more
