@@ -232,6 +232,28 @@ def test_weights_that_are_one_product_lie_in_one_storage_and_nowhere_else(folder
         assert torch.equal(parameter, before[key])
 
 
+@pytest.mark.parametrize("name", ["llama3", "qwen3"])
+def test_a_layer_keeps_what_it_says_and_a_recomputed_one_its_input_alone(name: str, folders: Callable[[str], Path]) -> None:
+    """By token, 2 bytes each: input, middle, q with attention's output, k, v, gate, up, and a rank for each of 7 maps; 4 bytes each: two
+    reciprocal norms and a log-sum-exp for each head. And the adapters, once."""
+    model = fused(adapted(folders(name), asked(), torch.bfloat16), recompute=[1])
+    kept: list[Any] = []
+    layers = model.get_base_model().model.layers
+    for layer in layers:
+        layer.register_forward_hook(lambda _layer, _given, out: kept.append(out.grad_fn.next_functions[0][0]))
+    model.get_base_model().get_decoder()(**as_batch([row(drawn(), LENGTHS)]).inputs())
+    tokens, hidden, heads, width, keys, gated, rank = sum(LENGTHS), 64, 4, 16, 2 * 16, 128, 4
+    factors = sum(p.numel() for key, p in model.named_parameters() if "layers.0." in key and "lora_" in key)
+    middle, attended, of_mlp = kept[0].kept[1:]
+    tensors = [kept[0].saved_tensors[0], middle, *attended, *of_mlp]
+    low = [part for factor in kept[0].kept[0] for part in (factor.a, *factor.b)]
+    by_token = 2 * (2 * hidden + 2 * heads * width + 2 * keys + 2 * gated + 7 * rank) + 4 * (2 + heads)
+    assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == tokens * by_token
+    assert sum(tensor.untyped_storage().nbytes() for tensor in low) == 2 * factors
+    assert kept[1].kept is None
+    assert kept[1].saved_tensors[0].untyped_storage().nbytes() == 2 * tokens * hidden
+
+
 def test_a_copy_of_a_fused_model_is_its_own(folders: Callable[[str], Path]) -> None:
     model = fused(adapted(folders("llama3"), asked(), torch.float32))
     other = copy.deepcopy(model)
