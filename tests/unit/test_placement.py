@@ -188,6 +188,9 @@ def test_more_threads_than_time_and_remote_memory_are_warned_of(tmp_path: Path) 
     assert quota.startswith("96 threads, and the control group gives 2.5 processors' worth of time")
     (half,) = place(facts("half a processor", tmp_path / "b"), {}).warnings
     assert half.startswith("1 thread, and the control group gives 0.5 processors' worth of time")
+    assert half.endswith("when it is used up. Raise the limit")
+    (ranks,) = place(facts("a fractional quota", tmp_path / "f"), {}, ranks=2).warnings
+    assert ranks.endswith("when it is used up. Take fewer --ranks, or raise the limit")
     (many,) = place(facts("two cores without hyperthreads", tmp_path / "c"), {"OMP_NUM_THREADS": "8"}).warnings
     assert many == "8 threads on 2 processors: they wait for each other. Set OMP_NUM_THREADS lower"
     (remote,) = place(facts("memory of the other node", tmp_path / "d"), {}).warnings

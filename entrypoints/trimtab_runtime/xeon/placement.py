@@ -71,11 +71,11 @@ def place(facts: Topology, environ: Mapping[str, str], *, ranks: int | Literal["
     choices.append(("threads", why))
     needed, there = sum(threads), len(facts.usable)
     if needed > there:
-        warnings.append(f"{_count(needed, 'thread')} on {_count(there, 'processor')}: they wait for each other. {_fewer(count)}")
+        warnings.append(f"{_count(needed, 'thread')} on {_count(there, 'processor')}: they wait for each other. {_fewer(threads)}")
     elif facts.quota is not None and facts.quota < needed and (environ.get(THREADS) or facts.quota < count):
         warnings.append(
             f"{_count(needed, 'thread')}, and the control group gives {facts.quota:g} processors' worth of time: all stand still together "
-            f"when it is used up. {_fewer(count)}, or raise the limit"
+            f"when it is used up. {_fewer(threads, 'raise the limit')}"
         )
 
     bound, bound_why = _binding(facts, environ, parts)
@@ -316,8 +316,11 @@ def _bf16(facts: Topology, environ: Mapping[str, str], dtype: str) -> list[str]:
     return []
 
 
-def _fewer(ranks: int) -> str:
-    return f"Set {THREADS} lower{' or take fewer --ranks' if ranks > 1 else ''}"
+def _fewer(threads: Sequence[int], *more: str) -> str:
+    """What to do about too many threads, as a sentence."""
+    ways = ([f"set {THREADS} lower"] if max(threads) > 1 else []) + (["take fewer --ranks"] if len(threads) > 1 else []) + list(more)
+    said = ", or ".join(ways)
+    return said[:1].upper() + said[1:]
 
 
 def _count(number: int, what: str) -> str:
