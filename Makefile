@@ -21,8 +21,8 @@ fuzz: setup  ## tries parsers, masks, packing and the server on made-up input; S
 lint: setup  ## ruff: rules and format; and whether docs/help.md is what the commands say
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) docs/write_help.py --check
 
-types: setup  ## mypy --strict on the SDK and on localstack/
-	@$(PY) -m mypy --strict sdk && $(PY) -m mypy --strict localstack
+types: setup  ## mypy --strict on the SDK, on localstack/ and on trimtab-xeon
+	@$(PY) -m mypy --strict sdk && $(PY) -m mypy --strict localstack && $(PY) -m mypy --strict entrypoints/trimtab_xeon
 
 check: lint types test  ## what CI runs
 
@@ -34,4 +34,4 @@ cloud: setup  ## an AWS of this machine: S3 and a SageMaker that runs jobs, unti
 	@exec $(PY) localstack/cloud.py $(OPTIONS)
 
 clean:  ## remove what was built here, not the model cache
-	rm -rf .venv .cloud build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .cloud build dist entrypoints/trimtab_xeon/build .pytest_cache .mypy_cache .ruff_cache

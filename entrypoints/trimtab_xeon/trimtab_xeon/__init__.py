@@ -18,7 +18,7 @@ PATHS = {"portable": 1, "avx512": 2}  # as in src/kernel.h
 @cache
 def load() -> None:
     """Make the operators known to torch. Raises OSError where the library cannot be loaded (torch older than 2.10, another processor)."""
-    torch.ops.load_library(LIBRARY)
+    torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
 
 
 def best() -> str:
