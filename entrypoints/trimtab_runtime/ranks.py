@@ -105,8 +105,8 @@ def lead(shares: Sequence[Share], say: Callable[[str], None], asked: list[int], 
         for early in asked:
             pass_on(early, None)
         for seat in seats:
-            threading.Thread(target=_follow, args=(seat, running[seat.number], say, over), daemon=True).start()
-        ends = _all_ends(over, running)
+            threading.Thread(target=follow, args=(seat, running[seat.number], say, over), daemon=True).start()
+        ends = all_ends(over, running)
     return verdict(ends)
 
 
@@ -144,7 +144,8 @@ def _start(seat: Seat) -> subprocess.Popen[bytes]:
     )
 
 
-def _follow(seat: Seat, process: subprocess.Popen[bytes], say: Callable[[str], None], over: queue.Queue[Ended]) -> None:
+def follow(seat: Seat, process: subprocess.Popen[bytes], say: Callable[[str], None], over: queue.Queue[Ended]) -> None:
+    """Say what a rank prints, each line with its number, until it ends; then how it ended."""
     if process.stdout is not None:
         for line in process.stdout:
             say(f"[rank {seat.number}] {line.decode(errors='replace').rstrip()}")
@@ -157,8 +158,8 @@ def _follow(seat: Seat, process: subprocess.Popen[bytes], say: Callable[[str], N
     over.put(Ended(seat.number, process.returncode, usage.ru_maxrss * 1024, **report))
 
 
-def _all_ends(over: queue.Queue[Ended], running: dict[int, subprocess.Popen[bytes]]) -> list[Ended]:
-    """Wait for all; when one has failed, the others have `GRACE` seconds."""
+def all_ends(over: queue.Queue[Ended], running: dict[int, subprocess.Popen[bytes]], grace: float = GRACE) -> list[Ended]:
+    """Wait for all; when one has failed, the others have `grace` seconds, and are killed then. In the order in which they ended."""
     ends: list[Ended] = []
     deadline: float | None = None
     ended_here: set[int] = set()
@@ -176,7 +177,7 @@ def _all_ends(over: queue.Queue[Ended], running: dict[int, subprocess.Popen[byte
             process.stdin.close()
         ends.append(replace(ended, ended_here=ended.number in ended_here))
         if not ended.fine and deadline is None and not ended_here:
-            deadline = time.monotonic() + GRACE
+            deadline = time.monotonic() + grace
     return ends
 
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import click
@@ -17,7 +22,7 @@ from trimtab.ledger import Account, Ledger
 from trimtab.plan import plan, room
 from trimtab.spec import JobSpec, TrainSpec
 from trimtab_runtime.distributed import HostLost, Place, Team, join, lost_host
-from trimtab_runtime.ranks import Ended, RankFailed, Seat, verdict
+from trimtab_runtime.ranks import Ended, RankFailed, Seat, all_ends, follow, verdict
 from trimtab_runtime.xeon.placement import Memory, Share
 
 LOST = Ended(0, 1, 0, "lost rank 1: its connection was closed", "trace", echo=True)
@@ -116,6 +121,27 @@ def test_the_option_takes_a_number_or_a_word() -> None:
     assert (kind.name, kind.convert("4", None, None), kind.convert("auto", None, None)) == ("integer|auto", 4, "auto")
     with pytest.raises(click.BadParameter, match="'many' is neither a whole number nor auto"):
         kind.convert("many", None, None)
+
+
+def test_what_ranks_print_has_their_number_and_who_hangs_is_ended() -> None:
+    """Real processes: the second one fails, the third one would go on for a minute."""
+    programs = ["pass", "import sys; print('one', flush=True); sys.stderr.write('two\\n'); sys.exit(3)", "import time; time.sleep(60)"]
+    said: list[str] = []
+    over: queue.Queue[Ended] = queue.Queue()
+    running: dict[int, subprocess.Popen[bytes]] = {}
+    for number, program in enumerate(programs):
+        out = subprocess.PIPE if number else None
+        running[number] = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT)
+        seat = Seat(number, 3, Share(None), "meet", "/nonexistent/report")
+        threading.Thread(target=follow, args=(seat, running[number], said.append, over), daemon=True).start()
+    began = time.monotonic()
+    ends = all_ends(over, running, grace=0.5)
+    assert time.monotonic() - began < 30
+    assert running == {}
+    assert sorted(said) == ["[rank 1] one", "[rank 1] two"]
+    assert {one.number: (one.code, one.ended_here) for one in ends} == {0: (0, False), 1: (3, False), 2: (-9, True)}
+    with pytest.raises(RankFailed, match=r"^rank 1 ended with exit code 3 and no word"):
+        verdict(ends)
 
 
 def test_signals_of_a_stop_are_known() -> None:
