@@ -44,7 +44,7 @@ from typing import Any
 import torch
 
 from engines import LARGE, tensors, write_random
-from measure import Figure, alternate, machine, parser, ratio, report
+from measure import Figure, Ratio, alternate, machine, parser, ratio, report
 from peers import documents
 from peers.environments import NotInstalled, python_of
 from trimtab import weights
@@ -95,7 +95,7 @@ VARIANTS = {
     "llamafactory": Variant("by_llamafactory", "llamafactory"),
 }
 LADDER = ("plain", "d1", "d2", "d3", "d4", "lora")
-SAID = ("", "malloc keeps large blocks", "adapters, not all parameters", "bf16, not fp32", "packed, not padded", "kernels and graph")
+SAID = ("malloc keeps large blocks", "adapters, not all parameters", "bf16, not fp32", "packed, not padded", "kernels and graph")
 # which run at once (ours first), and how many of the rounds are enough for the slow
 SESSIONS: dict[str, list[tuple[tuple[str, ...], int]]] = {
     "large": [
@@ -106,10 +106,10 @@ SESSIONS: dict[str, list[tuple[tuple[str, ...], int]]] = {
     "small": [
         (("lora", "qlora", "products"), 9),
         (("lora", "trl-lora", "trl-lora-tuned", "trl-lora-kept"), 9),
-        (("qlora", "trl-qlora", "trl-qlora-tuned", "trl-qlora-kept"), 9),
+        (("qlora", "trl-qlora", "trl-qlora-tuned"), 9),
         (("lora", "trainer", "d4"), 2),
-        (("lora", "litgpt", "llamafactory"), 2),
-        *((("lora", name), 2) for name in ("d3", "d2", "d1")),
+        (("lora", "litgpt", "llamafactory"), 1),
+        *((("lora", name), 1) for name in ("d3", "d2", "d1")),
         (("lora", "plain"), 2),
     ],
 }
@@ -133,7 +133,6 @@ class Running:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "MALLOC_", "GLIBC_TUNABLES"))}
         environment |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HOME": str(tree)}
         environment |= {"GLIBC_TUNABLES": TUNED} if variant.tuned else {}
-        self._began = time.monotonic()
         self.process = subprocess.Popen(
             [python, str(PEERS / f"{variant.program}.py"), str(asked)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), env=environment, text=True,
@@ -142,7 +141,7 @@ class Running:
     def ready(self) -> dict[str, Any]:
         """Facts of itself, once it has loaded."""
         facts: dict[str, Any] = self._hear()["ready"]
-        return facts | {"load_seconds": round(time.monotonic() - self._began, 1)}
+        return facts
 
     def step(self) -> float:
         """Seconds that one took for each real token: of the clock, with one thread of the processor."""
@@ -185,31 +184,37 @@ class Session:
 
 
 def session(model: str, names: Sequence[str], told: dict[str, Any], rounds: int, threads: int) -> Session:
-    """Load them all, one after the other; then steps in turns. One that does not load is left out, one that dies ends the session."""
+    """Load them, all at once; then steps in turns. One that does not load is left out; ours, or one that dies on its way, ends them all."""
     found = Session(model, {}, {}, {}, {})
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        running: dict[str, Running] = {}
+        started: dict[str, Running] = {}
         for name in names:
             try:
                 wanted = VARIANTS[name].environment
                 python = str(python_of(wanted, _say)) if wanted else sys.executable
-                one = stack.enter_context(_started(name, python, told, threads, Path(folder)))
+                started[name] = stack.enter_context(_started(name, python, told, threads, Path(folder)))
+            except NotInstalled as exc:
+                found.missing[name] = f"not installed: {exc}"
+        for name, one in started.items():
+            try:
                 found.facts[name] = one.ready()
-                running[name] = one
-                _say(f"{model} {name}: loaded in {found.facts[name]['load_seconds']:.0f} s; {found.facts[name]['packing']}")
-            except (NotInstalled, Ended) as exc:
+                _say(f"{model} {name}: ready after {time.monotonic() - began:.0f} s; {found.facts[name]['packing']}")
+            except Ended as exc:
                 found.missing[name] = str(exc)
-                _say(f"{model} {name}: not measured: {exc}")
-        began = time.monotonic()
+        running = {name: one for name, one in started.items() if name in found.facts}
         try:
+            if names[0] not in running:
+                raise Ended(f"without {names[0]} there is nothing to compare with")
             found.seconds = alternate({name: one.step for name, one in running.items()}, rounds=rounds, threads=threads)
         except Ended as exc:
             found.missing |= dict.fromkeys(running, str(exc))
-            _say(f"{model}: {exc}")
         found.steps = {name: one.steps for name, one in running.items()}
+    for name, why in found.missing.items():
+        _say(f"{model} {name}: not measured: {why}")
     for name, each in found.seconds.items():
         _say(f"  {name}: {', '.join(f'{1 / one:,.0f}' for one in each)} tokens/s, peak {found.steps[name][-1]['memory']:,} MB")
-    _say(f"  {rounds} rounds in {time.monotonic() - began:.0f} s")
+    _say(f"  {rounds} rounds, and loading, in {time.monotonic() - began:.0f} s")
     return found
 
 
@@ -274,7 +279,7 @@ def main() -> int:
     options = parser(__doc__, "ratios, and utilisation of the large model", rounds=3)
     options.set_defaults(threads=len(os.sched_getaffinity(0)))
     options.add_argument("--model", choices=("both", *SESSIONS), default="both")
-    options.add_argument("--only", default="", help="these variants, comma-separated; ours come with them")
+    options.add_argument("--only", default="", help="these variants, comma-separated, each beside ours")
     options.add_argument("--layers", type=int, help="cut the models to so many layers: a trial")
     asked = options.parse_args()
     torch.set_num_threads(asked.threads)
@@ -293,49 +298,45 @@ def main() -> int:
         given = [documents.with_tokens(row, facts.vocabulary, seed) for seed, row in enumerate((*drawn.rows, drawn.batch))]
         told = {"model": str(folder), "rows": given[:-1], "batch": given[-1], "row_tokens": documents.ROW_TOKENS, "maps": maps(facts)}
         told |= {"rank": RANK, "alpha": ALPHA, "learning_rate": RATE}
-        planned = [*SESSIONS[kind]]
-        known = {name for names, _ in planned for name in names}
-        planned += [(("lora", name), asked.rounds) for name in sorted(only - known)]
+        planned = SESSIONS[kind] + [(("lora", name), 9) for name in sorted(only - {name for names, _ in SESSIONS[kind] for name in names})]
         of_kind = []
         for names, most in planned:
-            chosen = names if not only else tuple(name for name in names if name in only)
-            if chosen and chosen != names[:1] and names[0] not in chosen:
-                chosen = (names[0], *chosen)
-            if chosen:
-                of_kind.append(session(kind, chosen, told, min(asked.rounds, most), asked.threads))
+            others = tuple(name for name in names[1:] if not only or name in only)
+            if others:
+                of_kind.append(session(kind, (names[0], *others), told, min(asked.rounds, most), asked.threads))
         sessions += of_kind
-        rows += lines(kind, of_kind)
+        rows += lines(kind, of_kind, facts, drawn.rows)
         figures += judged(kind, of_kind, facts, drawn.rows)
-    head = ("model, variant", "tokens/s", "us / it", "s a step", "real of places", "peak MB", "load s")
+    head = ("model, variant", "tokens/s", "us / it", "s a step", "real of places", "peak MB")
     return report(asked, on, head, rows, figures, {"documents": asdict(drawn), "sessions": [asdict(one) for one in sessions]})
 
 
-def paired(found: Sequence[Session], name: str, against: str = "") -> tuple[float, str]:
-    """How many times as many tokens a second ours made as `name` (or `against`'s), in the session that had both; 0 where it did not run."""
+def paired(found: Sequence[Session], name: str) -> Ratio | None:
+    """How many times as many tokens a second ours made as `name`, in the first session that had both; None where it did not run."""
     for one in found:
-        ours = against or next(iter(one.seconds), "")
-        if name in one.seconds and ours in one.seconds and name != ours:
-            ratios = ratio(one.seconds[name], one.seconds[ours])
-            return ratios.middle, str(ratios)
-    return 0.0, ""
+        ours = next((mine for mine in ("lora", "qlora") if mine in one.seconds), name)
+        if name in one.seconds and name != ours:
+            return ratio(one.seconds[name], one.seconds[ours])
+    return None
 
 
-def lines(kind: str, found: Sequence[Session]) -> list[tuple[str, ...]]:
-    """A row of the table for each variant of each session, then the way from (d) to us."""
+def lines(kind: str, found: Sequence[Session], facts: ModelFacts, rows: Sequence[Sequence[int]]) -> list[tuple[str, ...]]:
+    """A row of the table for each variant of each session, then utilisation, and the way from (d) to us."""
     table: list[tuple[str, ...]] = []
     for one in found:
         for name, each in one.seconds.items():
             middle = sorted(one.steps[name][1:], key=lambda step: step["wall"])[(len(each) - 1) // 2]
             rate = sorted(1 / seconds for seconds in each)[len(each) // 2]
             share = f"{middle['tokens'] / middle['places']:.0%}" if name != "products" else ""
-            against = paired([one], name)[1] if name != "products" else ""
-            load, peak = one.facts[name]["load_seconds"], one.steps[name][-1]["memory"]
-            table.append((f"{kind} {name}", f"{rate:,.0f}", against, f"{middle['wall']:.2f}", share, f"{peak:,}", f"{load:.0f}"))
-        table += [(f"{kind} {name}: {why}", *[""] * 6) for name, why in one.missing.items()]
-    ladder = [paired(found, name)[0] if name != "lora" else 1.0 for name in LADDER]
-    if all(ladder):
-        for name, said, before, after in zip(LADDER[1:], SAID[1:], ladder, ladder[1:], strict=False):
-            table.append((f"{kind} from (d) to us, {name}: {said}", "", f"{before / after:.2f}", *[""] * 4))
+            against = str(paired([one], name) or "") if name != "products" else ""
+            peak = one.steps[name][-1]["memory"]
+            table.append((f"{kind} {name}", f"{rate:,.0f}", against, f"{middle['wall']:.2f}", share, f"{peak:,}"))
+        if {"lora", "products"} <= one.seconds.keys():
+            table.append((f"{kind} utilisation of lora", "", f"{utilisation(one, facts, rows):.3f}", *[""] * 3))
+    ladder = [times.middle for name in LADDER[:-1] if (times := paired(found, name))] + [1.0]
+    if len(ladder) == len(LADDER):
+        for name, said, before, after in zip(LADDER[1:], SAID, ladder, ladder[1:], strict=False):
+            table.append((f"{kind} from (d) to us, {name}: {said}", "", f"{before / after:.2f}", *[""] * 3))
     return table
 
 
@@ -352,7 +353,8 @@ def judged(kind: str, found: Sequence[Session], facts: ModelFacts, rows: Sequenc
         asked = [one for one in found if name in one.seconds or name in one.missing]
         if not asked:
             continue
-        value = 1 / (paired(asked, name)[0] or float("inf")) if name == "qlora" else paired(asked, name)[0]
+        found_ratio = paired(asked, name)
+        value = 0.0 if found_ratio is None else 1 / found_ratio.middle if name == "qlora" else found_ratio.middle
         said = "our qlora / our lora" if name == "qlora" else f"us / {name}"
         figures.append(Figure(f"{kind}: {said}, tokens/s", value, bar, least=True))
     both = [one for one in found if {"lora", "products"} <= one.seconds.keys()]
