@@ -36,7 +36,10 @@ from trimtab_runtime.memory import memory_there, peak_memory_mb
 from trimtab_runtime.methods import trained_parts
 from trimtab_runtime.model import load_model, read_config
 from trimtab_runtime.rows import PackedRows
+from trimtab_runtime.xeon import kernels
+from trimtab_runtime.xeon.allocator import KEPT, keep_large_blocks
 from trimtab_runtime.xeon.block import set_recompute
+from trimtab_runtime.xeon.weights import dequantiser
 
 TYPICAL_ROWS = 2  # of the first packed, which hold the longest samples; other choices are in README.md
 
@@ -77,8 +80,11 @@ def train(
     again, why = (0, None) if device.value != "cpu" else recomputed(spec, config, precision.value, rows.facts, memory_there(ranks))
     memory = expected_memory(spec, config, precision.value, rows.facts, device.value, ranks, again)
     saved_as = saved_dtype(spec) if spec.method == "full" else None
+    compiled = kernels.path() if device.value == "cpu" else None
+    nf4 = dequantiser(compiled, kept=keep_large_blocks() == KEPT) if compiled is not None and spec.method == "qlora" else None
+    of_cpu = (("kernels", compiled), ("nf4", nf4))
     for name, choice in (
-        ("device", device), ("dtype", precision), ("recompute", why), ("peak_memory", memory), ("saved_dtype", saved_as)
+        ("device", device), ("dtype", precision), *of_cpu, ("recompute", why), ("peak_memory", memory), ("saved_dtype", saved_as)
     ):  # fmt: skip
         tell(name, choice)
     dtype = getattr(torch, precision.value)

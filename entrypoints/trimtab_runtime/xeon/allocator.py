@@ -16,6 +16,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _OTHERS = ("tcmalloc", "jemalloc", "mimalloc")  # allocators that are put before glibc's by LD_PRELOAD
 _TUNABLES = ("mmap_threshold", "mmap_max", "trim_threshold")
 _OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+KEPT = "large blocks stay on the heap (no page faults for each temporary)"
 
 
 def keep_large_blocks(maps: Path = Path("/proc/self/maps"), environ: Mapping[str, str] = os.environ) -> str:
@@ -33,7 +34,7 @@ def keep_large_blocks(maps: Path = Path("/proc/self/maps"), environ: Mapping[str
         done = [libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30), libc.mallopt(_M_MMAP_MAX, 0), libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)]
     except (OSError, AttributeError):
         return "left as it is: no glibc"
-    return "large blocks stay on the heap (no page faults for each temporary)" if all(done) else "glibc refused the thresholds"
+    return KEPT if all(done) else "glibc refused the thresholds"
 
 
 def _preloaded(maps: Path) -> str:
