@@ -213,11 +213,8 @@ def _logits(model: ModelFacts, dtype: torch.dtype) -> float:
 
 
 def _dequantised(model: ModelFacts, dtype: torch.dtype) -> float:
-    """4-bit weights made into numbers."""
-    from trimtab_runtime.methods.qlora import BLOCK, library
-
-    functional = library().functional
+    """4-bit weights made into numbers, in memory that is there."""
     out, inner = model.intermediate, model.hidden
     weight = torch.rand(max(1, min(out, _QUANTISED // inner)), inner, dtype=dtype)
-    packed, state = functional.quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
-    return weight.numel() / _seconds(lambda: functional.dequantize_4bit(packed, state))
+    packed, state = kernels.nf4_quantise(weight)
+    return weight.numel() / _seconds(lambda: kernels.nf4_dequantise(packed, state, weight))

@@ -13,8 +13,8 @@ from trimtab.backends import check_name, load_backend
 from trimtab.backends.base import Backend, Preflight, Priced, Uploading
 from trimtab.catalog import lookup
 from trimtab.errors import BackendUnavailable, SpecError
-from trimtab.estimate import PeakMemory, Rates, dtype_of, peak_memory
-from trimtab.plan import Finding, Foreseen, Plan, Work, measured, plan, rates_of, room, steps_time
+from trimtab.estimate import PeakMemory, Rates, dtype_of, peak_memory, recompute_layers
+from trimtab.plan import Finding, Foreseen, Plan, Work, measured, memory_here, plan, rates_of, room, steps_time
 from trimtab.progress import Display, display
 from trimtab.recipes import with_recipe
 from trimtab.spec import JobSpec, TrainSpec, refuse_unknown
@@ -148,7 +148,9 @@ class Job:
 
         if work.model is None or self.spec.device != "xeon":
             return None
-        return peak_memory(self.spec.train, work.model, dtype_of(self.spec.train.dtype, cpu().flags), work.rows)
+        spec, dtype = self.spec.train, dtype_of(self.spec.train.dtype, cpu().flags)
+        again = recompute_layers(spec, work.model, dtype, work.rows, memory_here() // spec.sharing()).layers
+        return peak_memory(spec, work.model, dtype, work.rows, again=again)
 
     def _stage(self, screen: Display) -> tuple[Backend, Staged]:
         backend = load_backend(self.backend) if isinstance(self.backend, str) else self.backend

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from trimtab.errors import StagingError
-from trimtab.estimate import ModelFacts, PeakMemory, Rates, RowFacts, optimiser_steps, step_seconds
+from trimtab.estimate import ModelFacts, PeakMemory, Rates, RowFacts, optimiser_steps, recompute_layers, step_seconds
 from trimtab.layout import JobDir
 from trimtab.ledger import Ledger
 from trimtab.model_folder import model_bytes
@@ -298,17 +298,23 @@ def steps_time(spec: TrainSpec, work: Work, rates: Rates) -> Time | None:
     if work.model is None:
         return None
     steps, _ = optimiser_steps(spec, work.ledger.rounds, spec.sharing())
-    seconds = steps * step_seconds(spec, work.model, rates, work.rows)
+    again = recompute_layers(spec, work.model, rates.dtype, work.rows, memory_here() // spec.sharing()).layers
+    seconds = steps * step_seconds(spec, work.model, rates, work.rows, again=again)
     own = spec.max_minutes * 60 if spec.max_minutes is not None else math.inf
     low, likely, high = (min(own, share * seconds) for share in (1 - _MEASURED, 1, 1 + _MEASURED))
     return Time(likely, low, high, "rates measured on this machine")
+
+
+def memory_here() -> int:
+    """MB (2^20 bytes) of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
 
 
 def room(memory: PeakMemory | None, ranks: int = 1) -> list[Finding]:
     """Whether this machine has the memory that training takes in each of `ranks` on it; nothing where that is not known."""
     if memory is None:
         return []
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    there = memory_here()
     needed = ranks * memory.total
     detail = f"{needed:,} MB needed{f' by {ranks} ranks' if ranks > 1 else ''}, {there:,} MB in this machine"
     if needed <= there:
