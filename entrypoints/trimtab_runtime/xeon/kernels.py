@@ -341,7 +341,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, places: Tensor, scale: flo
     op = _op("attend")
     if op is None or not _attendable(query, key, value):
         return False
-    op(query, key, value, places, scale, -1 if window is None else window, out, lse)
+    op(query, key, value, places, scale, _window(window, len(query)), out, lse)
     return True
 
 
@@ -353,8 +353,13 @@ def attend_backward(
     op = _op("attend_backward")
     if op is None or not _attendable(d_out, query, key, value, out, dq, dk, dv):
         return False
-    op(d_out, query, key, value, out, lse, places, scale, -1 if window is None else window, dq, dk, dv)
+    op(d_out, query, key, value, out, lse, places, scale, _window(window, len(query)), dq, dk, dv)
     return True
+
+
+def _window(window: int | None, tokens: int) -> int:
+    """As the kernels take it: one that reaches beyond the row is none, -1."""
+    return -1 if window is None or window >= tokens else window
 
 
 def _attendable(*tensors: Tensor) -> bool:

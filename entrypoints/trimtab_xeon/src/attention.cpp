@@ -1,4 +1,5 @@
-// Attention of packed rows, forward: each sample by itself, blocks of it in cache, only outputs written. Dao et al. 2022, arXiv:2205.14135.
+// Attention of packed rows, forward: each sample by itself, blocks of it in cache, only outputs written.
+// Dao et al. 2022, arXiv:2205.14135.
 #include "attention.h"
 
 namespace xeon {
@@ -8,8 +9,8 @@ namespace {
 // scores) and sums of weights are brought up to date, `faded` is what earlier sums and outputs have to be multiplied with. Returns whether
 // that is anything but 1.
 template <class T>
-XEON_DOT bool weigh(const float* scores, const Block& block, int64_t key, int64_t keys, int64_t left, bool whole, int64_t window, float scale,
-                    float* maxima, float* sums, float* faded, uint32_t* weights) {
+XEON_DOT bool weigh(const float* scores, const Block& block, int64_t key, int64_t keys, int64_t left, bool whole, int64_t window,
+                    float scale, float* maxima, float* sums, float* faded, uint32_t* weights) {
   const __m512 factor = _mm512_set1_ps(scale * kLog2e);
   bool changed = false;
   for (int64_t column = left; column < block.wide; column += 16) {
@@ -74,7 +75,8 @@ struct Forward {
 
   void part(const Sample& sample, const Task& task, Memory& memory) const {
     const int64_t step = up(call.width, 16), size = static_cast<int64_t>(sizeof(Number));
-    const int64_t from = block_of(call, sample, task.first, task.last).from, until = (task.last - 1) / call.repeat + 1, rows = up(until - from, 2);
+    const int64_t from = block_of(call, sample, task.first, task.last).from, until = (task.last - 1) / call.repeat + 1;
+    const int64_t rows = up(until - from, 2);
     Number* keys = memory.template take<Number>(rows * call.width);
     uint32_t* values = memory.template take<uint32_t>(rows / T::per * step);
     lay_rows<T>(key, sample, task.head, from, until - from, call.width, keys);
@@ -95,9 +97,8 @@ struct Forward {
       for (int64_t key = block.from; key < block.to; key += kKeys) {
         const int64_t count = up(std::min(kKeys, block.to - key), 2), left = seeing_from(call, block, key), wide = block.wide - left;
         const bool whole = key + count - 1 <= block.early && (call.window < 0 || key > block.late - call.window);
-        product<T, false>(count, wide, call.width / T::per,
-                          {reinterpret_cast<const char*>(keys + (key - from) * call.width), call.width * size, 4}, {across + left, kColumns},
-                          scores + left, kColumns);
+        const Left natural{reinterpret_cast<const char*>(keys + (key - from) * call.width), call.width * size, 4};
+        product<T, false>(count, wide, call.width / T::per, natural, {across + left, kColumns}, scores + left, kColumns);
         const bool changed = weigh<T>(scores, block, key, count, left, whole, call.window, call.scale, maxima, sums, faded, weights);
         const Left turned{reinterpret_cast<const char*>(values + (key - from) / T::per * step), 4, 4 * step};
         if (key == block.from) {
@@ -140,7 +141,8 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value, const 
 
 bool attend_takes(bool bf16) { return takes(bf16); }
 
-void attend(const Tensor query, const Tensor key, const Tensor value, const Tensor places, double scale, int64_t window, Tensor out, Tensor lse) {
+void attend(const Tensor query, const Tensor key, const Tensor value, const Tensor places, double scale, int64_t window, Tensor out,
+            Tensor lse) {
   (is_bf16(query) ? forward<Pairs> : forward<Singles>)(query, key, value, places, scale, window, out, lse);
 }
 

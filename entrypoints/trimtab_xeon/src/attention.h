@@ -32,7 +32,9 @@ struct Block {  // columns of one sample and key head
 };
 
 // The first column, in sixteens, that sees a key or any after it: those before it are left out.
-inline int64_t seeing_from(const Call& call, const Block& block, int64_t key) { return std::max<int64_t>(0, key * call.repeat - block.first) / 16 * 16; }
+inline int64_t seeing_from(const Call& call, const Block& block, int64_t key) {
+  return std::max<int64_t>(0, key * call.repeat - block.first) / 16 * 16;
+}
 
 inline Block block_of(const Call& call, const Sample& sample, int64_t first, int64_t last) {
   Block block;
@@ -52,7 +54,8 @@ inline Block block_of(const Call& call, const Sample& sample, int64_t first, int
 XEON_DOT_INLINE __mmask16 seeing(__m512i tokens, int64_t key, int64_t window) {
   const __m512i place = _mm512_set1_epi32(static_cast<int32_t>(key));
   const __mmask16 seen = _mm512_cmple_epi32_mask(place, tokens);
-  return window < 0 ? seen : _mm512_mask_cmpgt_epi32_mask(seen, _mm512_add_epi32(place, _mm512_set1_epi32(static_cast<int32_t>(window))), tokens);
+  if (window < 0) return seen;
+  return _mm512_mask_cmpgt_epi32_mask(seen, place, _mm512_sub_epi32(tokens, _mm512_set1_epi32(static_cast<int32_t>(window))));
 }
 
 template <class Number>
@@ -68,7 +71,8 @@ View<Number> view(const Tensor& tensor) {
 }
 
 template <class Number>
-void point(const View<const Number>& view, const Call& call, const Sample& sample, const Block& block, int64_t key_head, const Number** rows) {
+void point(const View<const Number>& view, const Call& call, const Sample& sample, const Block& block, int64_t key_head,
+           const Number** rows) {
   for (int64_t i = 0; i < block.count; ++i) {
     const int64_t column = block.first + i;
     rows[i] = view.at(sample.begin + column / call.repeat, key_head * call.repeat + column % call.repeat);
@@ -85,8 +89,8 @@ void lay_rows(const View<const typename T::Number>& view, const Sample& sample, 
 }
 
 template <class T>
-void lay_rows_below(const View<const typename T::Number>& view, const Sample& sample, int64_t head, int64_t from, int64_t count, int64_t width,
-                    int64_t step, uint32_t* to) {
+void lay_rows_below(const View<const typename T::Number>& view, const Sample& sample, int64_t head, int64_t from, int64_t count,
+                    int64_t width, int64_t step, uint32_t* to) {
   const typename T::Number* rows[kKeys];
   for (int64_t first = 0; first < count; first += kKeys) {
     const int64_t some = std::min(kKeys, count - first);
@@ -98,8 +102,8 @@ void lay_rows_below(const View<const typename T::Number>& view, const Sample& sa
 
 // Columns [width][kColumns] fp32, times a factor of their own -> rows of numbers.
 template <class T>
-XEON_DOT void put_columns(const float* from, const float* factor, const Call& call, const Sample& sample, const Block& block, int64_t key_head,
-                          const View<typename T::Number>& to) {
+XEON_DOT void put_columns(const float* from, const float* factor, const Call& call, const Sample& sample, const Block& block,
+                          int64_t key_head, const View<typename T::Number>& to) {
   for (int64_t column = 0; column < block.count; column += 16) {
     const __m512 times = _mm512_loadu_ps(factor + column);
     for (int64_t i = 0; i < call.width; i += 16) {
@@ -115,8 +119,8 @@ XEON_DOT void put_columns(const float* from, const float* factor, const Call& ca
       for (int64_t j = 0; j < 16; ++j) {
         if (column + j >= block.count) continue;
         const int64_t place = block.first + column + j;
-        store16(to.at(sample.begin + place / call.repeat, key_head * call.repeat + place % call.repeat) + i, _mm512_castsi512_ps(numbers[j]),
-                mask);
+        auto* here = to.at(sample.begin + place / call.repeat, key_head * call.repeat + place % call.repeat) + i;
+        store16(here, _mm512_castsi512_ps(numbers[j]), mask);
       }
     }
   }

@@ -1,4 +1,5 @@
-// Attention of packed rows, backward: weights are made again from scores and log-sum-exps (Dao et al. 2022, arXiv:2205.14135, appendix B.2).
+// Attention of packed rows, backward: weights are made again from scores and log-sum-exps.
+// Dao et al. 2022, arXiv:2205.14135, appendix B.2.
 #include "attention.h"
 
 namespace xeon {
@@ -7,8 +8,8 @@ namespace {
 // Scores and gradients of weights [keys][kColumns] -> weights and gradients of scores (but for the scale), the latter in both layouts.
 template <class T>
 XEON_DOT void slope(const float* scores, const float* d_weights, const Block& block, int64_t key, int64_t keys, int64_t left, bool whole,
-                    int64_t window, float scale, const float* lse, const float* delta, typename T::Number* weights, typename T::Number* d_scores,
-                    uint32_t* below) {
+                    int64_t window, float scale, const float* lse, const float* delta, typename T::Number* weights,
+                    typename T::Number* d_scores, uint32_t* below) {
   const __m512 factor = _mm512_set1_ps(scale * kLog2e);
   for (int64_t column = left; column < block.wide; column += 16) {
     const __m512i tokens = _mm512_load_si512(block.tokens + column);
@@ -78,7 +79,8 @@ struct Backward {
   // Adds to d_keys, d_values [sample's rows][step] what the part's columns give; writes their gradient of the query.
   void part(const Sample& sample, const Task& task, Memory& memory, float* d_keys, float* d_values) const {
     const int64_t step = up(call.width, 16), size = static_cast<int64_t>(sizeof(Number));
-    const int64_t from = block_of(call, sample, task.first, task.last).from, until = (task.last - 1) / call.repeat + 1, rows = up(until - from, 2);
+    const int64_t from = block_of(call, sample, task.first, task.last).from, until = (task.last - 1) / call.repeat + 1;
+    const int64_t rows = up(until - from, 2);
     Number *keys = memory.template take<Number>(rows * call.width), *values = memory.template take<Number>(rows * call.width);
     uint32_t* keys_below = memory.template take<uint32_t>(rows / T::per * step);
     lay_rows<T>(key, sample, task.head, from, until - from, call.width, keys);

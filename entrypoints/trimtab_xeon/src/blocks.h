@@ -188,8 +188,8 @@ XEON_DOT_INLINE __m512 exp2(__m512 x) {
 }
 
 XEON_DOT_INLINE __m512i interleave(__m512 even, __m512 odd, __m512i& both) {  // two rows of bf16 as units; `both` one behind the other
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2,
-                                         17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
+                                         18, 2, 17, 1, 16, 0);
   both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
   return _mm512_permutexvar_epi16(order, both);
 }
@@ -201,7 +201,8 @@ struct Freed {
 };
 class Memory {  // bytes on the boundary of a cache line, handed out one piece after another
  public:
-  explicit Memory(int64_t bytes) : start(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(up(std::max<int64_t>(bytes, 64), 64))))) {
+  explicit Memory(int64_t bytes)
+      : start(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(up(std::max<int64_t>(bytes, 64), 64))))) {
     if (start == nullptr) throw std::bad_alloc();
   }
   template <class What>
