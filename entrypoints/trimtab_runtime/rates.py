@@ -21,7 +21,7 @@ from trimtab_runtime.manifest import write_json
 from trimtab_runtime.methods.lora import add_adapters
 from trimtab_runtime.model import read_config
 from trimtab_runtime.rows import shape_of_row
-from trimtab_runtime.xeon import attention
+from trimtab_runtime.xeon import attention, kernels
 from trimtab_runtime.xeon.block import fuse
 from trimtab_runtime.xeon.loss import linear_cross_entropy
 
