@@ -8,6 +8,13 @@ asked to stop, by SIGTERM, Ctrl-C or a terminal that was closed, and left a chec
 
 from __future__ import annotations
 
+import sys
+
+from trimtab_runtime.xeon import pages
+
+if __name__ == "__main__":  # here: what is imported before is imported twice
+    pages.begin_again(sys.argv[1:])
+
 import contextlib
 import fcntl
 import gc
@@ -15,7 +22,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -256,7 +262,7 @@ def _before_torch(*, aloud: bool = True) -> None:
 
     done = keep_large_blocks()
     if aloud:
-        _say(f"allocator: {done}")
+        _say(f"allocator: {done}" + ("; the heap has large pages" if pages.asked(os.environ) else ""))
 
 
 @contextlib.contextmanager

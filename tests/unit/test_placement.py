@@ -13,6 +13,7 @@ import pytest
 from support.topologies import RECORDED, facts
 from trimtab_runtime.xeon.allocator import keep_large_blocks
 from trimtab_runtime.xeon.binding import mask
+from trimtab_runtime.xeon.pages import MODE, tunables
 from trimtab_runtime.xeon.placement import Memory, Plan, lines, place
 from trimtab_runtime.xeon.topology import as_list
 
@@ -209,6 +210,7 @@ def test_a_machine_that_is_left_alone_says_so_and_still_has_ranks(tmp_path: Path
 TAKE = """
 import ctypes, json, os, sys, threading
 from trimtab_runtime.xeon.binding import bind
+from trimtab_runtime.xeon.pages import MODE, tunables
 from trimtab_runtime.xeon.placement import Memory, Share
 refused = bind(Share(1, (%d,), Memory("prefer", (0,)), {"OMP_NUM_THREADS": "1"}))
 found = {}
@@ -263,3 +265,35 @@ def test_large_blocks_are_kept_unless_the_user_chose_otherwise(tmp_path: Path) -
         assert said[2].startswith("large blocks stay on the heap")
         maps.write_text(maps.read_text() + "7f20-7f30 r-xp 00000000 08:01 2 /usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4\n")
         assert keep_large_blocks(maps, {}) == "left as it is: tcmalloc is in glibc's place"
+
+
+@pytest.mark.parametrize(
+    ("mode", "environ", "wanted"),
+    [
+        ("always [madvise] never", {}, "glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", {"GLIBC_TUNABLES": "glibc.pthread.rseq=0"}, "glibc.pthread.rseq=0:glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, None),  # a user's word, or said before
+        ("always [madvise] never", {"LD_PRELOAD": "/usr/lib/libtcmalloc_minimal.so.4"}, None),
+        ("[always] madvise never", {}, None),
+        ("always madvise [never]", {}, None),
+    ],
+)
+def test_large_pages_are_asked_for_where_asking_helps(mode: str, environ: dict[str, str], wanted: str | None) -> None:
+    assert tunables(mode, environ) == wanted
+
+
+AGAIN = """
+import os
+from trimtab_runtime.xeon.pages import begin_again
+begin_again([%r])
+print(os.getpid(), os.environ.get("GLIBC_TUNABLES"))
+"""
+
+
+@pytest.mark.skipif(not MODE.exists(), reason="the kernel says nothing of large pages")
+def test_a_program_that_computes_begins_once_again_as_the_same_process() -> None:
+    environ = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "LD_PRELOAD")}
+    for verb, wanted in (("train", tunables(MODE.read_text(), {})), ("serve", None)):
+        process = subprocess.Popen([sys.executable, "-c", AGAIN % verb], env=environ, stdout=subprocess.PIPE, text=True)
+        said, _ = process.communicate(timeout=60)
+        assert said == f"{process.pid} {wanted}\n"
