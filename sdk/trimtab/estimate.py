@@ -111,7 +111,7 @@ def peak_memory(
                      what the heap got to quantise the largest map (11 times its size), on a GPU, to which the model goes before it
                      is quantised, s bytes for each weight where these are more
 
-    Of layers that are one step three runs of a random Llama (300 million weights in 4 layers, 512 and 2,048 tokens, lora and qlora) took
+    Of layers that are one step four runs of a random Llama (300 million weights in 4 layers, 512 and 2,048 tokens, lora and qlora) took
     0.96 to 1.08 times as much. The other formula's 485 MB and 11 were fitted on earlier runs of three models, with an attention that kept
     its weights. Not measured: a GPU (1.1 is assumed), models beyond 300M.
     """
@@ -120,6 +120,7 @@ def peak_memory(
     row, trained = rows.most.times(spec.batch_rows), model.trained(spec)
     quantised = _NF4 * model.linear if spec.method == "qlora" else 0.0
     fused = device == "cpu" and _fused(spec, model)
+    again = min(again, model.layers - 1)  # of the last one all is there while its backward pass goes on
     kept = _kept(spec, model, size, row, fused) * (model.layers - again) + size * model.hidden * row.tokens * again
     passing = _passing_fused(spec, model, size, row) if fused else _passing(model, size, row)
     if size == 2 and spec.method != "full" and not fused:

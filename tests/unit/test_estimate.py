@@ -47,6 +47,7 @@ MIXED = (2048, 2044, 4, 2048, 353_636, 1_267_876)
 MEASURED = [
     (WIDE, SHORT, "lora", 0, 1296),
     (WIDE, ONE, "lora", 0, 1785),
+    (WIDE, ONE, "lora", 4, 1459),
     (WIDE, MIXED, "qlora", 0, 1538),
 ]
 
