@@ -7,7 +7,6 @@ same adapters and see the same rows, in which some tokens are not learned.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,32 +151,20 @@ def apart(one: Course, other: Course) -> float:
     return float(far / torch.stack([(other.ends[name] - other.begins[name]).norm() for name in other.ends]).norm())
 
 
-@contextlib.contextmanager
-def on_path(path: str) -> Iterator[None]:
-    """The kernels that are here, or none."""
-    if path == "off":
-        with kernels.forced("off"):
-            yield
-        return
-    if kernels.path().value == "off":
-        pytest.skip(f"no kernels: {kernels.path().reason}")
-    yield
-
-
 @pytest.fixture(scope="module")
 def references() -> dict[tuple[str, torch.dtype], Course]:
     """Theirs, which no path of ours changes: computed for the first, and kept for the others, which begin alike."""
     return {}
 
 
-@pytest.mark.parametrize("path", ["kernels", "off"])
+@pytest.mark.parametrize("path", kernels.PATHS)
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("dtype", NEAR, ids=["fp32", "bf16"])
 def test_twenty_losses_and_the_adapters_are_theirs(
     tiny_model: Path, rows: PackedRows, references: dict[Any, Course], dtype: torch.dtype, method: str, path: str
 ) -> None:
     spec = spec_of(method)
-    with on_path(path):
+    with kernels.forced(path):
         mine = ours(tiny_model, spec, dtype, rows)
     known = references.get((method, dtype))
     if known is None or any(not torch.equal(known.begins[name], begin) for name, begin in mine.begins.items()):
