@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
+from trimtab_runtime.xeon import pages
 
 HIDDEN, INNER, HEADS, VOCABULARY, LAYERS = 5120, 13824, 40, 32_000, 40
 RANK, TOKENS = 16, 2048
@@ -118,15 +119,15 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         while True:
-            self.peak = max(self.peak, measure._resident("RssAnon"))
+            self.peak = max(self.peak, measure.resident("RssAnon"))
             time.sleep(0.05)
 
 
-def flops_a_token(layers: int) -> float:
-    """Of the mean row; forward and backward, nothing counted twice."""
+def flops_a_token(layers: int, row: tuple[int, ...]) -> float:
+    """Of a row with these samples; forward and backward, nothing counted twice."""
     a_layer = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER
     adapters = RANK * (4 * 2 * HIDDEN + 3 * (HIDDEN + INNER))
-    pairs = sum(length * (length + 1) / 2 for row in ROWS for length in row) / len(ROWS)
+    pairs = sum(length * (length + 1) / 2 for length in row)
     return 4 * (layers * a_layer + VOCABULARY * HIDDEN) + 6 * layers * adapters + 12 * layers * HIDDEN * pairs / TOKENS
 
 
@@ -177,9 +178,13 @@ def run_here(folder: Path, cache: Path, steps: int) -> dict[str, Any]:
     os.environ[VARIABLE] = str(cache)
     draw = torch.Generator().manual_seed(1)
     data = folder.parent / "rows"
-    rounds = [[Sample("document", torch.randint(10, VOCABULARY, (n,), generator=draw).tolist(), [True] * n) for row in ROWS for n in row]]
+    # a round of its own for each row, which packs its samples into that row and no other
+    rounds = [[Sample("document", torch.randint(10, VOCABULARY, (n,), generator=draw).tolist(), [True] * n) for n in row] for row in ROWS]
     write_rows(data, rounds, TOKENS, {})
     rows = PackedRows(data)
+    held = [len(rows[index].tokens) for index in range(len(rows))]
+    if held != [TOKENS] * len(ROWS):
+        raise SystemExit(f"the rows hold {held} tokens")
     config = read_config(folder)
     facts, shape = ModelFacts.from_config(config), RowFacts.from_manifest(rows.facts)
     if facts is None or shape is None:
@@ -195,7 +200,7 @@ def run_here(folder: Path, cache: Path, steps: int) -> dict[str, Any]:
     began = time.perf_counter()
     model = load_model(folder, spec, torch.bfloat16, typical=as_batch([rows[0], rows[1]]), say=say)
     loaded = time.perf_counter() - began
-    peak_of_load = measure._resident("VmHWM")
+    peak_of_load = measure.resident("VmHWM")
     model.train()
     set_recompute(model, range(again.layers))
     trained = trained_parts(model, spec, torch.bfloat16)
@@ -215,7 +220,7 @@ def run_here(folder: Path, cache: Path, steps: int) -> dict[str, Any]:
         seconds.append(time.perf_counter() - began)
         losses.append(loss.item())
         say(f"step {step + 1}: {seconds[-1]:.1f} s, loss {losses[-1]:.3f}")
-    peak = measure._resident("VmHWM")
+    peak = measure.resident("VmHWM")
     return {
         "load_seconds": loaded,
         "step_seconds": seconds,
@@ -227,7 +232,7 @@ def run_here(folder: Path, cache: Path, steps: int) -> dict[str, Any]:
         "peak_gb": peak / 1e9,
         "peak_of_load_gb": peak_of_load / 1e9,
         "anonymous_gb": watch.peak / 1e9,
-        "flops_a_token": flops_a_token(config["num_hidden_layers"]),
+        "flops_a_token": flops_a_token(config["num_hidden_layers"], ROWS[(steps - 1) % len(ROWS)]),
         "products_flops": rate_of_products(),
         "allocator": allocator,
     }
@@ -254,6 +259,7 @@ def utilisation(found: dict[str, Any]) -> float:
 
 def main() -> int:
     if sys.argv[1:2] == ["--child"]:
+        pages.begin_again(["train"])  # as the product's command does
         print(json.dumps(run_here(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))))
         return 0
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

@@ -137,13 +137,13 @@ def peak_bytes(call: Callable[[], object]) -> int:
     """How far a call lifts this process' resident memory at its highest above what there was before (proc_pid_clear_refs(5), Linux)."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before would be taken again and count as nothing
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     call()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
@@ -182,4 +182,6 @@ def report(
         print(f"{on}\n{table(head, rows)}")
     for figure in figures:
         print(figure, file=sys.stderr if asked.json else sys.stdout)
-    return int(asked.check and not all(figure.kept for figure in figures))
+    if asked.check and not figures:
+        print("nothing was measured that has a bar", file=sys.stderr)
+    return int(asked.check and not (figures and all(figure.kept for figure in figures)))

@@ -52,8 +52,8 @@ from trimtab.cache import cache_dir
 from trimtab.estimate import ModelFacts
 
 PEERS = Path(__file__).parent / "peers"
-# what xeon/allocator.py sets by mallopt(3), as the environment of a process that knows nothing of it (glibc 2.26 or later)
-TUNED = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647"
+# what xeon/allocator.py sets by mallopt(3), and xeon/pages.py, for a process that knows nothing of it (glibc 2.35 or later)
+TUNED = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647:glibc.malloc.hugetlb=1"
 RANK, ALPHA, RATE = 16, 32, 1e-4
 
 
@@ -357,9 +357,10 @@ def judged(kind: str, found: Sequence[Session], facts: ModelFacts, rows: Sequenc
         value = 0.0 if found_ratio is None else 1 / found_ratio.middle if name == "qlora" else found_ratio.middle
         said = "our qlora / our lora" if name == "qlora" else f"us / {name}"
         figures.append(Figure(f"{kind}: {said}, tokens/s", value, bar, least=True))
-    both = [one for one in found if {"lora", "products"} <= one.seconds.keys()]
-    if both and kind == "large":
-        figures.append(Figure("large: utilisation, lora", utilisation(both[0], facts, rows), 0.65, least=True))
+    asked = [one for one in found if "products" in one.seconds or "products" in one.missing]
+    if asked and kind == "large":
+        both = [one for one in asked if {"lora", "products"} <= one.seconds.keys()]
+        figures.append(Figure("large: utilisation, lora", utilisation(both[0], facts, rows) if both else 0.0, 0.65, least=True))
     return figures
 
 

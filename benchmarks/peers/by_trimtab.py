@@ -14,9 +14,11 @@ from trimtab import events
 from trimtab.layout import ROOT_VARIABLE, JobDir
 from trimtab.spec import TrainSpec
 from trimtab_runtime import __main__ as runtime
+from trimtab_runtime.xeon import pages
 
 
 def main() -> int:
+    pages.begin_again(["train"])  # as the command's first line does
     pipe, asked = Pipe(), work()
     os.environ[ROOT_VARIABLE] = asked["folder"]
     job = JobDir(Path(asked["folder"])).make()
@@ -32,16 +34,20 @@ def main() -> int:
     said: list[str] = []
 
     class Stepped(events.EventLog):
+        tokens = 0  # of the next step, counted outside its time
+
         def write(self, event: Any) -> None:
             super().write(event)
             if isinstance(event, events.Choice):
                 said.append(f"{event.name} {event.value}")
             if isinstance(event, events.Phase) and event.name == "train":
                 pipe.ready(by="trimtab", packing="rows of whole documents, isolated by attention", said=said)
+                self.tokens = tokens_of(job, spec, 0)
                 pipe.wait()
             elif isinstance(event, events.Step):
-                pipe.tokens = pipe.places = tokens_of(job, spec, event.step - 1)
+                pipe.tokens = pipe.places = self.tokens
                 pipe.done(event.loss)
+                self.tokens = tokens_of(job, spec, event.step)
                 pipe.wait()
 
     runtime.EventLog = Stepped  # type: ignore[misc]
