@@ -22,6 +22,10 @@ from trimtab.errors import WeightsError
 
 _PIECE = 1 << 24  # bytes copied at once
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_WIDTHS = {  # bytes of a number; types that pack several into a byte are not looked at
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1), **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4), **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
+}  # fmt: skip
 
 Change = Callable[[str, Tensor], Tensor]
 """A tensor's name and value to its new value, of the same shape and type."""
@@ -89,14 +93,25 @@ def _header(source: BinaryIO, file: Path) -> tuple[bytes, dict[str, dict[str, An
         in_order = dict(sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]))
         place = 0
         for name, entry in in_order.items():
-            if entry["data_offsets"][0] != place:
+            begin, end = entry["data_offsets"]
+            if begin != place:
                 raise ValueError(f"{name} does not begin where the tensor before it ends")
-            place = entry["data_offsets"][1]
+            _check_span(name, entry)
+            place = end
         if place != size - 8 - count:
             raise ValueError("its tensors do not end where the file does")
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise WeightsError(f"{file.name} is not a whole safetensors file ({exc}): copy the base model there again") from exc
     return length + text, in_order
+
+
+def _check_span(name: str, entry: dict[str, Any]) -> None:
+    """Raises ValueError where a tensor's bytes are not as many as its shape takes: else it would be read from its neighbours'."""
+    (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+    if any(type(number) is not int or number < 0 for number in (begin, end, *shape)) or end < begin:
+        raise ValueError(f"{name} has the shape {shape} and the offsets {[begin, end]}")
+    if dtype in _WIDTHS and end - begin != math.prod(shape) * _WIDTHS[dtype]:
+        raise ValueError(f"{name} has {end - begin} bytes, and {shape} of {dtype} takes {math.prod(shape) * _WIDTHS[dtype]}")
 
 
 def _exactly(source: BinaryIO, count: int, file: Path) -> bytes:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from support.tiny_families import SHAPES, config_of, make_config, make_model
-from trimtab.errors import SpecError
+from trimtab.errors import SpecError, WeightsError
 from trimtab.spec import TrainSpec
 from trimtab_runtime import families
 from trimtab_runtime.batch import Batch, as_batch
@@ -249,6 +249,33 @@ def test_a_file_cut_short_after_it_was_opened_is_named(folders: dict[str, Path],
     with pytest.raises(Exception, match="ends before its last tensor"):
         shards.read(last, torch.empty(shards.shape(last)))
     shards.close()
+
+
+def header_of(**tensors: Any) -> dict[str, Any]:
+    return {name: {"dtype": dtype, "shape": shape, "data_offsets": span} for name, (dtype, shape, span) in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (header_of(a=("F32", [8], [0, 16]), b=("F32", [8], [16, 64])), r"a has 16 bytes, and \[8\] of F32 takes 32"),
+        (header_of(a=("F32", [8], [0, 48]), b=("F32", [4], [48, 64])), "a has 48 bytes"),
+        (header_of(a=("I64", [4], [0, 64])), r"a has 64 bytes, and \[4\] of I64 takes 32"),
+        (header_of(a=("F32", [8], [0, 32]), b=("F32", [8], [16, 64])), "b does not begin where the tensor before it ends"),
+        (header_of(a=("F32", [8], [0, 32]), b=("F32", [16], [32, 96])), "its tensors do not end where the file does"),
+        (header_of(a=("F32", [24], [0, 96]), b=("X", [8], [96, 64])), r"b has the shape \[8\] and the offsets \[96, 64\]"),
+        (header_of(a=("F32", [-4, -4], [0, 64])), r"the shape \[-4, -4\]"),
+        (header_of(a=("F32", [16], [-64, 0]), b=("F32", [16], [0, 64])), "a does not begin"),
+        (header_of(a=("F32", [16], [0, 64.0])), r"the offsets \[0, 64\.0\]"),
+        (header_of(a=("F32", [16], [0, 64, 64])), "too many values"),
+        (header_of(a=("F32", None, [0, 64])), "NoneType"),
+    ],
+)
+def test_a_header_whose_tensors_are_not_as_large_as_their_shapes_is_named(tmp_path: Path, header: dict[str, Any], said: str) -> None:
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(range(64)))
+    with pytest.raises(WeightsError, match=rf"not a whole safetensors file \(.*{said}.*\): copy the base model there again"):
+        Shards(tmp_path)
 
 
 @pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": 3}', "{"])
