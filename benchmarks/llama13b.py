@@ -198,7 +198,7 @@ def run_here(folder: Path, cache: Path, steps: int) -> dict[str, Any]:
     torch.manual_seed(spec.seed)
 
     began = time.perf_counter()
-    model = load_model(folder, spec, torch.bfloat16, typical=as_batch([rows[0], rows[1]]), say=say)
+    model = load_model(folder, spec, torch.bfloat16, typical=as_batch([rows[0], rows[1]]), say=say, to_write=0)
     loaded = time.perf_counter() - began
     peak_of_load = measure.resident("VmHWM")
     model.train()

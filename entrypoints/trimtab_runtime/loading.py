@@ -122,8 +122,10 @@ def open_base(
     typical: Batch | None,
     *,
     say: Callable[[str], None] = lambda line: None,
+    to_write: int | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Factors] | None] | str:
     """The base in `folder`, computing in `dtype`, and for qlora, whose layers are in NF4 then, what that took away (methods/qlora.py).
+    Its NF4 is kept for later runs where `to_write`, bytes that this one will write itself, have room beside it; not where that is None.
 
     Instead of that, why it is to be loaded as a whole. Raises SpecError for tensors that are missing, too many or of another shape,
     and for files that are none; KeyError, ValueError and OSError for a configuration that cannot be read.
@@ -135,7 +137,7 @@ def open_base(
             plan = _plan(folder, config, shards, dtype)
             if isinstance(plan, str):
                 return plan
-            return plan.base, _fill(plan, spec, dtype, typical, say)
+            return plan.base, _fill(plan, spec, dtype, typical, say, to_write)
         finally:
             shards.close()
     except WeightsError as exc:
@@ -191,7 +193,9 @@ def _without_weights(config: Any, dtype: torch.dtype, attention: str | None) -> 
     return base.eval()
 
 
-def _fill(plan: _Plan, spec: TrainSpec, dtype: torch.dtype, typical: Batch | None, say: Callable[[str], None]) -> dict[str, Factors] | None:
+def _fill(
+    plan: _Plan, spec: TrainSpec, dtype: torch.dtype, typical: Batch | None, say: Callable[[str], None], to_write: int | None
+) -> dict[str, Factors] | None:
     """Give the model its weights."""
     base = plan.base
     for name in plan.outside:
@@ -205,7 +209,7 @@ def _fill(plan: _Plan, spec: TrainSpec, dtype: torch.dtype, typical: Batch | Non
 
     targets = adapted_layers(base, spec.lora_targets)
     rank = spec.lora_rank if spec.lora_init == "qera" else 0
-    cache = Cache.of(spec, plan.shards.folder, base, dtype, typical if rank else None, targets, say)
+    cache = Cache.of(spec, plan.shards.folder, base, dtype, typical if rank else None, targets, say, to_write)
     if (lost := cache.read(base, dtype)) is not None:
         for layer in plan.layers:
             for name in _tensors(base, layer):

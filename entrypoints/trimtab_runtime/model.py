@@ -47,20 +47,22 @@ def load_model(
     fused: bool = True,
     device: str = "cpu",
     say: Callable[[str], None] = lambda line: None,
+    to_write: int | None = None,
 ) -> PeftModel | PreTrainedModel:
     """The base from a local folder, frozen (in NF4 for qlora), with fresh adapters; for full itself, in fp32 (methods/full.py).
 
     Raises SpecError where it does not load.
 
     From `typical` rows qlora learns which inputs matter, to restore with its adapters what quantisation took from them.
-    With `fused`, adapted layers without dropout compute in one step (xeon/lora.py); the others need autocast for bf16.
+    What is in NF4 then is kept for later runs (nf4_cache.py) where `to_write`, the bytes that this run has yet to write, have room beside
+    it; None: it is not. With `fused`, adapted layers without dropout compute in one step (xeon/lora.py); the others need autocast for bf16.
     """
     config = read_config(folder)
     _refuse(refusal(config, spec.max_seq_len))
     logging.disable_progress_bar()
     lost: dict[str, Factors] | None = None
     try:
-        found = open_base(folder, spec, dtype, typical, say=say) if device == "cpu" and spec.method != "full" else ""
+        found = open_base(folder, spec, dtype, typical, say=say, to_write=to_write) if device == "cpu" and spec.method != "full" else ""
         if isinstance(found, str):
             if found:
                 say(f"base loaded as a whole, not layer by layer: {found}")

@@ -6,6 +6,9 @@ In the folder that TRIMTAB_NF4_CACHE names, two kinds of safetensors files, each
     lost-<key>.safetensors   what adapters begin as (methods/qlora.py), which depends on rank, layers and the rows that were looked at
 
 A key is the digest of all that decides the contents. The file's own digest stands in its header, where zeros stood when it was taken.
+
+Entries are a help and no more, so they stay out of a run's way: one process of a run writes them, and only where the disk has room for
+them, for all that the run itself is to write, and 1 GB. All entries together take a tenth of the disk at most, the last used first.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import os
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +43,8 @@ _ZEROS = "0" * 64
 _TYPES = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _OLD = 86_400.0  # seconds after which what was not finished is nobody's
-_SPARE = 1 << 30  # bytes that are left free on the disk
+_SPARE = 1 << 30  # bytes that are left free on the disk, beside what the run is to write
+_SHARE = 10  # of the disk, of which all entries together take one part in so many
 
 
 class _Damaged(Exception):
@@ -48,11 +53,15 @@ class _Damaged(Exception):
 
 @dataclass(frozen=True)
 class Cache:
-    """The two entries of one load; None where there is none to be had. `say` gets a line for what a user should know."""
+    """The two entries of one load; None where there is none to be had. `say` gets a line for what a user should know.
+
+    `to_write`: bytes that the run has yet to write itself, whose room is left alone; None where this process is to keep nothing.
+    """
 
     weights: Path | None
     lost: Path | None
     say: Callable[[str], None]
+    to_write: int | None = None
 
     @classmethod
     def of(
@@ -64,6 +73,7 @@ class Cache:
         typical: Batch | None,
         targets: Sequence[str],
         say: Callable[[str], None],
+        to_write: int | None,
         *,
         pays_from: int | None = None,
     ) -> Cache:
@@ -81,10 +91,10 @@ class Cache:
         facts: list[object] = [_VERSION, spec.model_digest, files, BLOCK, str(dtype), shapes]
         weights = Path(place) / f"nf4-{_key(facts)}.safetensors"
         if spec.lora_init != "qera":
-            return cls(weights, None, say)
+            return cls(weights, None, say, to_write)
         rows = b"" if typical is None else typical.tokens.numpy().tobytes() + typical.positions.numpy().tobytes()
         facts += [spec.lora_rank, sorted(targets), hashlib.sha256(rows).hexdigest()]
-        return cls(weights, Path(place) / f"lost-{_key(facts)}.safetensors", say)
+        return cls(weights, Path(place) / f"lost-{_key(facts)}.safetensors", say, to_write)
 
     def read(self, base: PreTrainedModel, dtype: torch.dtype) -> dict[str, Factors] | None:
         """Put the entry's packed weights in the place of the base's linear layers, which compute in `dtype` then.
@@ -121,30 +131,43 @@ class Cache:
     def write(self, base: PreTrainedModel, lost: Mapping[str, Factors]) -> None:
         """Keep what was made and is not there: the base's packed weights, and what adapters begin as. Where that cannot be, it is said
         and no more."""
-        if self.weights is not None and not self.weights.is_file():
-            self._keep(self.weights, dict(_packed(base)))
-        if self.lost is not None and not self.lost.is_file():
-            factors = {f"{name}.lora_{side}": one for name, pair in lost.items() for side, one in zip("BA", pair, strict=True)}
-            self._keep(self.lost, factors)
+        if self.to_write is None:
+            return
+        made: dict[Path, dict[str, Tensor]] = {}
+        if self.weights is not None:
+            made[self.weights] = dict(_packed(base))
+        if self.lost is not None:
+            made[self.lost] = {f"{name}.lora_{side}": one for name, pair in lost.items() for side, one in zip("BA", pair, strict=True)}
+        if made:
+            self._keep(next(iter(made)).parent, made, self.to_write)
 
-    def _keep(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    def _keep(self, folder: Path, made: Mapping[Path, Mapping[str, Tensor]], to_write: int) -> None:
+        sizes = {path: sum(tensor.nbytes for tensor in tensors.values()) for path, tensors in made.items()}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(path.parent)
-            free = shutil.disk_usage(path.parent).free
-            if free < size + _SPARE:
-                self.say(f"NF4 cache: {path.parent} has {free >> 20:,} MB free and {(size + _SPARE) >> 20:,} are needed; nothing is kept")
-                return
-            _write(part, tensors)
-            part.replace(path)
-            _prune(path.parent, path.name.partition("-")[0])
+            folder.mkdir(parents=True, exist_ok=True)
+            _sweep(folder)
+            new, disk = [path for path in made if not path.is_file()], shutil.disk_usage(folder)
+            size, limit = sum(sizes.values()), disk.total // _SHARE
+            needed = sum(sizes[path] for path in new) + to_write + _SPARE
+            if disk.free < needed:
+                self.say(
+                    f"NF4 cache: {folder} has {disk.free >> 20:,} MB free and {needed >> 20:,} are needed, with what this run is to write; "
+                    f"nothing is kept: set {VARIABLE} to a folder on another disk for faster starts"
+                )
+            elif size > limit:
+                self.say(
+                    f"NF4 cache: {size >> 20:,} MB are more than a tenth of the disk of {folder} ({limit >> 20:,} MB); nothing is kept: "
+                    f"set {VARIABLE} to a folder on a larger disk for faster starts"
+                )
+            else:
+                for path, tensors in made.items():
+                    if path in new:
+                        _put(path, tensors)
+                    else:
+                        os.utime(path)  # its other half is new
+                _prune(folder, limit)
         except OSError as exc:
-            self.say(f"NF4 cache: nothing is kept in {path.parent} ({exc}): set {VARIABLE} to another folder for faster starts")
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+            self.say(f"NF4 cache: nothing is kept in {folder} ({exc}): set {VARIABLE} to another folder for faster starts")
 
 
 _STATS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
@@ -159,6 +182,16 @@ def _packed(base: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 def _key(facts: Sequence[object]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _put(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        _write(part, tensors)
+        part.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -222,14 +255,20 @@ def _exactly(file: int, into: bytearray | memoryview, place: int) -> memoryview:
     return view
 
 
-def _prune(folder: Path, kind: str) -> None:
-    """Remove all but the last used of a kind."""
-    ages = []
-    for path in folder.glob(f"{kind}-*.safetensors"):
+def _prune(folder: Path, limit: int) -> None:
+    """Remove all but the last used of each kind, and of all of them what goes beyond `limit` bytes."""
+    found = []
+    for path in folder.glob("*-*.safetensors"):
         with contextlib.suppress(OSError):  # another process removed it
-            ages.append((path.stat().st_mtime, path))
-    for _, path in sorted(ages, reverse=True)[KEPT:]:
-        path.unlink(missing_ok=True)
+            stat = path.stat()
+            found.append((stat.st_mtime_ns, stat.st_size, path))
+    kept, taken = Counter[str](), 0
+    for _, size, path in sorted(found, reverse=True):
+        kind = path.name.partition("-")[0]
+        if kept[kind] < KEPT and taken + size <= limit:
+            kept[kind], taken = kept[kind] + 1, taken + size
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _sweep(folder: Path) -> None:

@@ -7,7 +7,9 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +17,7 @@ from trimtab.errors import TrimtabError
 from trimtab.estimate import epoch_steps, optimiser_steps
 from trimtab.events import Checkpoint, Choice, EventLog, Phase, Progress, Step
 from trimtab.layout import DEVICE_VARIABLE, JobDir
+from trimtab.sizes import ModelFacts
 from trimtab.spec import TrainSpec
 from trimtab_runtime import artifact, checkpoint, disk, prepare
 from trimtab_runtime.batch import as_batch, batch_loss
@@ -89,7 +92,8 @@ def train(
         tell(name, choice)
     dtype = getattr(torch, precision.value)
     typical = as_batch([rows[index] for index in range(min(TYPICAL_ROWS, len(rows)))])
-    model = load_model(job.channel("model"), spec, dtype, typical=typical, device=device.value, say=say)
+    to_write = bytes_to_write(spec, config, job.channel("model")) if team.is_first else None  # of several ranks one keeps NF4
+    model = load_model(job.channel("model"), spec, dtype, typical=typical, device=device.value, say=say, to_write=to_write)
     model.train()
     if again:
         set_recompute(model, range(again))
@@ -255,6 +259,20 @@ def train(
         artifact.write_merged(job, spec, say, lambda at, of: events.write(Progress(name="merge", done=at, of=of)))
     say(f"artifact: {job.model}" + (f" ({ended_by})" if ended_by else ""))
     return ending
+
+
+def bytes_to_write(spec: TrainSpec, config: Mapping[str, Any], base: Path) -> int | None:
+    """What a run takes of its disk at most: one checkpoint, of values and moments in fp32, more than it keeps, its artifact, and merged a
+    model as large as `base`.
+
+    None for a model whose config.json does not name its sizes.
+    """
+    model = ModelFacts.from_config(config)
+    if model is None:
+        return None
+    trained = model.trained(spec)
+    merged = sum(file.stat().st_size for file in base.glob("*.safetensors")) if spec.keep_merged else 0
+    return (spec.keep_checkpoints + 1) * 12 * trained + artifact.size(spec, trained) + merged
 
 
 def rows_of_step(step: int, rounds: Sequence[int], spec: TrainSpec, nodes: int = 1) -> list[int]:

@@ -16,10 +16,11 @@ from support.job_tree import losses, make_job, run, train_here
 from trimtab.errors import SpecError
 from trimtab.estimate import ModelFacts
 from trimtab.spec import TrainSpec
+from trimtab_runtime import artifact, checkpoint
 from trimtab_runtime.choices import method_line, schedule
 from trimtab_runtime.methods import trained_parts
 from trimtab_runtime.model import load_model, read_config
-from trimtab_runtime.recipe import rows_of_step
+from trimtab_runtime.recipe import bytes_to_write, rows_of_step
 from trimtab_runtime.rows import PackedRows
 from trimtab_runtime.xeon.attention import plan_groups
 from trimtab_runtime.xeon.lora import weight_of
@@ -173,3 +174,13 @@ def test_what_is_said_of_a_method_and_a_schedule() -> None:
 def test_options_of_adapters_are_refused_where_there_are_none(given: dict[str, Any], named: str) -> None:
     with pytest.raises(SpecError, match=rf"method full .*{named}.*--method lora"):
         TrainSpec(model="m", method="full", **given)
+
+
+@pytest.mark.parametrize("options", [{"method": "qlora"}, {"method": "lora", "use_dora": True, "keep_merged": True}, {"method": "full"}])
+def test_what_a_run_will_write_is_known_before_its_model_is_loaded(tiny_model: Path, options: dict[str, Any]) -> None:
+    asked = TrainSpec(model="tiny", **options, keep_checkpoints=3)
+    trained = trained_parts(load_model(tiny_model, asked, torch.float32), asked, torch.float32)
+    merged = (tiny_model / "model.safetensors").stat().st_size if asked.keep_merged else 0
+    expected = 4 * checkpoint.size(trained.parameters) + artifact.size(asked, trained.size) + merged
+    assert bytes_to_write(asked, read_config(tiny_model), tiny_model) == expected
+    assert bytes_to_write(asked, {}, tiny_model) is None

@@ -44,9 +44,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> PackedRows:
     return PackedRows(folder)
 
 
-def load(model: Path, rows: PackedRows, said: list[str], spec: TrainSpec = SPEC, row: int = 0) -> tuple[Any, dict[str, Factors]]:
+def load(
+    model: Path, rows: PackedRows, said: list[str], spec: TrainSpec = SPEC, row: int = 0, to_write: int | None = 0
+) -> tuple[Any, dict[str, Factors]]:
     typical: Batch = as_batch([rows[row]])
-    found = open_base(model, spec, torch.bfloat16, typical, say=said.append)
+    found = open_base(model, spec, torch.bfloat16, typical, say=said.append, to_write=to_write)
     assert not isinstance(found, str)
     assert found[1] is not None
     return found[0], found[1]
@@ -194,8 +196,61 @@ def test_a_full_disk_is_said_and_leaves_nothing(cache: Path, model: Path, rows: 
     monkeypatch.setattr(nf4_cache, "_SPARE", 1 << 60)
     said: list[str] = []
     load(model, rows, said)
-    assert sum("MB free and" in line for line in said) == 2
+    (line,) = [line for line in said if "MB free and" in line]
+    assert nf4_cache.VARIABLE in line
     assert not list(cache.iterdir())
+
+
+def test_what_the_run_will_write_itself_keeps_its_room(cache: Path, model: Path, rows: PackedRows) -> None:
+    said: list[str] = []
+    free = shutil.disk_usage(cache.parent).free
+    load(model, rows, said, to_write=free - nf4_cache._SPARE // 2)  # which fits as long as nothing is kept
+    assert any("with what this run is to write; nothing is kept" in line for line in said)
+    assert not list(cache.iterdir())
+
+
+def test_who_is_not_to_keep_anything_reads_what_others_kept(cache: Path, model: Path, rows: PackedRows) -> None:
+    said: list[str] = []
+    first = load(model, rows, said, to_write=None)
+    assert not cache.exists()
+    load(model, rows, said)
+    assert not from_cache(said)
+    refuse_difference(first, load(model, rows, said, to_write=None))
+    assert from_cache(said)
+
+
+def test_what_is_more_than_its_share_of_the_disk_is_said(
+    cache: Path, model: Path, rows: PackedRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nf4_cache, "_SHARE", 1 << 50)
+    said: list[str] = []
+    load(model, rows, said)
+    assert [line for line in said if "of the disk of" in line and nf4_cache.VARIABLE in line]
+    assert not list(cache.iterdir())
+
+
+def test_all_that_is_kept_takes_no_more_than_its_share(tmp_path: Path) -> None:
+    for age, (name, size) in enumerate((("nf4-a", 60), ("lost-a", 10), ("nf4-b", 60), ("lost-b", 10), ("nf4-c", 25), ("lost-c", 5))):
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(bytes(size))
+        os.utime(path, (age, age))
+    (tmp_path / "notes.txt").write_bytes(bytes(500))
+    nf4_cache._prune(tmp_path, 100)
+    assert {path.stem for path in tmp_path.iterdir()} == {"nf4-b", "lost-b", "nf4-c", "lost-c", "notes"}
+
+
+def test_the_half_that_was_there_is_not_pushed_out_by_the_new_one(
+    cache: Path, model: Path, rows: PackedRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(model, rows, [])
+    load(model, rows, [], row=1)
+    (weights,) = cache.glob("nf4-*")
+    os.utime(weights, (1, 1))
+    newest = max(path.stat().st_size for path in cache.glob("lost-*"))
+    monkeypatch.setattr(nf4_cache, "_SHARE", shutil.disk_usage(cache).total / (weights.stat().st_size + newest + 1000))
+    load(model, rows, [], SPEC.model_copy(update={"lora_targets": ("q_proj",)}))
+    assert weights.exists()
+    assert weights.stat().st_mtime > 1
 
 
 def test_a_disk_that_fills_while_it_is_written_leaves_nothing(cache: Path, model: Path, rows: PackedRows) -> None:
@@ -218,15 +273,13 @@ def test_a_disk_that_fills_while_it_is_written_leaves_nothing(cache: Path, model
 def test_who_reads_while_others_write_finds_it_whole(cache: Path, model: Path, rows: PackedRows) -> None:
     base, lost = load(model, rows, [])
     entries = {kind: next(cache.glob(f"{kind}-*")) for kind in ("nf4", "lost")}
-    said: list[str] = []
-    mine = nf4_cache.Cache(entries["nf4"], entries["lost"], said.append)
     packed = dict(nf4_cache._packed(base))
     factors = {f"{name}.lora_{side}": one for name, pair in lost.items() for side, one in zip("BA", pair, strict=True)}
 
     def write() -> None:
         for _ in range(8):
-            mine._keep(entries["nf4"], packed)
-            mine._keep(entries["lost"], factors)
+            nf4_cache._put(entries["nf4"], packed)
+            nf4_cache._put(entries["lost"], factors)
 
     writers = [threading.Thread(target=write) for _ in range(2)]
     for writer in writers:
@@ -236,7 +289,6 @@ def test_who_reads_while_others_write_finds_it_whole(cache: Path, model: Path, r
             assert nf4_cache._read(entry)
     for writer in writers:
         writer.join()
-    assert not said
     assert set(cache.iterdir()) == set(entries.values())
 
 
