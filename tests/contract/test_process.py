@@ -84,6 +84,19 @@ def test_the_request_that_was_printed_is_the_one_that_is_kept_and_run(run_script
     assert list(backend.logs(handle)) == [" ".join(request["command"][1:])]
 
 
+@pytest.mark.parametrize(("asked", "seen"), [(None, "{cache}/nf4"), ("kept/here", "{here}/kept/here"), ("", "")])
+def test_quantised_bases_stay_where_the_caller_wants_them(run_script, tmp_path, monkeypatch, asked, seen):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    if asked is None:
+        monkeypatch.delenv("TRIMTAB_NF4_CACHE", raising=False)
+    else:
+        monkeypatch.setenv("TRIMTAB_NF4_CACHE", asked)
+    backend, handle = run_script("env; exit 0")
+    finish(backend, handle)
+    assert f"TRIMTAB_NF4_CACHE={seen.format(cache=tmp_path / 'cache', here=tmp_path)}" in list(backend.logs(handle))
+
+
 def test_no_secret_of_an_address_is_kept(run_script):
     backend, first = run_script("exit 0")
     addresses = ("https://me:s3cret@example.com/a?token=s3cret&page=2", "notes #1?.txt")
