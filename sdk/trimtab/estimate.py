@@ -105,7 +105,8 @@ def peak_memory(
                      and on a CPU the temporaries of every layer, for glibc's heap does not give an aligned block that was freed to
                      the next of the same size, so the gaps stay between what is kept:
                          L n (16 h + 4 s h + 3 s (a d + k), in bf16 4 h more); a GPU has them for one layer
-        logits       (4 + s) * vocabulary * min(learned places, 512); with full the head's gradient, twice, too
+        logits       s * vocabulary * min(learned places, 512), in bf16 4 more for a copy in fp32, which plain torch makes of them and
+                     the compiled kernels do not (they may be absent, so it is counted); with full the head's gradient, twice, too
         loading      beyond all that, where a model is quantised layer by layer: a layer's original weights, and what two rows are on
                      their way through it, 2 n (s (4 f + 6 h) + 8 f), or two numbers in fp32 for each of the largest map; elsewhere
                      what the heap got to quantise the largest map (11 times its size), on a GPU, to which the model goes before it
@@ -125,7 +126,7 @@ def peak_memory(
     passing = _passing_fused(spec, model, size, row) if fused else _passing(model, size, row)
     if size == 2 and spec.method != "full" and not fused:
         kept += size * trained  # copies in bf16
-    logits = (4 + size) * model.vocabulary * min(row.learned, LOGITS_AT_ONCE)
+    logits = (6 if size == 2 else 4) * model.vocabulary * min(row.learned, LOGITS_AT_ONCE)
     if device == "gpu":
         left = model.parameters - (model.linear if quantised else 0)
         base, activations = size * left + quantised, _SPLIT * (kept + passing)
@@ -311,7 +312,6 @@ def step_seconds(
     if spec.use_dora:  # the norms of each weight's rows, and each output once more both ways
         outs = sum(times * out for times, out, _ in model.adapted(spec.lora_targets))
         forward_and_backward += 2 * model.linear * spec.lora_rank / rates.linear + row.tokens * outs * 8 * size / rates.bandwidth
-    # AdamW reads and writes values, moments and gradients, which were clipped before; gradients in bf16 and copies come on top of it
     if again:
         share = again / model.layers
         forward_and_backward += share * (
@@ -321,6 +321,7 @@ def step_seconds(
             + row.tokens * model.layers * elementwise_bytes(model, size) / rates.bandwidth / 3
             + (model.linear / rates.dequantised if spec.method == "qlora" else 0)
         )
+    # AdamW reads and writes values, moments and gradients, which were clipped before; gradients in bf16 and copies come on top of it
     update = (52 if full and size == 2 else 40) * trained / rates.bandwidth
     shared = 8 * trained * (nodes - 1) / nodes / rates.network if rates.network else 0.0
     return spec.sharing() * (spec.accumulation * forward_and_backward + update) + shared

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from support.job_tree import make_job, run, train_here
+from support.kernel_paths import NAMES
 from support.tiny_model import make_tiny_model
 from trimtab.catalog import catalog
 from trimtab.estimate import BF16_FLAGS, ModelFacts, Rates, RowFacts, RowShape, dtype_of, peak_memory, step_seconds
@@ -19,6 +23,8 @@ from trimtab.plan import plan
 from trimtab.spec import TrainSpec
 from trimtab_runtime.choices import pick_dtype
 from trimtab_runtime.rows import shape_of_row
+from trimtab_runtime.xeon import kernels
+from trimtab_runtime.xeon.loss import linear_cross_entropy
 
 SMOLLM2 = {
     "num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
@@ -108,6 +114,23 @@ def test_what_prepare_writes_is_read_without_its_arrays(staged):
     found = RowFacts.from_manifest(manifest)
     assert found.most.tokens <= staged.train.max_seq_len
     assert found.mean.tokens * staged.ledger.rows == pytest.approx(staged.ledger.total.trained, abs=0.1)
+
+
+@pytest.mark.parametrize("path", NAMES)
+@pytest.mark.parametrize(("dtype", "by_kernels"), [("bfloat16", 1 / 3), ("float32", 1)])
+@pytest.mark.parametrize("tokens", [200, 1100])
+def test_logits_take_what_the_loss_allocates(path: str, dtype: str, by_kernels: float, tokens: int) -> None:
+    """Of the estimate, which takes the kernels for absent, they take as much as they should where they are there."""
+    model = facts({**SMOLLM2, "vocab_size": 20_000})
+    row = RowShape(tokens=tokens, learned=tokens, groups=1, padded=tokens, explicit=0, flash=tokens**2)
+    spec = TrainSpec(model="m", method="lora", max_seq_len=2048)
+    expected = peak_memory(spec, model, dtype, RowFacts(mean=row, most=row, distinct=9)).logits * (1 if path == "off" else by_kernels)
+    hidden = torch.randn(tokens, 8, dtype=getattr(torch, dtype), requires_grad=True)
+    head, targets = torch.randn(20_000, 8, dtype=hidden.dtype), torch.arange(tokens)
+    with kernels.forced(path), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        linear_cross_entropy(hidden, head, targets, scale=1.0)
+    changes = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert max(accumulate(changes)) / 2**20 == pytest.approx(expected, rel=0.03, abs=1)
 
 
 SLOW = Rates.stated("bfloat16", 1e12, 5e10)
