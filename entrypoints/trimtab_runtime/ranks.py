@@ -145,17 +145,28 @@ def _start(seat: Seat) -> subprocess.Popen[bytes]:
 
 
 def follow(seat: Seat, process: subprocess.Popen[bytes], say: Callable[[str], None], over: queue.Queue[Ended]) -> None:
-    """Say what a rank prints, each line with its number, until it ends; then how it ended."""
-    if process.stdout is not None:
-        for line in process.stdout:
-            say(f"[rank {seat.number}] {line.decode(errors='replace').rstrip()}")
-        process.stdout.close()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    report = {}
-    with contextlib.suppress(OSError, ValueError):
-        report = json.loads(Path(seat.report).read_text(encoding="utf-8"))
-    over.put(Ended(seat.number, process.returncode, usage.ru_maxrss * 1024, **report))
+    """Say what a rank prints, each line with its number, until it ends; then how it ended, whatever happened to its lines."""
+    try:
+        if process.stdout is not None:
+            with process.stdout as lines:
+                for line in lines:
+                    say(f"[rank {seat.number}] {line.decode(errors='replace').rstrip()}")
+    finally:  # who leads waits for this word
+        over.put(_end_of(seat, process))
+
+
+def _end_of(seat: Seat, process: subprocess.Popen[bytes]) -> Ended:
+    """Wait for it. Where somebody else has waited already its memory is unknown, and maybe its exit code, which is a failure then."""
+    peak = 0
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode, peak = os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
+    except ChildProcessError:
+        process.returncode = 1 if process.returncode is None else process.returncode
+    ended = Ended(seat.number, process.returncode, peak)
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        ended = replace(ended, **json.loads(Path(seat.report).read_text(encoding="utf-8")))
+    return ended
 
 
 def all_ends(over: queue.Queue[Ended], running: dict[int, subprocess.Popen[bytes]], grace: float = GRACE) -> list[Ended]:
@@ -168,8 +179,9 @@ def all_ends(over: queue.Queue[Ended], running: dict[int, subprocess.Popen[bytes
             ended = over.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             ended_here.update(running)
-            for process in running.values():
-                process.kill()
+            for process in running.values():  # not by kill() of Popen: that may wait for it, and then `follow` could not
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
             deadline = None
             continue
         process = running.pop(ended.number)

@@ -297,3 +297,13 @@ def test_a_program_that_computes_begins_once_again_as_the_same_process() -> None
         process = subprocess.Popen([sys.executable, "-c", AGAIN % verb], env=environ, stdout=subprocess.PIPE, text=True)
         said, _ = process.communicate(timeout=60)
         assert said == f"{process.pid} {wanted}\n"
+
+
+@pytest.mark.skipif(not MODE.exists(), reason="the kernel says nothing of large pages")
+@pytest.mark.parametrize("before", [None, "glibc.pthread.rseq=0"])
+def test_a_program_that_cannot_begin_again_does_not_claim_large_pages(before: str | None) -> None:
+    environ = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "LD_PRELOAD")}
+    environ |= {"GLIBC_TUNABLES": before} if before else {}
+    program = "import sys; sys.executable = '/nonexistent/python'" + AGAIN % "train"
+    said = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert said.split()[1] == str(before)

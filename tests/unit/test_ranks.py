@@ -144,6 +144,41 @@ def test_what_ranks_print_has_their_number_and_who_hangs_is_ended() -> None:
         verdict(ends)
 
 
+def test_a_rank_that_ended_while_it_was_to_be_killed_is_still_waited_for(tmp_path: Path) -> None:
+    """It has ended, nobody has waited for it yet, and the others' time is up: the kill must leave its end to the thread that follows."""
+    over: queue.Queue[Ended] = queue.Queue()
+    failed = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(3)"])
+    failed.wait()
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    over.put(Ended(0, 3, 0))
+    later = threading.Timer(0.5, follow, (Seat(1, 2, Share(None), "meet", str(tmp_path / "none")), process, str, over))
+    later.start()
+    ends = all_ends(over, {0: failed, 1: process}, grace=0.1)
+    later.join()
+    assert [(one.number, one.code, one.ended_here) for one in ends] == [(0, 3, False), (1, 0, True)]
+    assert ends[1].peak > 0
+
+
+@pytest.mark.parametrize("report", [None, "[1]", '{"cause": "why", "new": 1}'])
+def test_how_a_rank_ended_is_always_said(tmp_path: Path, report: str | None) -> None:
+    if report is not None:
+        (tmp_path / "report").write_text(report)
+    seat, over = Seat(1, 2, Share(None), "meet", str(tmp_path / "report")), queue.Queue[Ended]()
+    waited = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(4)"])
+    waited.wait()  # by somebody else
+    follow(seat, waited, str, over)
+    assert over.get_nowait() == Ended(1, 4, 0)
+
+    def closed(line: str) -> None:
+        raise ValueError("the log is closed")
+
+    talking = subprocess.Popen([sys.executable, "-c", "print(1)"], stdout=subprocess.PIPE)
+    with pytest.raises(ValueError, match="the log is closed"):
+        follow(seat, talking, closed, over)
+    assert over.get_nowait().code == 0
+
+
 def test_signals_of_a_stop_are_known() -> None:
     from trimtab_runtime.__main__ import STOPS
     from trimtab_runtime.ranks import STOPPED

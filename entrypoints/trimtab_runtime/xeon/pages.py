@@ -36,10 +36,14 @@ def begin_again(verbs: Sequence[str]) -> None:
     """Where it is of use, replace this process by itself with large pages: the same number, the same files, the same arguments."""
     if sys.platform != "linux" or verbs[:1] not in [[verb] for verb in COMPUTING]:
         return
+    before = os.environ.get(VARIABLE)
     try:
         wanted = tunables(MODE.read_text(encoding="ascii"), os.environ)
         if wanted is not None:
             os.environ[VARIABLE] = wanted
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    except OSError:  # no such mode, no such program: it goes on without
-        return
+    except OSError:  # no such mode, no such program: it goes on without, and says so
+        if before is None:
+            os.environ.pop(VARIABLE, None)
+        else:
+            os.environ[VARIABLE] = before
