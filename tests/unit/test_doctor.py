@@ -75,6 +75,14 @@ def test_a_healthy_machine_can_run_jobs_in_every_place():
     assert [finding.remedy for finding in findings] == [""] * len(findings)
 
 
+@pytest.mark.parametrize("flags", ["fp asimd sve bf16", ""], ids=["Arm", "macOS"])
+def test_kernels_that_no_command_could_build_are_not_asked_for(flags):
+    changed = replace(HEALTHY, cpu=Cpu("another", frozenset(flags.split())), packages={**HEALTHY.packages, look.KERNELS: None})
+    found = of("kernels", judge.judge(changed))
+    assert (found.state, found.remedy) == ("ok", "")
+    assert "plain torch computes here" in found.found
+
+
 MISSING = {
     "docker": {"engine": Absent("no Docker engine answers at unix:///var/run/docker.sock", "systemctl start docker"), "images": {}},
     "image xeon": {"images": {"xeon": Absent("there is no xeon image here", "trimtab image build xeon")}},

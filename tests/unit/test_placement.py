@@ -15,7 +15,7 @@ from trimtab_runtime.xeon.allocator import keep_large_blocks
 from trimtab_runtime.xeon.binding import mask
 from trimtab_runtime.xeon.pages import MODE, tunables
 from trimtab_runtime.xeon.placement import Memory, Plan, lines, place
-from trimtab_runtime.xeon.topology import as_list
+from trimtab_runtime.xeon.topology import Topology, as_list
 
 
 def reason(plan: Plan, name: str) -> str:
@@ -48,6 +48,9 @@ ALONE = [
     ("offline processors", 12, "", None),
     ("2.5 of 96", 2, "", None),
     ("two cores without hyperthreads", 2, "", None),
+    ("QEMU, a socket each", 16, "", None),
+    ("four cores with hyperthreads", 4, "0-3", None),
+    ("seven cores and one", 8, "", Memory("interleave", (0, 1))),
     ("no sysfs", 4, "", None),
     ("no sysfs, cores named", 2, "0,2", None),
     ("no files at all", 6, "", None),
@@ -81,6 +84,7 @@ def test_every_recorded_machine_is_placed() -> None:
         ("a cpuset over two nodes", [(8, "48-55", Memory("prefer", (0,))), (8, "56-63", Memory("prefer", (1,)))]),
         ("2.5 of 96", [(2, "", None)]),
         ("one processor", [(1, "", None)]),
+        ("QEMU, a socket each", [(16, "", None)]),
         ("no sysfs", [(4, "", None)]),
     ],
 )
@@ -99,6 +103,9 @@ def test_a_rank_for_each_cluster(tmp_path: Path, name: str, expected: list[tuple
         ("two sockets", 4, ["0-27", "28-55", "56-83", "84-111"]),
         ("two sockets", 3, ["0-27", "28-55", "56-111"]),
         ("one socket", 3, ["0-9", "10-20", "21-31"]),
+        ("seven cores and one", 2, ["1-7", "8"]),
+        ("seven cores and one", 4, ["1-2", "3-4", "5-7", "8"]),
+        ("seven cores and one", 8, [str(number) for number in range(1, 9)]),
         ("two cores without hyperthreads", 2, ["0", "1"]),
         ("two cores without hyperthreads", 3, ["", "", ""]),  # fewer cores than ranks: nobody is bound
         ("one processor", 2, ["", ""]),
@@ -110,7 +117,7 @@ def test_any_number_of_ranks(tmp_path: Path, name: str, ranks: int, processors: 
     assert [line.partition(":")[0] for line in lines(plan)] == [f"rank {number}" for number in range(ranks)]
     assert bool(plan.warnings) == (processors[0] == "")
     uneven = "are not shared out evenly" in reason(plan, "ranks")
-    assert uneven == (len({share.threads for share in plan.shares}) > 1 and name != "one socket")
+    assert uneven == (len({share.threads for share in plan.shares}) > 1 and name not in ("one socket", "seven cores and one"))
 
 
 def test_with_several_clusters_one_rank_says_what_more_would_do(tmp_path: Path) -> None:
@@ -146,6 +153,35 @@ def test_what_the_user_set_is_left(tmp_path: Path) -> None:
     started = place(read(tmp_path, system="Linux", machine="x86_64"), {})
     assert started.shares[0].memory is None
     assert reason(started, "memory_nodes") == "this process was started with the memory policy interleave:0-1"
+
+
+def test_more_threads_than_cores_have_all_hyperthreads(tmp_path: Path) -> None:
+    four, uneven = facts("four cores with hyperthreads", tmp_path / "four"), facts("seven cores and one", tmp_path / "uneven")
+
+    def placed(threads: int, ranks: int = 1, found: Topology = four) -> tuple[list[str], int]:
+        plan = place(found, {"OMP_NUM_THREADS": str(threads)}, ranks=ranks)
+        return [bound for _, bound, _ in shares(plan)], len(plan.warnings)
+
+    assert placed(4) == (["0-3"], 0)
+    assert placed(5) == placed(8) == ([""], 0)
+    assert placed(9) == ([""], 1)
+    assert placed(2, 2) == (["0-1", "2-3"], 0)
+    assert placed(4, 2) == (["0-1,4-5", "2-3,6-7"], 0)
+    assert placed(5, 2) == (["0-1,4-5", "2-3,6-7"], 1)
+    assert placed(1, 2, uneven) == (["1-7", "8"], 0)
+    assert placed(4, 2, uneven) == (["", ""], 0)  # bound, one rank would have four threads on a processor
+    assert "rank 1 would have 4 threads on 1 processor" in reason(place(uneven, {"OMP_NUM_THREADS": "4"}, ranks=2), "binding")
+    assert "more threads than cores" in reason(place(four, {"OMP_NUM_THREADS": "8"}), "binding")
+
+
+@pytest.mark.parametrize("said", ["abc", "0", "-2", "4x", ","])
+def test_a_number_of_threads_that_is_none_is_said_and_replaced(tmp_path: Path, said: str) -> None:
+    plan = place(facts("four cores with hyperthreads", tmp_path), {"OMP_NUM_THREADS": said})
+    assert plan.shares[0].environment["OMP_NUM_THREADS"] == value(plan, "threads") == "4"
+    (warning,) = plan.warnings
+    assert warning.startswith(f"OMP_NUM_THREADS is '{said}', which is no number of threads")
+    two = place(facts("macOS", tmp_path / "mac"), {"OMP_NUM_THREADS": said}, ranks=2)
+    assert [dict(share.environment) for share in two.shares] == [{"OMP_NUM_THREADS": "3"}] * 2
 
 
 def test_threads_sleep_where_spinning_takes_time_from_others(tmp_path: Path) -> None:

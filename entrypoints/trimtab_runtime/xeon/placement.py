@@ -5,9 +5,10 @@ Nothing here looks at the machine or changes it: topology.py looks, binding.py c
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from trimtab_runtime.choices import Choice
@@ -56,11 +57,11 @@ def place(facts: Topology, environ: Mapping[str, str], *, ranks: int | Literal["
     """`ranks` and `dtype` are the spec's, `environ` what the user set, which is respected."""
     cores = [[min(group, key=lambda one: one.number) for group in _by_core(cluster)] for cluster in facts.clusters]
     count, chosen = _ranks(facts, cores, ranks)
-    warnings = _bf16(facts, environ, dtype)
+    warnings = _bf16(facts, environ, dtype) + _unreadable(environ)
     choices = [("ranks", chosen)] if count > 1 or len(cores) > 1 or ranks != 1 else []
     if left := _left_alone(facts):
         each = max(1, len(facts.usable) // count)
-        environment = {THREADS: str(each)} if count > 1 and not environ.get(THREADS) else {}
+        environment = {THREADS: str(each)} if count > 1 and _said(environ) is None else {}
         said = f"{left}; each of {count} ranks has {each} threads" if environment else left
         return Plan(
             (Share(None, environment=environment),) * count, (*choices, ("placement", Choice("left as it is", said))), tuple(warnings)
@@ -72,13 +73,13 @@ def place(facts: Topology, environ: Mapping[str, str], *, ranks: int | Literal["
     needed, there = sum(threads), len(facts.usable)
     if needed > there:
         warnings.append(f"{_count(needed, 'thread')} on {_count(there, 'processor')}: they wait for each other. {_fewer(threads)}")
-    elif facts.quota is not None and facts.quota < needed and (environ.get(THREADS) or facts.quota < count):
+    elif facts.quota is not None and facts.quota < needed and (_said(environ) or facts.quota < count):
         warnings.append(
             f"{_count(needed, 'thread')}, and the control group gives {facts.quota:g} processors' worth of time: all stand still together "
             f"when it is used up. {_fewer(threads, 'raise the limit')}"
         )
 
-    bound, bound_why = _binding(facts, environ, parts)
+    bound, bound_why = _binding(facts, environ, parts, threads)
     choices.append(("binding", bound_why))
     memory = [_memory(facts, part) for part in parts]
     if len(facts.nodes) > 1 or any(node.cache_mb for node in facts.nodes):
@@ -89,12 +90,12 @@ def place(facts: Topology, environ: Mapping[str, str], *, ranks: int | Literal["
     waiting, waiting_why = _waiting(facts, environ, needed, there)
     choices += [("waiting_threads", waiting_why), ("instructions", _capability(environ))]
     shares = []
-    for number, part in enumerate(parts):
+    for number in range(count):
         environment = dict(waiting)
-        if not environ.get(THREADS):
+        if _said(environ) is None:
             environment[THREADS] = str(threads[number])
         policy = memory[number] if facts.policy in ("", "default") else None
-        shares.append(Share(threads[number], tuple(sorted(one.number for one in part)) if bound else (), policy, environment))
+        shares.append(Share(threads[number], bound[number], policy, environment))
     return Plan(tuple(shares), tuple(choices), tuple(warnings))
 
 
@@ -148,24 +149,47 @@ def _ranks(facts: Topology, cores: Sequence[Sequence[Processor]], asked: int | L
 
 
 def _parts(cores: Sequence[Sequence[Processor]], count: int) -> list[list[Processor]]:
-    """The cores of each rank: neighbouring clusters together, or a cluster shared out; where there are too few, a core has several."""
-    clusters = len(cores)
-    if count <= clusters:
-        ends = [number * clusters // count for number in range(count + 1)]
-        return [[one for cluster in cores[low:high] for one in cluster] for low, high in pairwise(ends)]
+    """The cores of each rank: neighbouring clusters together, or a cluster shared out; where there are too few, a core has several.
+
+    In proportion to the clusters' cores, of which a cpuset may leave few in one.
+    """
+    sizes = [len(cluster) for cluster in cores]
+    if count <= len(cores):
+        before = [0, *accumulate(sizes)]  # cores before each cluster
+        ends = [0]
+        for number in range(1, count):
+            low, high = ends[-1] + 1, len(cores) - (count - number)  # every rank has a cluster
+            ends.append(min(max(low, bisect_right(before, before[-1] * number // count) - 1), high))
+        return [[one for cluster in cores[low:high] for one in cluster] for low, high in pairwise([*ends, len(cores)])]
+    ranks = [1] * len(cores)
+    for _ in range(count - len(cores)):  # the next one where there are most cores for each
+        ranks[max(range(len(cores)), key=lambda at: sizes[at] / ranks[at])] += 1
     parts: list[list[Processor]] = []
-    for number, cluster in enumerate(cores):
-        here = count // clusters + (number < count % clusters)
+    for cluster, here in zip(cores, ranks, strict=True):
         ends = [part * len(cluster) // here for part in range(here + 1)]
         parts += [list(cluster[low : max(high, low + 1)]) for low, high in pairwise(ends)]
     return parts
 
 
+def _said(environ: Mapping[str, str]) -> int | None:
+    """How many threads the user set; None: nothing that OpenMP would take."""
+    said = environ.get(THREADS, "").partition(",")[0].strip()
+    return int(said) if said.isdigit() and int(said) else None
+
+
+def _unreadable(environ: Mapping[str, str]) -> list[str]:
+    """A warning for a number of threads that is none."""
+    if not environ.get(THREADS) or _said(environ) is not None:
+        return []
+    return [
+        f"{THREADS} is {environ[THREADS]!r}, which is no number of threads, so it does not count. Set it to a whole number, or unset it"
+    ]
+
+
 def _threads(facts: Topology, environ: Mapping[str, str], parts: Sequence[Sequence[Processor]]) -> tuple[list[int], Choice]:
     """How many of each rank."""
-    said = environ.get(THREADS, "").partition(",")[0].strip()
-    if said.isdigit() and int(said):
-        return [int(said)] * len(parts), Choice(said, f"{THREADS} is set{' for each rank' if len(parts) > 1 else ''}")
+    if said := _said(environ):
+        return [said] * len(parts), Choice(str(said), f"{THREADS} is set{' for each rank' if len(parts) > 1 else ''}")
     found = [len(part) for part in parts]
     cores = sum(found)
     why = f"one for each of {_count(cores, 'core')}"
@@ -185,23 +209,46 @@ def _threads(facts: Topology, environ: Mapping[str, str], parts: Sequence[Sequen
     return found, Choice(value, why + (", shared out to the ranks" if len(parts) > 1 else ""))
 
 
-def _binding(facts: Topology, environ: Mapping[str, str], parts: Sequence[Sequence[Processor]]) -> tuple[bool, Choice]:
-    """Whether ranks are bound to their cores; within a rank threads are not pinned one by one."""
+def _binding(
+    facts: Topology, environ: Mapping[str, str], parts: Sequence[Sequence[Processor]], threads: Sequence[int]
+) -> tuple[list[tuple[int, ...]], Choice]:
+    """The processors that each rank is bound to, none where it is not; within a rank threads are not pinned one by one.
+
+    The first hyperthread of each core, and all of a rank's cores where it has more threads than cores.
+    """
+    free: list[tuple[int, ...]] = [()] * len(parts)
     if found := [name for name in PINNING if environ.get(name)]:
-        return False, Choice("left as it is", f"{', '.join(found)} {'is' if len(found) == 1 else 'are'} set")
+        return free, Choice("left as it is", f"{', '.join(found)} {'is' if len(found) == 1 else 'are'} set")
+    bound = [_first_or_all(facts, part, wanted) for part, wanted in zip(parts, threads, strict=True)]
+    doubled = "; there are more threads than cores, so hyperthreads of a core have one each" if _doubled(parts, bound) else ""
     if len(parts) > 1:
         taken = [one.number for part in parts for one in part]
         if len(taken) != len(set(taken)):
-            return False, Choice("none", f"{_count(len(parts), 'rank')} and {_count(len(set(taken)), 'core')}")
-        return True, Choice("each rank to its cores", "then its memory stays near, and no rank takes another's cores")
-    (part,) = parts
-    if len(part) == len(facts.usable):
-        return False, Choice("none", "there is nothing to choose among: a thread for each processor")
+            return free, Choice("none", f"{_count(len(parts), 'rank')} and {_count(len(set(taken)), 'core')}")
+        tight = next((number for number, here in enumerate(bound) if threads[number] > len(here)), None)
+        if tight is not None and sum(threads) <= len(facts.usable):
+            said = f"rank {tight} would have {_count(threads[tight], 'thread')} on {_count(len(bound[tight]), 'processor')}"
+            return free, Choice("none", f"{said}, and there are enough for all")
+        return bound, Choice("each rank to its cores", f"then its memory stays near, and no rank takes another's cores{doubled}")
+    (part,), (here,) = parts, bound
+    if len(here) == len(facts.usable):
+        said = "there is nothing to choose among: a thread for each processor" if threads[0] == len(here) else "all of them are used"
+        return free, Choice("none", said + doubled)
     if facts.quota is not None and facts.quota < len(part):
-        return False, Choice("none", "with a share of time others compute on the same processors, and the kernel finds those that are free")
-    return True, Choice(
-        f"processors {as_list(one.number for one in part)}", "the first hyperthread of each core, so that no two threads share one"
-    )
+        return free, Choice("none", "with a share of time others compute on the same processors, and the kernel finds those that are free")
+    return bound, Choice(f"processors {as_list(here)}", "the first hyperthread of each core, so that no two threads share one")
+
+
+def _first_or_all(facts: Topology, part: Sequence[Processor], threads: int) -> tuple[int, ...]:
+    """The processors of these cores for so many threads."""
+    if threads <= len(part):
+        return tuple(sorted(one.number for one in part))
+    cores = {(one.socket, one.core) for one in part}
+    return tuple(one.number for one in sorted(facts.usable, key=lambda one: one.number) if (one.socket, one.core) in cores)
+
+
+def _doubled(parts: Sequence[Sequence[Processor]], bound: Sequence[tuple[int, ...]]) -> bool:
+    return any(len(here) > len(part) for part, here in zip(parts, bound, strict=True))
 
 
 def _homes(facts: Topology, part: Sequence[Processor]) -> list[int]:

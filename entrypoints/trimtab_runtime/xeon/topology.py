@@ -69,9 +69,12 @@ class Topology:
 
     @property
     def clusters(self) -> tuple[tuple[Processor, ...], ...]:
-        """The usable processors by socket and memory node: sockets, or sub-NUMA clusters where the firmware makes several of one."""
-        places = sorted({(one.socket, one.node) for one in self.usable})
-        return tuple(tuple(one for one in self.usable if (one.socket, one.node) == place) for place in places)
+        """The usable processors by memory node: sockets, or sub-NUMA clusters where the firmware makes several of one.
+
+        By socket where no node is known. Where one is, sockets say nothing: a virtual machine may show each processor as one.
+        """
+        places = sorted({one.node if self.nodes else one.socket for one in self.usable})
+        return tuple(tuple(one for one in self.usable if (one.node if self.nodes else one.socket) == place) for place in places)
 
     def node(self, number: int) -> Node | None:
         return next((node for node in self.nodes if node.number == number), None)

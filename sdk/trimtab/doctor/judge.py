@@ -36,7 +36,7 @@ def judge(facts: Facts) -> list[Finding]:
         python(facts.python, facts.trimtab),
         *packages(facts.packages),
         cpu(facts.cpu),
-        kernels(facts.packages.get(KERNELS)),
+        kernels(facts.packages.get(KERNELS), facts.cpu),
         cores(facts.cpu),
         memory(facts.memory),
         *(disk(place) for place in facts.disks),
@@ -89,10 +89,14 @@ def cpu(found: Cpu) -> Finding:
     return Finding("cpu", "warning", f"{name}: not even avx2, so training will be very slow", "use a machine with AVX-512 or AMX")
 
 
-def kernels(version: str | None) -> Finding:
+def kernels(version: str | None, found: Cpu) -> Finding:
     """The compiled part of training on a Xeon; images for Xeons are built with what is installed here."""
     if version is not None:
         return Finding("kernels", "ok", f"{KERNELS} {version}: compiled kernels for training on the CPU, here and in the Xeon image")
+    if not any(flag.startswith("avx") for flag in found.flags):  # Arm, macOS: nothing could build it
+        return Finding(
+            "kernels", "ok", f"{KERNELS} is for x86-64 with AVX under Linux; plain torch computes here, and in images built here"
+        )
     said = f"{KERNELS} is not installed, so plain torch computes in its place on the CPU, slower, here and in the Xeon image"
     return Finding("kernels", "warning", said, "make setup   in a checkout builds it, where there is a C++ compiler")
 
