@@ -31,6 +31,7 @@ from trimtab_runtime.shards import tensors_in
 _PATTERN = "step-*"
 _STATE, _PARAMETERS, _MOMENTS = "state.json", "parameters.safetensors", "optimizer.safetensors"
 _FILES = (_STATE, _PARAMETERS, _MOMENTS)
+_COUNTS = {"nodes": "--nodes", "ranks": "--ranks"}  # facts that count who takes part, one where they are absent, and their options
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,8 @@ def load(
     """Put a checkpoint back and return where it stood. Raises SpecError when it belongs to another job."""
     state = json.loads(bytes(files[_STATE]))
     changed = [fact for fact in {**state["facts"], **facts} if state["facts"].get(fact) != facts.get(fact)]
+    if changed and set(changed) <= set(_COUNTS):
+        raise SpecError(_another_count(state["step"], {count: (state["facts"].get(count, 1), facts.get(count, 1)) for count in changed}))
     if changed:
         raise SpecError(
             f"{name(state['step'])} was written by another job ({', '.join(changed)} differs): start a new run, or repeat the old options"
@@ -172,6 +175,17 @@ def load(
         optimizer.state[parameter][moment] = value.to(parameter.device, copy=True)
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
     return Position(state["step"], state["facts"], tuple(state["losses"]), state.get("seconds", 0.0))
+
+
+def _another_count(step: int, counts: Mapping[str, tuple[int, int]]) -> str:
+    """What to say where as many do not take part now (second) as when the checkpoint was written (first)."""
+    were = ", ".join(f"{_COUNTS[count]} {was}" for count, (was, _) in counts.items())
+    here = ", ".join(f"{_COUNTS[count]} {now}" for count, (_, now) in counts.items())
+    auto = " (--ranks auto counts the clusters of cores of the machine that it runs on)" if "ranks" in counts else ""
+    return (
+        f"{name(step)} was written with {were}, and this run has {here}, on which a step's rows depend: go on with {were}{auto}, "
+        "or start a new run"
+    )
 
 
 def _problem(checkpoint: Path, *, contents: bool = True) -> str | None:

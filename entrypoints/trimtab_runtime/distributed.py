@@ -221,6 +221,8 @@ def join(place: Place, say: Callable[[str], None], *, meeting: float = MEETING) 
             store.set_timeout(patience)
         else:
             store = dist.TCPStore(place.hosts[0], place.port, place.world, place.rank == 0, timeout=patience, wait_for_workers=False)
+        if not together:
+            store.set(f"ranks/{place.host}", str(place.ranks))
         store.set(f"here/{place.rank}", "")
     except RuntimeError as exc:
         if together:
@@ -229,6 +231,8 @@ def join(place: Place, say: Callable[[str], None], *, meeting: float = MEETING) 
             raise HostLost(f"port {place.port} cannot be opened ({exc}): set MASTER_PORT to another one, the same on all hosts") from exc
         raise HostLost(f"{place.hosts[0]} {remedy}") from exc
     try:
+        if not together:
+            _refuse_uneven(place, store, patience)
         store.wait([f"here/{rank}" for rank in range(place.world)], patience)
         wanted = LOOPBACK if together else (place.interface,)
         if found := [name for _, name in socket.if_nameindex() if name in wanted]:
@@ -239,6 +243,23 @@ def join(place: Place, say: Callable[[str], None], *, meeting: float = MEETING) 
         absent = [member for rank, member in enumerate(place.members) if not _came(store, rank)]
         raise HostLost(f"{', '.join(absent) or 'a host'} {remedy}") from exc
     return Team(place, store, {} if together else _addresses(place.hosts))
+
+
+def _refuse_uneven(place: Place, store: dist.Store, patience: timedelta) -> None:
+    """Raise HostLost on all where hosts have different numbers of ranks: their ranks' numbers would collide."""
+    store.wait([f"ranks/{host}" for host in place.hosts], patience)
+    counts = {host: int(store.get(f"ranks/{host}")) for host in place.hosts}
+    if len(set(counts.values())) == 1:
+        return
+    with contextlib.suppress(RuntimeError):  # the first one, with which the store goes, ends after the others
+        store.set(f"heard/{place.host}/{place.number}", "")
+        if place.rank == 0:
+            store.wait([f"heard/{host}/{number}" for host, count in counts.items() for number in range(count)], timedelta(seconds=PARTING))
+    said = ", ".join(f"{host} {count}" for host, count in counts.items())
+    raise HostLost(
+        f"the hosts have different numbers of ranks: {said}. Each must have as many: take --ranks {min(counts.values())}, for --ranks auto "
+        "counts each machine's own clusters of cores"
+    )
 
 
 def lost_host(others: Sequence[str], addresses: Mapping[str, str], problem: str) -> str:

@@ -79,7 +79,7 @@ def test_a_stop_asked_of_one_machine_stops_both_after_the_same_step(
 
     if asked:  # once is enough for what follows
         return
-    with pytest.raises(SpecError, match=rf"step-0*{saved.step} was written by another job \(nodes differs\): start a new run"):
+    with pytest.raises(SpecError, match=rf"step-0*{saved.step} was written with --nodes 2, and this run has --nodes 1"):
         train_here(JobDir(shutil.copytree(first.root, tmp_path / "alone", symlinks=True)))
     said = train_both(jobs)
     assert all(f"going on after step {saved.step}" in text for text in said)
@@ -96,7 +96,7 @@ def test_a_checkpoint_of_one_machine_is_not_gone_on_with_by_two(tmp_path: Path, 
     train_both(jobs, expect=(1, 1))
     reason = jobs[0].cause()
     assert reason == jobs[1].cause()
-    assert "step-00000002 was written by another job (nodes differs): start a new run, or repeat the old options" in reason
+    assert "step-00000002 was written with --nodes 1, and this run has --nodes 2" in reason
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -212,6 +213,28 @@ def test_one_of_another_job_is_refused_and_changes_nothing(tmp_path: Path) -> No
     with pytest.raises(SpecError, match=r"another job \(spec differs\): start a new run"):
         checkpoint.load(checkpoint.read(path), {**FACTS, "spec": "xyz"}, training.parameters, training.optimizer)
     assert equal(training.tensors(), before)
+
+
+@pytest.mark.parametrize(
+    ("stored", "here", "said"),
+    [
+        (
+            {"ranks": 4},
+            {},
+            r"with --ranks 4, and this run has --ranks 1, .*: go on with --ranks 4 \(--ranks auto counts .*or start a new run$",
+        ),
+        ({}, {"nodes": 2}, "with --nodes 1, and this run has --nodes 2, .*: go on with --nodes 1, or start a new run$"),
+        ({"nodes": 2, "ranks": 4}, {"nodes": 3, "ranks": 4}, "with --nodes 2, and this run has --nodes 3,"),
+        ({"ranks": 2}, {"ranks": 4, "spec": "xyz"}, r"another job \(spec, ranks differs\)"),
+    ],
+)
+def test_another_number_of_ranks_or_nodes_is_named(tmp_path: Path, stored: dict[str, int], here: dict[str, Any], said: str) -> None:
+    training = Training()
+    training.step()
+    position = checkpoint.Position(1, {**FACTS, **stored}, (1.0,))
+    path = checkpoint.save(tmp_path, position, training.parameters, training.optimizer, keep=1)
+    with pytest.raises(SpecError, match=said):
+        checkpoint.load(checkpoint.read(path), {**FACTS, **here}, training.parameters, training.optimizer)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,27 @@ def test_a_host_that_does_not_come_is_named(host: str, absent: str) -> None:
     with pytest.raises(HostLost, match=rf"^{absent} did not come within 0\.5 s: see its own log\. Every host must reach 127\.0\.0\.1:"):
         join(place, lambda line: None, meeting=0.5)
     assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
+@pytest.mark.usefixtures("quiet")
+def test_hosts_with_different_numbers_of_ranks_are_told_at_once() -> None:
+    hosts, port = ("127.0.0.1", "127.0.0.2"), free_port()
+    places = [Place("127.0.0.1", hosts, "lo", port, 2, number) for number in range(2)] + [Place("127.0.0.2", hosts, "lo", port, 1)]
+
+    def reason(place: Place) -> str:
+        with pytest.raises(HostLost) as refused:
+            join(place, lambda line: None, meeting=30)
+        return str(refused.value)
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(3) as pool:
+        said = set(pool.map(reason, places))
+    assert said == {
+        "the hosts have different numbers of ranks: 127.0.0.1 2, 127.0.0.2 1. Each must have as many: take --ranks 1, for --ranks auto "
+        "counts each machine's own clusters of cores"
+    }
+    assert time.monotonic() - began < 15
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.usefixtures("quiet")
