@@ -82,6 +82,25 @@ def expected_memory(
     return Choice(f"about {found.total:,} MB{each}", f"estimated: {found}")
 
 
+def short_of_memory(
+    spec: TrainSpec, config: Mapping[str, Any], dtype: str, manifest: Mapping[str, Any], memory_mb: int | None, ranks: int, again: int = 0
+) -> Choice | None:
+    """A warning where several ranks of a machine are expected to take more than there is: `memory_mb` for each. None where they fit, or
+    where nobody knows."""
+    model = ModelFacts.from_config(config)
+    if model is None or memory_mb is None or ranks < 2:
+        return None
+    each = peak_memory(spec, model, dtype, RowFacts.from_manifest(manifest), "cpu", again).total
+    if each <= memory_mb:
+        return None
+    fit = max(1, memory_mb * ranks // each)
+    return Choice(
+        "memory",
+        f"{ranks} ranks of about {each:,} MB take {ranks * each:,} MB, and there are {memory_mb * ranks:,} MB: the run may be killed. "
+        f"Start a new one with --ranks {fit}, or one that needs less",
+    )
+
+
 def recomputed(
     spec: TrainSpec, config: Mapping[str, Any], dtype: str, manifest: Mapping[str, Any], memory_mb: int | None
 ) -> tuple[int, Choice | None]:

@@ -33,6 +33,7 @@ from trimtab_runtime.choices import (
     recomputed,
     saved_dtype,
     schedule,
+    short_of_memory,
 )
 from trimtab_runtime.distributed import ALONE, Team
 from trimtab_runtime.memory import memory_there, peak_memory_mb
@@ -80,14 +81,17 @@ def train(
     flags = cpu_flags() if device.value == "cpu" else gpu_flags()
     precision = pick_dtype(spec.dtype, flags)
     config, ranks = read_config(job.channel("model")), team.place.ranks
-    again, why = (0, None) if device.value != "cpu" else recomputed(spec, config, precision.value, rows.facts, memory_there(ranks))
+    there = memory_there(ranks) if device.value == "cpu" else None
+    again, why = (0, None) if device.value != "cpu" else recomputed(spec, config, precision.value, rows.facts, there)
     memory = expected_memory(spec, config, precision.value, rows.facts, device.value, ranks, again)
     saved_as = saved_dtype(spec) if spec.method == "full" else None
     compiled = kernels.path() if device.value == "cpu" else None
     nf4 = dequantiser(compiled, kept=keep_large_blocks() == KEPT) if compiled is not None and spec.method == "qlora" else None
     of_cpu = (("kernels", compiled), ("nf4", nf4))
+    short = short_of_memory(spec, config, precision.value, rows.facts, there, ranks, again)
     for name, choice in (
-        ("device", device), ("dtype", precision), *of_cpu, ("recompute", why), ("peak_memory", memory), ("saved_dtype", saved_as)
+        ("device", device), ("dtype", precision), *of_cpu, ("recompute", why), ("peak_memory", memory), ("warning", short),
+        ("saved_dtype", saved_as),
     ):  # fmt: skip
         tell(name, choice)
     dtype = getattr(torch, precision.value)

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.errors import SpecError
-from trimtab_runtime.choices import cpu_flags, learning_rate, pick_device, pick_dtype
+from trimtab.estimate import ModelFacts, peak_memory
+from trimtab.spec import TrainSpec
+from trimtab_runtime.choices import cpu_flags, learning_rate, pick_device, pick_dtype, short_of_memory
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -96,3 +98,27 @@ def test_it_is_positive_never_above_the_peak_and_never_rises_after_the_warm_up(
     top = rates.index(max(rates))
     assert rates[: top + 1] == sorted(rates[: top + 1])
     assert rates[top:] == sorted(rates[top:], reverse=True)
+
+
+LLAMA = {
+    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "vocab_size": 512, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def test_ranks_that_take_more_memory_than_there_is_are_warned_of() -> None:
+    spec = TrainSpec(model="m", ranks="auto")
+    model = ModelFacts.from_config(LLAMA)
+    assert model is not None
+    each = peak_memory(spec, model, "float32").total
+
+    def short(memory_mb: int | None, ranks: int = 4) -> str:
+        found = short_of_memory(spec, LLAMA, "float32", {}, memory_mb, ranks)
+        return found.reason if found else ""
+
+    assert short(each) == short(None) == short(each // 2, ranks=1) == ""
+    half = short(each // 2 + 1)
+    assert half.startswith(f"4 ranks of about {each:,} MB take {4 * each:,} MB, and there are {4 * (each // 2 + 1):,} MB")
+    assert "--ranks 2," in half
+    assert "--ranks 1," in short(each // 8)
+    assert short_of_memory(spec, {"model_type": "unknown"}, "float32", {}, 1, 4) is None
