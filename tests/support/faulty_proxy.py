@@ -73,6 +73,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     wait: float = 0.0  # seconds before anything else
+    gate: threading.Event | None = None  # what is waited for before anything else, a minute at most
     cut_request: int | None = None  # bytes of the request's body that are read before the connection ends
     cut_answer: int | None = None  # bytes of the service's answer that are passed on before it ends
 
@@ -128,6 +129,11 @@ def hang(seconds: float) -> Fault:
 def late(seconds: float) -> Fault:
     """The service's own answer, later."""
     return Fault(wait=seconds)
+
+
+def held_until(gate: threading.Event) -> Fault:
+    """The service's own answer, once something else has happened."""
+    return Fault(gate=gate)
 
 
 def cut_request(after: int = 0) -> Fault:
@@ -272,6 +278,8 @@ class _Handler(BaseHTTPRequestHandler):
         seen = Seen(self.command, split.path, parse_qs(split.query, keep_blank_values=True), headers)
         fault = self.owner.note(seen) or Fault()
         try:
+            if fault.gate is not None:
+                fault.gate.wait(60)
             if fault.wait and self.owner.ending.wait(fault.wait):
                 self._cut()
                 return
