@@ -19,6 +19,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -60,18 +61,22 @@ def torch_folder() -> Path:
     return Path(found.origin).parent
 
 
-def compiler() -> str:
-    """The C++ compiler: $CXX, or the first there is. Raises CannotBuild where there is none, or for another machine."""
+def compiler() -> list[str]:
+    """The C++ compiler's command: $CXX, or the first there is. Raises CannotBuild where none links, or for another machine."""
     if os.uname().machine != "x86_64" or sys.platform != "linux":
         raise CannotBuild(f"the kernels are for Linux on x86-64 and this is {sys.platform} on {os.uname().machine}")
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    found = [path for name in names if (path := shutil.which(name))]
-    if not found:
+    commands = [shlex.split(name) for name in names]  # such as CXX="ccache g++"
+    found = next((command for command in commands if command and shutil.which(command[0])), None)
+    if found is None:
         raise CannotBuild(f"there is no C++ compiler ({', '.join(names)}): install one (Debian: apt-get install g++), or name it in CXX")
-    check = subprocess.run([found[0], *FLAGS, "-xc++", "-fsyntax-only", os.devnull], capture_output=True, text=True, check=False)
+    check = subprocess.run([*found, *FLAGS, "-xc++", "-fsyntax-only", os.devnull], capture_output=True, text=True, check=False)
     if check.returncode:
         raise CannotBuild(f"{found[0]} is too old ({check.stderr.strip()}): install g++ 11 or later, or name one in CXX")
-    return found[0]
+    check = subprocess.run([*found, "-xc++", os.devnull, *LINK, "-o", os.devnull], capture_output=True, text=True, check=False)
+    if check.returncode:
+        raise CannotBuild(f"{found[0]} does not link ({check.stderr.strip()}): install its static C++ library (Fedora: libstdc++-static)")
+    return found
 
 
 def run(command: list[str]) -> None:
@@ -88,7 +93,7 @@ def compile_library() -> Path:
     cxx, torch = compiler(), torch_folder()
     BUILD.mkdir(exist_ok=True)
     known = hashlib.sha256()
-    known.update(subprocess.run([cxx, "--version"], capture_output=True, check=True).stdout)
+    known.update(subprocess.run([*cxx, "--version"], capture_output=True, check=True).stdout)
     known.update(repr((FLAGS, LINK)).encode() + (torch / "version.py").read_bytes())
     for header in sorted((HERE / "src").glob("*.h")):
         known.update(header.read_bytes())
@@ -106,7 +111,7 @@ def compile_library() -> Path:
     def one(pair: tuple[Path, Path]) -> None:
         source, compiled = pair
         aside = compiled.with_suffix(f".{os.getpid()}.tmp")
-        run([cxx, *FLAGS, f"-ffile-prefix-map={HERE}=trimtab_xeon", *includes, "-c", str(source), "-o", str(aside)])
+        run([*cxx, *FLAGS, f"-ffile-prefix-map={HERE}=trimtab_xeon", *includes, "-c", str(source), "-o", str(aside)])
         for older in BUILD.glob(f"{source.stem}-*.o"):
             older.unlink()
         aside.rename(compiled)
@@ -114,13 +119,16 @@ def compile_library() -> Path:
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(one, wanted))
     library = BUILD / "kernels.so"
-    run([cxx, *(str(path) for path in objects), *LINK, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(library)])
+    run([*cxx, *(str(path) for path in objects), *LINK, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(library)])
     return library
 
 
 def platform_of(library: Path) -> str:
     """The wheel's platform, by the newest glibc of whose symbols the library uses any (PEP 600)."""
-    table = subprocess.run(["objdump", "-T", str(library)], capture_output=True, text=True, check=True).stdout
+    try:
+        table = subprocess.run(["objdump", "-T", str(library)], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as exc:
+        raise CannotBuild(f"objdump did not read the library ({exc}): install binutils") from exc
     versions = [int(minor) for minor in re.findall(r"GLIBC_2\.(\d+)", table)]
     return f"manylinux_2_{max([17, *versions])}_x86_64"
 
