@@ -13,7 +13,8 @@ import time
 
 import pytest
 
-from support.faulty_proxy import FaultyProxy, cut_answer, hang, late, lost_answer, refused_json
+from support.faults import cut_answer, hang, late, lost_answer, refused_json
+from support.faulty_proxy import FaultyProxy
 from support.hosting import ROLE, handle, until
 from trimtab.aws import endpoint_life, guardian
 from trimtab.deployers.sagemaker import SageMakerDeployer

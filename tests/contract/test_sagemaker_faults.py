@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from contract.backend_contract import PATIENCE, finish
-from support.faulty_proxy import FaultyProxy, cut_answer, lost_answer
+from support.faults import cut_answer, lost_answer
+from support.faulty_proxy import FaultyProxy
 from support.sagemaker_runs import REGISTRY, ROLE, until_step
 from trimtab.aws import session
 from trimtab.aws.submission import Submission

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from support.faulty_proxy import Fault, FaultyProxy, cut_answer, cut_request, hang, lost_answer, refused_json
+from support.faults import Fault, cut_answer, cut_request, hang, lost_answer, refused_json
+from support.faulty_proxy import FaultyProxy
 from support.log_groups import JOB, NOW, client_at
 from trimtab.aws import logs
 from trimtab.aws.logs import LogLine, LogReader, next_wait

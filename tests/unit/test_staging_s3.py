@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from support.bucket_of_files import ACCOUNT, MIB, Staging, staging
-from support.faulty_proxy import late
+from support.faults import late
 from trimtab.aws import bucket as bucket_module
 from trimtab.aws import upload as upload_module
 from trimtab.aws.channels import BUNDLE, PlannedChannel, plan_channel

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from support.bucket_of_files import MIB, Staging, staging
-from support.faulty_proxy import (
+from support.faults import (
     Fault,
     access_denied,
     cut_answer,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.bucket_of_files import Staging, staging
-from support.faulty_proxy import lost_answer, refused, slow_down
+from support.faults import lost_answer, refused, slow_down
 from trimtab.aws import records
 from trimtab.errors import BackendError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.bucket_of_files import ACCOUNT, REGION, Staging, staging
-from support.faulty_proxy import access_denied
+from support.faults import access_denied
 from support.job_tree import FAST
 from support.tiny_weights import ignore, quietly
 from trimtab.aws.session import Aws
