@@ -15,22 +15,16 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from support.job_tree import losses, make_job, run, start, train_here
-from support.two_nodes import HOSTS, free_port, tree
+from support.job_tree import losses, run, start, train_here
+from support.two_nodes import HOSTS, five_rows, free_port, tree
 from trimtab.errors import SpecError
 from trimtab.events import Checkpoint, Choice, Finished, Step, read
 from trimtab.layout import JobDir
 
-FIVE = {f"Page {number}": f"The {word} of the harbour is {number} years old and painted {word}." for number, word in enumerate(
-    ("green", "white", "grey", "brown", "black"))}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> JobDir:
-    """Five rows, so that the last step of an epoch leaves one rank without any."""
-    job = make_job(tmp_path_factory.mktemp("prepared") / "job", tiny_model, FIVE, max_seq_len=56, views=("document",))
-    run(job, "prepare")
-    return job
+    return five_rows(tmp_path_factory.mktemp("prepared") / "job", tiny_model)
 
 
 @pytest.fixture

@@ -13,23 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.job_tree import losses, make_job, run, start, train_here
-from support.two_nodes import HOSTS, begin, end, free_port, pair, train_both, tree, until_step
+from support.job_tree import losses, start, train_here
+from support.two_nodes import HOSTS, begin, end, five_rows, free_port, pair, train_both, tree, until_step
 from trimtab.errors import SpecError
 from trimtab.events import Checkpoint, Finished, Step, read
 from trimtab.layout import JobDir
 
-FIVE = {f"Page {number}": f"The {word} of the harbour is {number} years old and painted {word}." for number, word in enumerate(
-    ("green", "white", "grey", "brown", "black"))}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> JobDir:
-    """Five rows, so that the last step of an epoch leaves one machine without any."""
-    job = make_job(tmp_path_factory.mktemp("prepared") / "job", tiny_model, FIVE, max_seq_len=56, views=("document",))
-    run(job, "prepare")
-    assert json.loads((job.channel("train") / "ledger.json").read_text())["rounds"] == [5]
-    return job
+    return five_rows(tmp_path_factory.mktemp("prepared") / "job", tiny_model)
 
 
 def test_two_machines_learn_what_one_learns_with_twice_the_rows(tmp_path: Path, prepared: JobDir) -> None:

@@ -14,13 +14,25 @@ import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from support.job_tree import losses
+from support.job_tree import losses, make_job, run
 from trimtab.layout import JobDir
 
 HOSTS = ["127.0.0.1", "127.0.0.2"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["trimtab_runtime.recipe", "transformers.models.llama.modeling_llama"])
+
+
+FIVE = {f"Page {number}": f"The {word} of the harbour is {number} years old and painted {word}." for number, word in enumerate(
+    ("green", "white", "grey", "brown", "black"))}  # fmt: skip
+
+
+def five_rows(root: Path, model: Path) -> JobDir:
+    """Five prepared rows, so that the last step of an epoch leaves one of two without any."""
+    job = make_job(root, model, FIVE, max_seq_len=56, views=("document",))
+    run(job, "prepare")
+    assert json.loads((job.channel("train") / "ledger.json").read_text())["rounds"] == [5]
+    return job
 
 
 def tree(root: Path, prepared: JobDir, **options: object) -> JobDir:
