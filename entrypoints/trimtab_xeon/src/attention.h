@@ -167,10 +167,12 @@ struct Task {
 };
 
 // A sample's columns are split where whole samples and heads would leave threads idle: each part lays out its keys anew.
+// Four tasks for each thread balance few threads best; many get one each, for the backward pass keeps sums for every part of a sample.
 inline std::vector<Task> tasks_of(const Call& call, const std::vector<Sample>& samples) {
+  const double threads = torch::stable::get_num_threads();
   double all = 0;
   for (const Sample& sample : samples) all += static_cast<double>(sample.length) * static_cast<double>(sample.length);
-  const double most = all * static_cast<double>(call.keys_heads) / (4.0 * torch::stable::get_num_threads());
+  const double most = all * static_cast<double>(call.keys_heads) / (threads * std::clamp(16 / threads, 1.0, 4.0));
   std::vector<Task> tasks;
   for (size_t i = 0; i < samples.size(); ++i) {
     const int64_t columns = samples[i].length * call.repeat, blocks = (columns + kColumns - 1) / kColumns;
