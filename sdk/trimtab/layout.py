@@ -69,6 +69,11 @@ class JobDir:
         return self.root / "scratch"
 
     @property
+    def nf4(self) -> Path:
+        """Where a container of this machine has the folder of quantised bases; SageMaker has none, and its runs keep none."""
+        return self.root / "nf4"
+
+    @property
     def checkpoints(self) -> Path:
         """Synced both ways with S3 on SageMaker, so that a spot job finds them again."""
         return self.root / "checkpoints"

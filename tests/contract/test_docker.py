@@ -15,7 +15,7 @@ import pytest
 from docker import DockerClient
 
 from contract.backend_contract import PATIENCE, BackendContract, finish, until
-from support.script_runs import ANY_JOB, MINE, SCRIPT_IMAGE, containers_of, printed
+from support.script_runs import ANY_JOB, MINE, SCRIPT_IMAGE, containers_of, derived, printed
 from trimtab.backends import docker
 from trimtab.backends.base import Listable, Preflight, Removable, Reporting, Resumable, RunState
 from trimtab.backends.docker import DockerBackend
@@ -24,6 +24,9 @@ from trimtab.backends.process import ProcessBackend
 from trimtab.errors import BackendError, RunFailed, RunNotFound
 from trimtab.events import Choice
 from trimtab.run import Run
+from trimtab.spec import TrainSpec
+
+LORA = TrainSpec(model="smollm2-135m-instruct", method="lora")
 
 pytestmark = pytest.mark.usefixtures("volumes_before")
 
@@ -62,6 +65,26 @@ class TestDocker(BackendContract):
         more = re.search(rf"trimtab resume {run.handle} --backend-option (\w+)=(\w+)$", caught.value.reason)
         again = Run.attach(run.handle, home=backend.home, **{more[1]: more[2]})
         assert again.resume().wait(PATIENCE).state is RunState.SUCCEEDED
+
+    def test_a_second_run_reads_the_base_that_the_first_has_put_into_nf4(self, backend, client, job, staged, tmp_path, monkeypatch):
+        monkeypatch.setenv("TRIMTAB_NF4_CACHE", str(tmp_path / "größer" / "nf4"))
+        train = staged.train.model_copy(update={"method": "qlora", "max_steps": 1})
+        file = "$(python3 -c 'from trimtab_runtime import nf4_cache; print(nf4_cache.__file__)')"
+        lowered = f"f={file}; sed -i 's/^PAYS_FROM = 1 << 28/PAYS_FROM = 0/' $f; rm -f $(dirname $f)/__pycache__/nf4_*"
+        tag = derived(client, f"{MINE}nf4:latest", f"FROM {backend.image}", f"RUN {lowered}")  # else a tiny model is not kept
+        try:
+            place, found, entries = DockerBackend(backend.home, image=tag, client=client), [], []
+            for _ in range(2):
+                run = Run(place.submit(job.model_copy(update={"train": train}), staged.channels), place)
+                run.wait(PATIENCE)
+                found.append(("base in NF4 from /opt/ml/nf4/nf4-" in "\n".join(run.logs()), run.artifact()))
+                entries.append({path.name: path.stat().st_ino for path in (tmp_path / "größer" / "nf4").iterdir()})
+        finally:
+            client.images.remove(tag)
+        assert [read for read, _ in found] == [False, True]
+        assert found[0][1] == found[1][1]
+        assert entries[0] == entries[1]
+        assert sorted(name.partition("-")[0] for name in entries[0]) == ["lost", "nf4"]
 
 
 # of Python 3.12, to a fork where clients have threads. A new program it cannot be: interpreter and checkout may lie in folders of
@@ -144,6 +167,37 @@ def test_a_container_has_no_powers_and_sees_only_what_it_was_given(run_script):
         "weights",
     ]
     assert (backend.home / "runs" / handle.id / "model" / "here").stat().st_uid == os.getuid()
+
+
+@pytest.mark.parametrize("asked", [None, "theirs", ""])
+def test_quantised_bases_stay_where_the_caller_wants_them_and_are_the_callers(run_script, client, monkeypatch, tmp_path, asked):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TRIMTAB_NF4_CACHE", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("TRIMTAB_NF4_CACHE", asked)
+    backend, handle = run_script("echo ${TRIMTAB_NF4_CACHE:-none}; ls /opt/ml; echo kept >> $TRIMTAB_NF4_CACHE/entry")
+    finish(backend, handle)
+    here = tmp_path / (asked or "cache/nf4")
+    there = ["checkpoints", "input", "model", *(["nf4"] if asked != "" else []), "output"]
+    assert printed(backend, handle)[: 1 + len(there)] == ["none" if asked == "" else "/opt/ml/nf4", *there]
+    if asked == "":
+        assert not (tmp_path / "cache").exists()
+        return
+    assert (here / "entry").stat().st_uid == os.getuid()
+    shutil.rmtree(here)  # as whoever needs room would
+    backend.resume(handle)
+    finish(backend, handle)
+    assert (here / "entry").read_text() == "kept\n"
+
+
+@pytest.mark.parametrize("job", [ANY_JOB.model_copy(update={"device": "gpu"}), ANY_JOB.model_copy(update={"train": LORA})])
+def test_no_quantised_bases_for_a_job_that_has_no_use_for_them(job, client, channels, script_image, tmp_path, monkeypatch):
+    backend = DockerBackend(tmp_path / "home", image=script_image, client=client)
+    monkeypatch.setattr(backend, "_image", lambda device: backend.own_image("xeon", "train"))  # this one computes on a GPU, too
+    host = backend.render(job, channels, "trim-1")["container"]["HostConfig"]
+    assert "/opt/ml/nf4" not in {mount["Target"] for mount in host["Mounts"]}
+    assert "/opt/ml/nf4" in {mount["Target"] for mount in backend.render(ANY_JOB, channels, "trim-1")["container"]["HostConfig"]["Mounts"]}
 
 
 def test_cpus_memory_and_shared_memory_are_bounded(run_script):

@@ -17,6 +17,7 @@ from trimtab.backends.container import (
     container_body,
     expected_memory,
     has_gpu_runtime,
+    make_nf4,
     mounts,
     needed_memory,
     on_another_machine,
@@ -190,6 +191,29 @@ def test_the_request_asks_for_nothing_that_was_not_asked_for(tmp_path):
     limited = body("xeon", Limits("0-1", 1 << 30, 1 << 20, "mine"), tmp_path)["HostConfig"]
     names = ("CpusetCpus", "Memory", "MemorySwap", "ShmSize", "NetworkMode")
     assert [limited[name] for name in names] == ["0-1", 1 << 30, 1 << 30, 1 << 20, "mine"]
+
+
+def test_the_cache_of_quantised_bases_is_mounted_writable_and_made_when_it_is_not_there(tmp_path):
+    nf4 = tmp_path / "cache" / "nf4"
+    request = container_body(HANDLE, "sha256:1", "xeon", tmp_path / "run", {}, Limits(), {}, nf4)
+    assert "TRIMTAB_NF4_CACHE=/opt/ml/nf4" in request["Env"]
+    [mount] = [mount for mount in request["HostConfig"]["Mounts"] if mount["Source"] == str(nf4)]
+    assert (mount["Target"], mount["ReadOnly"]) == ("/opt/ml/nf4", False)
+    assert not nf4.exists()  # a request makes nothing
+    make_nf4(request)
+    assert list(tmp_path.rglob("*")) == [nf4.parent, nf4]
+    nf4.rmdir()
+    nf4.touch()
+    with pytest.raises(BackendError, match=r"cannot be made \(File exists\): set TRIMTAB_NF4_CACHE to a folder"):
+        make_nf4(request)
+
+
+def test_without_a_cache_of_quantised_bases_nothing_more_is_mounted_and_none_is_named(tmp_path):
+    request = body("xeon", Limits(), tmp_path)
+    assert not [line for line in request["Env"] if "NF4" in line]
+    assert len(request["HostConfig"]["Mounts"]) == 4  # configuration, model, checkpoints, output
+    make_nf4(request)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_gpu_is_asked_for_by_its_device_alone(tmp_path):

@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 from trimtab.backends.base import RunHandle
 from trimtab.backends.run_folder import NEEDS_LESS, Said, again
 from trimtab.command import TUNING, inherited, runtime_environment
-from trimtab.errors import SpecError, StagingError
+from trimtab.errors import BackendError, SpecError, StagingError
 from trimtab.estimate import ModelFacts, dtype_of, peak_memory
 from trimtab.events import Choice
-from trimtab.layout import JobDir
+from trimtab.layout import NF4_CACHE_VARIABLE, JobDir
 from trimtab.spec import TrainSpec
 
 ROOT = Path("/opt/ml")
@@ -124,9 +124,9 @@ def on_another_machine(address: str) -> bool:
     return place.scheme in ("http", "https", "ssh", "tcp") and place.hostname not in ("localhost", "127.0.0.1", "::1")
 
 
-def mounts(folder: Path, channels: Mapping[str, str]) -> list[dict[str, Any]]:
+def mounts(folder: Path, channels: Mapping[str, str], nf4: Path | None = None) -> list[dict[str, Any]]:
     """What of a run's folder is seen under /opt/ml, which itself is a small memory file system: its configuration and the channels
-    read-only, what it writes writable. The client's own files, beside these, are not seen.
+    read-only, what it writes writable, the folder `nf4` of quantised bases too. The client's own files, beside these, are not seen.
 
     A channel that holds links is mounted file by file, each the file that the link means, so that nothing lying beside that is seen.
     Raises StagingError for a link to nowhere.
@@ -135,20 +135,34 @@ def mounts(folder: Path, channels: Mapping[str, str]) -> list[dict[str, Any]]:
     found = [_mount(here.hyperparameters.parent, inside.hyperparameters.parent, read_only=True)]
     for source, place in zip(_written(here), _written(inside), strict=True):
         found.append(_mount(source, place, read_only=False))
+    if nf4 is not None:
+        found.append(_mount(nf4, inside.nf4, read_only=False))
     for name, path in channels.items():
         found += [_mount(source, place, read_only=True) for source, place in _parts(Path(path), inside.channel(name))]
     return found
 
 
 def container_body(
-    handle: RunHandle, image_id: str, device: str, folder: Path, channels: Mapping[str, str], limits: Limits, info: Mapping[str, Any]
+    handle: RunHandle,
+    image_id: str,
+    device: str,
+    folder: Path,
+    channels: Mapping[str, str],
+    limits: Limits,
+    info: Mapping[str, Any],
+    nf4: Path | None = None,
 ) -> dict[str, Any]:
-    """The body of the request. No powers, no network but the one asked for, nothing writable but what a job writes, and /tmp."""
+    """The body of the request. No powers, no network but the one asked for, nothing writable but what a job writes, and /tmp.
+
+    `nf4` is the folder of quantised bases, for a run that has a use for it.
+    """
     user, groups = caller(info)
     uid, gid = user.split(":")
     environment = {**inherited(os.environ, TUNING), **runtime_environment(ROOT, device=device)}
+    if nf4 is not None:
+        environment[NF4_CACHE_VARIABLE] = str(JobDir(ROOT).nf4)
     host: dict[str, Any] = {
-        "Mounts": mounts(folder, channels),
+        "Mounts": mounts(folder, channels, nf4),
         "NetworkMode": "none",
         "ReadonlyRootfs": True,
         # the owner is named, because runc before 1.2 gives a tmpfs the mode that the image's folder has
@@ -171,6 +185,19 @@ def container_body(
         "Labels": {RUN_LABEL: handle.id, FOLDER_LABEL: str(folder), USER_LABEL: str(os.getuid()), VERSION_LABEL: "1"},
         "HostConfig": host,
     }
+
+
+def make_nf4(container: Mapping[str, Any]) -> None:
+    """Make the folder of quantised bases that a container is to have, which may be removed at any time. Raises BackendError."""
+    for mount in container["HostConfig"]["Mounts"]:
+        if mount["Target"] == str(JobDir(ROOT).nf4):
+            try:
+                Path(mount["Source"]).mkdir(parents=True, exist_ok=True)
+            except OSError as exc:
+                raise BackendError(
+                    f"the NF4 cache {mount['Source']} cannot be made ({exc.strerror or exc}): set {NF4_CACHE_VARIABLE} to a folder that "
+                    "can be written, or to nothing, and none is kept"
+                ) from exc
 
 
 def choices(image: str, container: Mapping[str, Any]) -> list[Choice]:

@@ -31,11 +31,13 @@ from trimtab.backends.container import (
     choices,
     container_body,
     expected_memory,
+    make_nf4,
     out_of_memory,
 )
 from trimtab.backends.engine import Found, OnEngine
 from trimtab.backends.life import Ended, Life, read_life, write_life
 from trimtab.backends.run_folder import LocalRuns, again, belongs, read_json, refuse_absent, write_json
+from trimtab.cache import nf4_cache
 from trimtab.errors import BackendError, BackendUnavailable, RunNotFound, StagingError
 from trimtab.events import EventLog
 from trimtab.layout import JobDir
@@ -83,10 +85,11 @@ class DockerBackend(OnEngine, LocalRuns):
         image = self._image(spec.device)
         named = {name: str(path) for name, path in channels.items()}
         info = self.engine.info()
+        nf4 = nf4_cache() if spec.device == "xeon" and spec.train.method == "qlora" else None  # others would neither read nor write it
 
         def body(there: Path) -> dict[str, Any]:
             """What the container of the machine with this folder is asked to be; its labels name the run's."""
-            found = container_body(handle, image.id, spec.device, there, named, self.limits, info)
+            found = container_body(handle, image.id, spec.device, there, named, self.limits, info, nf4)
             return found | {"Labels": found["Labels"] | {FOLDER_LABEL: str(folder)}}
 
         return {
@@ -103,6 +106,7 @@ class DockerBackend(OnEngine, LocalRuns):
         refuse_absent({name: str(path) for name, path in channels.items()})
         request = self.render(spec, channels, handle.id)
         folder = Path(request["folder"])
+        make_nf4(request["container"])
         try:
             with run_folder.new_folder(folder, request):
                 nodes.make_folders(folder, request)
@@ -123,6 +127,7 @@ class DockerBackend(OnEngine, LocalRuns):
         record = read_json(folder / "run.json")
         request = self._anew(record["request"])
         refuse_absent(request["channels"])
+        make_nf4(request["container"])
         for mount in request["container"]["HostConfig"]["Mounts"]:
             if not Path(mount["Source"]).exists():
                 raise StagingError(f"{mount['Source']}, which {handle} reads, is gone: prepare the data again by repeating  trimtab fit")

@@ -24,7 +24,7 @@ from typing import Any
 from trimtab.backends import run_folder
 from trimtab.backends.base import RunHandle, RunState, RunStatus
 from trimtab.backends.run_folder import LocalRuns, read_json, refuse_absent, write_json
-from trimtab.cache import cache_dir
+from trimtab.cache import nf4_cache
 from trimtab.command import INHERITED, inherited, refuse_missing_runtime, runtime_command, runtime_environment
 from trimtab.errors import BackendError, BackendUnavailable
 from trimtab.layout import NF4_CACHE_VARIABLE, ROOT_VARIABLE, JobDir
@@ -67,7 +67,7 @@ class ProcessBackend(LocalRuns):
             "handle": str(RunHandle(self.name, run_id)),
             "folder": str(folder),
             "command": runtime_command(self.python, "train"),
-            "environment": {**runtime_environment(folder, device=spec.device), NF4_CACHE_VARIABLE: _nf4_cache(os.environ)},
+            "environment": {**runtime_environment(folder, device=spec.device), NF4_CACHE_VARIABLE: str(nf4_cache() or "")},
             "inherits": list(INHERITED),
             "channels": {name: str(path) for name, path in channels.items()},
             "hyperparameters": spec.train.to_hyperparameters(),
@@ -142,17 +142,6 @@ class ProcessBackend(LocalRuns):
 
     def _idle(self, folder: Path) -> contextlib.AbstractContextManager[int]:
         return run_folder.lock(folder / "alive.lock", _MOMENT)
-
-
-def _nf4_cache(environ: Mapping[str, str]) -> str:
-    """The caller's own folder of quantised bases, in full, for the run works in another one; else one beside the weights' cache.
-
-    Where the caller has set it to nothing it is nothing: no base is kept.
-    """
-    asked = environ.get(NF4_CACHE_VARIABLE)
-    if asked is None:
-        return str(cache_dir() / "nf4")
-    return str(Path(asked).expanduser().absolute()) if asked else ""
 
 
 def _start(folder: Path, request: Mapping[str, Any], lock: int) -> None:
