@@ -117,7 +117,29 @@ def test_any_number_of_ranks(tmp_path: Path, name: str, ranks: int, processors: 
     assert [line.partition(":")[0] for line in lines(plan)] == [f"rank {number}" for number in range(ranks)]
     assert bool(plan.warnings) == (processors[0] == "")
     uneven = "are not shared out evenly" in reason(plan, "ranks")
-    assert uneven == (len({share.threads for share in plan.shares}) > 1 and name not in ("one socket", "seven cores and one"))
+    assert uneven == (len({share.threads for share in plan.shares}) > 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "said"),
+    [
+        ("two sockets, SNC4", 3, "112 cores are not shared out evenly, ranks have 28 to 42 threads, {}: --ranks 8 would be even"),
+        ("one socket", 3, "32 cores are not shared out evenly, ranks have 10 to 11 threads, {}: --ranks 2 would be even"),
+        (
+            "seven cores and one",
+            3,
+            "8 cores are not shared out evenly, ranks have 1 to 4 threads, {}",
+        ),  # one for each cluster is uneven, too
+    ],
+)
+def test_ranks_that_have_different_numbers_of_cores_hear_how_many_would_not(tmp_path: Path, name: str, ranks: int, said: str) -> None:
+    assert reason(place(facts(name, tmp_path), {}, ranks=ranks), "ranks").endswith(
+        said.format("and each step waits for the smallest share")
+    )
+
+
+def test_ranks_whose_number_of_threads_is_set_have_the_same(tmp_path: Path) -> None:
+    assert "evenly" not in reason(place(facts("two sockets, SNC4", tmp_path), {"OMP_NUM_THREADS": "8"}, ranks=3), "ranks")
 
 
 def test_with_several_clusters_one_rank_says_what_more_would_do(tmp_path: Path) -> None:

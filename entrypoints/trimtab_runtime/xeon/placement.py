@@ -56,7 +56,7 @@ class Plan:
 def place(facts: Topology, environ: Mapping[str, str], *, ranks: int | Literal["auto"] = 1, dtype: str = "auto") -> Plan:
     """`ranks` and `dtype` are the spec's, `environ` what the user set, which is respected."""
     cores = [[min(group, key=lambda one: one.number) for group in _by_core(cluster)] for cluster in facts.clusters]
-    count, chosen = _ranks(facts, cores, ranks)
+    count, chosen = _ranks(facts, environ, cores, ranks)
     warnings = _bf16(facts, environ, dtype) + _unreadable(environ)
     choices = [("ranks", chosen)] if count > 1 or len(cores) > 1 or ranks != 1 else []
     if left := _left_alone(facts):
@@ -126,7 +126,9 @@ def _left_alone(facts: Topology) -> str:
     return ""
 
 
-def _ranks(facts: Topology, cores: Sequence[Sequence[Processor]], asked: int | Literal["auto"]) -> tuple[int, Choice]:
+def _ranks(
+    facts: Topology, environ: Mapping[str, str], cores: Sequence[Sequence[Processor]], asked: int | Literal["auto"]
+) -> tuple[int, Choice]:
     clusters = len(cores)
     here = f"{_count(clusters, 'cluster')} of cores with memory of {'its' if clusters == 1 else 'their'} own"
     if asked == "auto":
@@ -141,11 +143,23 @@ def _ranks(facts: Topology, cores: Sequence[Sequence[Processor]], asked: int | L
             f"; this job may use {here}: --ranks {clusters} would bind a rank to each and keep its memory near, and a step would then take "
             f"{clusters} times as many rows, so there would be fewer steps"
         )
-    elif clusters > 1 and asked % clusters and clusters % asked:
-        said += f"; {here} are not shared out evenly, and the largest share waits for the smallest: --ranks {clusters} would be even"
     elif asked > 1:
-        said += f"; this job may use {here}"
+        said += f"; this job may use {here}" + _uneven(facts, environ, cores, asked)
     return asked, Choice(str(asked), said)
+
+
+def _uneven(facts: Topology, environ: Mapping[str, str], cores: Sequence[Sequence[Processor]], asked: int) -> str:
+    """What to say where ranks get different numbers of threads, and which number of ranks would not; empty where they get the same."""
+
+    def threads(ranks: int) -> set[int]:
+        return set(_threads(facts, environ, _parts(cores, ranks))[0])
+
+    found = threads(asked)
+    if len(found) == 1 or _left_alone(facts):
+        return ""
+    even = next((ranks for ranks in (len(cores), *range(asked - 1, 1, -1)) if ranks > 1 and len(threads(ranks)) == 1), None)
+    said = f"; {_count(sum(map(len, cores)), 'core')} are not shared out evenly, ranks have {min(found)} to {max(found)} threads"
+    return f"{said}, and each step waits for the smallest share" + (f": --ranks {even} would be even" if even else "")
 
 
 def _parts(cores: Sequence[Sequence[Processor]], count: int) -> list[list[Processor]]:
