@@ -1,6 +1,6 @@
-"""A linear layer with NF4 weights beside the same in bf16, forward and backward:  python benchmarks/linear.py --check
+"""A linear layer with NF4 weights beside the same unquantised, forward and backward:  python benchmarks/linear.py --check
 
-  bf16           y = x W', dx = dy W by oneDNN: what the others are divided by
+  plain          y = x W', dx = dy W by oneDNN: what the others are divided by
   ours           the same products, W dequantised before each into memory that all layers share (xeon/weights.py)
   bitsandbytes   its Linear4bit and autograd function, with our allocator settings
   ... as it is   the same in a process of its own, in which the allocator is as glibc has it
@@ -26,7 +26,7 @@ ALLOCATOR = "glibc's defaults" if ALONE in sys.argv else allocator.keep_large_bl
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from measure import Figure, Seconds, alternate, machine, parser, ratio, report  # noqa: E402
+from measure import Figure, Seconds, alternate, dtype_of, machine, parser, ratio, report  # noqa: E402
 from trimtab_runtime.methods.qlora import library, quantised  # noqa: E402
 from trimtab_runtime.xeon import kernels  # noqa: E402
 from trimtab_runtime.xeon.weights import weight_of  # noqa: E402
@@ -35,13 +35,13 @@ library()  # bitsandbytes, without its warnings
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit  # noqa: E402
 
 SHAPES = ("2048x2048", "5632x2048", "2048x5632", "5120x5120", "13824x5120", "5120x13824")
-JUDGED, BARS, QUANTISER_BAR = "5120x5120", {2048: 1.06, 256: 1.25}, 0.5
+PLAIN, JUDGED, BARS, QUANTISER_BAR = "plain", "5120x5120", {2048: 1.06, 256: 1.25}, 0.5
 Variant = Callable[[], object]
 
 
-def layer_of(shape: str) -> nn.Linear:
+def layer_of(shape: str, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
     out, inner = map(int, shape.split("x"))
-    layer = nn.Linear(inner, out, bias=False, device="meta", dtype=torch.bfloat16).to_empty(device="cpu")
+    layer = nn.Linear(inner, out, bias=False, device="meta", dtype=dtype).to_empty(device="cpu")
     layer.weight.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
     return layer
 
@@ -52,19 +52,19 @@ def by_bitsandbytes(small: nn.Module, x: Tensor, dy: Tensor) -> Variant:
     return lambda: torch.autograd.grad(small(leaf), leaf, dy)
 
 
-def inputs(shape: str, tokens: int) -> tuple[Tensor, Tensor]:
+def inputs(shape: str, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out, inner = map(int, shape.split("x"))
     draw = torch.Generator().manual_seed(1)
-    return torch.randn(tokens, inner, generator=draw).bfloat16(), torch.randn(tokens, out, generator=draw).bfloat16()
+    return torch.randn(tokens, inner, generator=draw).to(dtype), torch.randn(tokens, out, generator=draw).to(dtype)
 
 
 class AsItIs:
     """bitsandbytes in a process of its own, with the allocator's defaults; told what to do by lines, it tells its seconds."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, dtype: str) -> None:
         tuned = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
         self.child = subprocess.Popen(
-            [sys.executable, __file__, ALONE, "--threads", str(threads)],
+            [sys.executable, __file__, ALONE, "--threads", str(threads), "--dtype", dtype],
             env={name: value for name, value in os.environ.items() if not name.startswith(tuned)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -85,7 +85,7 @@ class AsItIs:
         self.child.communicate()
 
 
-def answer(threads: int) -> int:
+def answer(threads: int, dtype: torch.dtype) -> int:
     """The other end: `make SHAPE TOKENS` and `time`, seconds for an answer."""
     clock = time.process_time if threads == 1 else time.perf_counter
     call: Variant = lambda: None  # noqa: E731
@@ -93,19 +93,19 @@ def answer(threads: int) -> int:
         began = clock()
         if line.startswith("make"):
             _make, shape, tokens = line.split()
-            call = by_bitsandbytes(quantised(layer_of(shape), torch.bfloat16), *inputs(shape, int(tokens)))
+            call = by_bitsandbytes(quantised(layer_of(shape, dtype), dtype), *inputs(shape, int(tokens), dtype))
         else:
             call()
         print(clock() - began, flush=True)
     return 0
 
 
-def products(shape: str, tokens: int, rounds: int, threads: int, other: AsItIs) -> Seconds:
+def products(shape: str, tokens: int, dtype: torch.dtype, rounds: int, threads: int, other: AsItIs) -> Seconds:
     """Each variant's seconds for forward and backward, round by round."""
-    layer, (x, dy) = layer_of(shape), inputs(shape, tokens)
-    small = quantised(layer, torch.bfloat16)
+    layer, (x, dy) = layer_of(shape, dtype), inputs(shape, tokens, dtype)
+    small = quantised(layer, dtype)
     theirs = dequantize_4bit(small.weight.data, small.weight.quant_state)
-    if not torch.equal(theirs, weight_of(small, torch.bfloat16)):
+    if not torch.equal(theirs, weight_of(small, dtype)):
         raise SystemExit(f"linear: {shape} is not dequantised as bitsandbytes does it")
     layer.weight.data.copy_(theirs)
     weight = layer.weight.data
@@ -116,14 +116,14 @@ def products(shape: str, tokens: int, rounds: int, threads: int, other: AsItIs) 
         return torch.mm(x, weight.t()), torch.mm(dy, weight)
 
     def ours() -> tuple[Tensor, Tensor]:
-        y = torch.mm(x, weight_of(small, torch.bfloat16).t())
-        return y, torch.mm(dy, weight_of(small, torch.bfloat16))
+        y = torch.mm(x, weight_of(small, dtype).t())
+        return y, torch.mm(dy, weight_of(small, dtype))
 
     expected = plain()
     for found, wanted in zip(ours(), expected, strict=True):  # the same numbers, in rows that may lie apart: oneDNN may sum them otherwise
         if (found.float() - wanted.float()).norm() > 2e-3 * wanted.float().norm():
-            raise SystemExit(f"linear: the products of {shape} are not those of the same weights in bf16")
-    variants = {"bf16": plain, "ours": ours, "bitsandbytes": by_bitsandbytes(small, x, dy), "as it is": lambda: other("time")}
+            raise SystemExit(f"linear: the products of {shape} are not those of the same weights in {dtype}")
+    variants = {PLAIN: plain, "ours": ours, "bitsandbytes": by_bitsandbytes(small, x, dy), "as it is": lambda: other("time")}
     return alternate(variants, rounds=rounds, threads=threads)
 
 
@@ -158,33 +158,33 @@ def median(values: list[float]) -> float:
 
 def main() -> int:
     bars = ", ".join(f"M = {tokens} {bar}" for tokens, bar in BARS.items())
-    made = parser(__doc__, f"ours / bf16, {JUDGED}, {bars}; quantiser {QUANTISER_BAR} s a GB", rounds=9)
+    made = parser(__doc__, f"ours / unquantised, {JUDGED}, {bars}; quantiser {QUANTISER_BAR} s a GB", rounds=9)
     made.add_argument("--shape", action="append", choices=SHAPES, help="only this one; may be repeated")
     made.add_argument(ALONE, action="store_true", help="be the process with the allocator's defaults")
     asked = made.parse_args()
     torch.set_num_threads(asked.threads)
     if asked.as_it_is:
-        return answer(asked.threads)
-    on = machine(ALLOCATOR)
+        return answer(asked.threads, getattr(torch, asked.dtype))
+    on = machine(ALLOCATOR, dtype_of(asked))
     rows, found, figures = [], {}, []
-    other = AsItIs(asked.threads)
+    other = AsItIs(asked.threads, on.dtype)
     for shape in asked.shape or SHAPES:
         for tokens in BARS:
-            taken = products(shape, tokens, asked.rounds, asked.threads, other)
-            against = {name: ratio(seconds, taken["bf16"]) for name, seconds in taken.items()}
+            taken = products(shape, tokens, getattr(torch, on.dtype), asked.rounds, asked.threads, other)
+            against = {name: ratio(seconds, taken[PLAIN]) for name, seconds in taken.items()}
             work = 4 * tokens * layer_of(shape).weight.numel() / 1e9
             rows.append(
-                [shape, str(tokens), f"{work / median(taken['bf16']):.0f}", *(str(one) for name, one in against.items() if name != "bf16")]
+                [shape, str(tokens), f"{work / median(taken[PLAIN]):.0f}", *(str(one) for name, one in against.items() if name != PLAIN)]
             )
             found[f"{shape}, M = {tokens}"] = taken
             if shape == JUDGED:
-                figures.append(Figure(f"ours / bf16, {shape}, M = {tokens}", against["ours"].middle, BARS[tokens]))
+                figures.append(Figure(f"ours / {on.dtype}, {shape}, M = {tokens}", against["ours"].middle, BARS[tokens]))
     other.close()
     seconds = quantisers(JUDGED, min(asked.rounds, 3), asked.threads)
     found["quantiser, seconds a GB"] = seconds
     said = [f"{name} {median(taken):.2f}" for name, taken in seconds.items()]
     figures.append(Figure(f"quantiser, seconds a GB ({', '.join(said)}; the same bits)", median(seconds["ours"]), QUANTISER_BAR))
-    head = ["weight", "M", "bf16 GFLOP/s", "ours / bf16", "bitsandbytes / bf16", "... as it is / bf16"]
+    head = ["weight", "M", f"{on.dtype} GFLOP/s", "ours / it", "bitsandbytes / it", "... as it is / it"]
     return report(asked, on, head, rows, figures, found)
 
 

@@ -278,7 +278,7 @@ def main() -> int:
         cache.mkdir()
         first = in_a_process(folder, cache, 2)
         later = in_a_process(folder, cache, 1)
-    on = measure.machine(first["allocator"])
+    on = measure.machine(first["allocator"], "bfloat16")
     rows = [
         [name, *(f"{run[key]:.2f}" for run in (first, later))]
         for name, key in (

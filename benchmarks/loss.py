@@ -3,7 +3,7 @@
 Shapes: the head of a 13B Llama over 2,048 learned places, the same where half of a row's places are learned, and SmolLM2-135M's head.
 
   full, fp32     as transformers' causal models do it: all logits, made fp32, torch's cross-entropy and its backward
-  full, bf16     the same without making them fp32: the loss is then off, see the column
+  full, bf16     in bf16, the same without making them fp32: the loss is then off, see the column
   checkpointed   chunks of 512 by torch.utils.checkpoint: what is not kept is computed again in the backward pass
   ours, off      chunks of 512 whose gradient is taken in the forward pass, without the compiled kernels
   ours           with them, on the path that this processor takes
@@ -28,7 +28,7 @@ from torch import Tensor  # noqa: E402
 from torch.nn import functional  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from measure import Figure, alternate, machine, parser, peak_bytes, ratio, report  # noqa: E402
+from measure import Figure, alternate, dtype_of, machine, parser, peak_bytes, ratio, report  # noqa: E402
 from trimtab.estimate import LOGITS_AT_ONCE  # noqa: E402
 from trimtab_runtime.xeon import kernels  # noqa: E402
 from trimtab_runtime.xeon.loss import linear_cross_entropy  # noqa: E402
@@ -53,11 +53,11 @@ SHAPES = (
 )
 
 
-def variants(shape: Shape) -> dict[str, Callable[[], tuple[float, Tensor]]]:
+def variants(shape: Shape, dtype: torch.dtype) -> dict[str, Callable[[], tuple[float, Tensor]]]:
     """Each computes (the summed loss, its gradient by the learned places' hidden states) from the same numbers."""
     draw = torch.Generator().manual_seed(0)
-    hidden = torch.randn(shape.tokens, shape.width, generator=draw).bfloat16()
-    head = (torch.randn(shape.vocabulary, shape.width, generator=draw) * shape.width**-0.5).bfloat16()
+    hidden = torch.randn(shape.tokens, shape.width, generator=draw).to(dtype)
+    head = (torch.randn(shape.vocabulary, shape.width, generator=draw) * shape.width**-0.5).to(dtype)
     places = torch.randperm(shape.tokens, generator=draw)[: shape.learned].sort().values
     targets = torch.randint(0, shape.vocabulary, (shape.learned,), generator=draw)
     labels = torch.full((shape.tokens,), -100).index_put_((places,), targets)
@@ -72,7 +72,7 @@ def variants(shape: Shape) -> dict[str, Callable[[], tuple[float, Tensor]]]:
     def full(leaf: Tensor) -> Tensor:
         return functional.cross_entropy((leaf @ head.t()).float(), labels, reduction="sum")
 
-    def full_bf16(leaf: Tensor) -> Tensor:
+    def full_as_it_is(leaf: Tensor) -> Tensor:
         return functional.cross_entropy(leaf @ head.t(), labels, reduction="sum")
 
     def checkpointed(leaf: Tensor) -> Tensor:
@@ -95,9 +95,10 @@ def variants(shape: Shape) -> dict[str, Callable[[], tuple[float, Tensor]]]:
             torch.mm(torch.mm(chunk, head.t()), head, out=of_chunk)
         return 0.0, into
 
+    bf16 = {"full, bf16": lambda: by_autograd(full_as_it_is)} if dtype == torch.bfloat16 else {}
     return {
         FULL: lambda: by_autograd(full),
-        "full, bf16": lambda: by_autograd(full_bf16),
+        **bf16,
         "checkpointed": lambda: by_autograd(checkpointed),
         "ours, off": without_kernels,
         OURS: lambda: by_autograd(ours),
@@ -111,12 +112,12 @@ def main() -> int:
     made.add_argument("--shape", action="append", choices=[shape.name for shape in SHAPES], help="only this one; may be repeated")
     asked = made.parse_args()
     torch.set_num_threads(asked.threads)
-    on = machine(ALLOCATOR)
+    on = machine(ALLOCATOR, dtype_of(asked))
     rows, found, figures = [], {}, []
     for shape in SHAPES:
         if asked.shape and shape.name not in asked.shape:
             continue
-        calls = variants(shape)
+        calls = variants(shape, getattr(torch, on.dtype))
         loss, gradient = calls[FULL]()
         results, peaks = {}, {}
         for name, call in calls.items():

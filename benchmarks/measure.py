@@ -66,6 +66,7 @@ class Machine:
     versions: dict[str, str]
     allocator: str
     kernels: str
+    dtype: str
     load: list[float] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -73,13 +74,13 @@ class Machine:
         load = " to ".join(f"{value:.1f}" for value in self.load)
         return (
             f"{self.processor}, {self.cores} cores, {', '.join(self.flags) or 'neither AMX nor AVX512-BF16'}, {self.memory:.0f} GB; "
-            f"{self.threads} thread{'s' * (self.threads > 1)}, seconds of the {self.clock}, load {load}\n"
+            f"{self.dtype}, {self.threads} thread{'s' * (self.threads > 1)}, seconds of the {self.clock}, load {load}\n"
             f"{versions}; allocator: {self.allocator}; kernels: {self.kernels}"
         )
 
 
-def machine(allocator: str) -> Machine:
-    """This machine and process; `allocator` says how it was set. torch's threads are as they are set now."""
+def machine(allocator: str, dtype: str) -> Machine:
+    """This machine and process; `allocator` says how it was set, `dtype` what is computed in. torch's threads are as they are set now."""
     import torch
 
     from trimtab_runtime.xeon import kernels
@@ -103,6 +104,7 @@ def machine(allocator: str) -> Machine:
         versions=versions,
         allocator=allocator,
         kernels=kernels.path().value,
+        dtype=dtype,
         load=[round(os.getloadavg()[0], 2)],
     )
 
@@ -161,13 +163,23 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def parser(doc: str | None, figures: str, *, rounds: int) -> argparse.ArgumentParser:
-    """The options that all have: --check, --json, --rounds, --threads."""
+    """The options that all have: --check, --json, --rounds, --dtype, --threads."""
     made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     made.add_argument("--check", action="store_true", help=f"end with 1 where a bar is missed: {figures}")
     made.add_argument("--json", action="store_true", help="print one JSON value instead of a table")
     made.add_argument("--rounds", type=int, default=rounds, help=f"rounds that count  [default: {rounds}]")
+    made.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="auto: as a run chooses, bf16 where it is not emulated"
+    )
     made.add_argument("--threads", type=int, default=1, help="1 is timed in seconds of the processor, more by the clock  [default: 1]")
     return made
+
+
+def dtype_of(asked: argparse.Namespace) -> str:
+    """What to compute in: as asked for, else what a run on this processor chooses. Bars are those of bf16, whichever it is."""
+    from trimtab_runtime.choices import cpu_flags, pick_dtype
+
+    return pick_dtype(asked.dtype, cpu_flags()).value
 
 
 def report(

@@ -9,7 +9,7 @@ AdamW, gradients clipped, one row of 2,048 tokens or one batch a step.
   (b)  trl-lora, trl-qlora          TRL's SFTTrainer, packing=True, as its documentation says: with gradient checkpointing, its default
   (b') ...-tuned                    the same with our allocator settings (GLIBC_TUNABLES, before the process starts)
        ...-kept                     that without gradient checkpointing: what it takes from them
-  (c)  trainer                      transformers' Trainer + PEFT, batch of 8 padded to its longest, bf16
+  (c)  trainer                      transformers' Trainer + PEFT, batch of 8 padded to its longest
   (d)  plain                        R0's baseline: as (c), in fp32, all parameters trained, default allocator
        d1, d2, d3, d4               from (d) to us, one thing at a time: + allocator, + adapters instead of all parameters, + bf16,
                                     + packing (transformers' own); what is left to (a) are our kernels and our graph
@@ -19,7 +19,7 @@ Models: SmolLM2-135M (`small`), and a random one of TinyLlama-1.1B's shape (`lar
 one's fp32 weights, gradients and moments are 17.6 GB and its activations as many again. Memory holds a few variants, so they run in
 sessions of some, each with ours. The first step of each warms up; those of padded batches do it with a short one.
 
-Utilisation, of LoRA: what a step has to compute, at the rate of oneDNN's bf16 products of the model's own shapes (peers/products.py:
+Utilisation, of LoRA: what a step has to compute, at the rate of oneDNN's products of the model's own shapes (peers/products.py:
 each linear map and the head, forward and backward, at the row's 2,048 tokens, measured in the same rounds and weighted by what each
 computes), over the time it took. What it has to compute for a token: 4 N (2 forward, 2 back to the input) with N all weights of the
 layers' linear maps and the head, embeddings not; 6 for each weight of the adapters; and attention inside documents, for each pair of
@@ -29,6 +29,7 @@ is not counted, nor is anything but products.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -44,7 +45,7 @@ from typing import Any
 import torch
 
 from engines import LARGE, tensors, write_random
-from measure import Figure, Ratio, alternate, machine, parser, ratio, report
+from measure import Figure, Ratio, alternate, dtype_of, machine, parser, ratio, report
 from peers import documents
 from peers.environments import NotInstalled, python_of
 from trimtab import weights
@@ -67,8 +68,8 @@ class Variant:
     tuned: bool = False
 
 
-def _trainer(method: str, dtype: str, *, padded: bool = True, tuned: bool = True) -> Variant:
-    return Variant("by_transformers", told={"method": method, "dtype": dtype, "padded": padded}, tuned=tuned)
+def _trainer(method: str, *, padded: bool = True, tuned: bool = True, **told: str) -> Variant:
+    return Variant("by_transformers", told={"method": method, "padded": padded, **told}, tuned=tuned)
 
 
 def _trl(method: str, *, recompute: bool = True, tuned: bool = False) -> Variant:
@@ -76,8 +77,8 @@ def _trl(method: str, *, recompute: bool = True, tuned: bool = False) -> Variant
 
 
 VARIANTS = {
-    "lora": Variant("by_trimtab", told={"method": "lora", "dtype": "bfloat16"}),
-    "qlora": Variant("by_trimtab", told={"method": "qlora", "dtype": "bfloat16"}),
+    "lora": Variant("by_trimtab", told={"method": "lora"}),
+    "qlora": Variant("by_trimtab", told={"method": "qlora"}),
     "products": Variant("products", tuned=True),
     "trl-lora": _trl("lora"),
     "trl-lora-tuned": _trl("lora", tuned=True),
@@ -85,17 +86,20 @@ VARIANTS = {
     "trl-qlora": _trl("qlora"),
     "trl-qlora-tuned": _trl("qlora", tuned=True),
     "trl-qlora-kept": _trl("qlora", tuned=True, recompute=False),
-    "trainer": _trainer("lora", "bfloat16", tuned=False),
-    "plain": _trainer("full", "float32", tuned=False),
-    "d1": _trainer("full", "float32"),
-    "d2": _trainer("lora", "float32"),
-    "d3": _trainer("lora", "bfloat16"),
-    "d4": _trainer("lora", "bfloat16", padded=False),
+    "trainer": _trainer("lora", tuned=False),
+    "plain": _trainer("full", dtype="float32", tuned=False),
+    "d1": _trainer("full", dtype="float32"),
+    "d2": _trainer("lora", dtype="float32"),
+    "d3": _trainer("lora"),
+    "d4": _trainer("lora", padded=False),
     "litgpt": Variant("by_litgpt", "litgpt"),
     "llamafactory": Variant("by_llamafactory", "llamafactory"),
 }
 LADDER = ("plain", "d1", "d2", "d3", "d4", "lora")
-SAID = ("malloc keeps large blocks", "adapters, not all parameters", "bf16, not fp32", "packed, not padded", "kernels and graph")
+SAID = {
+    "d1": "malloc keeps large blocks", "d2": "adapters, not all parameters", "d3": "bf16, not fp32", "d4": "packed, not padded",
+    "lora": "kernels and graph",
+}  # fmt: skip
 # which run at once (ours first), and how many of the rounds are enough for the slow
 SESSIONS: dict[str, list[tuple[tuple[str, ...], int]]] = {
     "large": [
@@ -113,6 +117,14 @@ SESSIONS: dict[str, list[tuple[tuple[str, ...], int]]] = {
         (("lora", "plain"), 2),
     ],
 }
+
+
+def sessions_of(kind: str, dtype: str) -> list[tuple[tuple[str, ...], int]]:
+    """In fp32 without d3, which would be d2 again, and of the large model with one variant at a time beside ours: memory is short."""
+    if dtype == "bfloat16":
+        return SESSIONS[kind]
+    each = SESSIONS[kind] if kind == "small" else [((names[0], name), most) for names, most in SESSIONS[kind] for name in names[1:]]
+    return [(names, most) for names, most in each if "d3" not in names]
 
 
 class Ended(Exception):
@@ -283,7 +295,7 @@ def main() -> int:
     options.add_argument("--layers", type=int, help="cut the models to so many layers: a trial")
     asked = options.parse_args()
     torch.set_num_threads(asked.threads)
-    on = machine("as each variant says")
+    on = machine("as each variant says", dtype_of(asked))
     drawn = documents.drawn()
     _say(drawn.line())
     only = {name for name in asked.only.split(",") if name}
@@ -297,8 +309,9 @@ def main() -> int:
         assert facts
         given = [documents.with_tokens(row, facts.vocabulary, seed) for seed, row in enumerate((*drawn.rows, drawn.batch))]
         told = {"model": str(folder), "rows": given[:-1], "batch": given[-1], "row_tokens": documents.ROW_TOKENS, "maps": maps(facts)}
-        told |= {"rank": RANK, "alpha": ALPHA, "learning_rate": RATE}
-        planned = SESSIONS[kind] + [(("lora", name), 9) for name in sorted(only - {name for names, _ in SESSIONS[kind] for name in names})]
+        told |= {"rank": RANK, "alpha": ALPHA, "learning_rate": RATE, "dtype": on.dtype}
+        planned = sessions_of(kind, on.dtype)
+        planned += [(("lora", name), 9) for name in sorted(only - {name for names, _ in planned for name in names})]
         of_kind = []
         for names, most in planned:
             others = tuple(name for name in names[1:] if not only or name in only)
@@ -333,10 +346,11 @@ def lines(kind: str, found: Sequence[Session], facts: ModelFacts, rows: Sequence
             table.append((f"{kind} {name}", f"{rate:,.0f}", against, f"{middle['wall']:.2f}", share, f"{peak:,}"))
         if {"lora", "products"} <= one.seconds.keys():
             table.append((f"{kind} utilisation of lora", "", f"{utilisation(one, facts, rows):.3f}", *[""] * 3))
-    ladder = [times.middle for name in LADDER[:-1] if (times := paired(found, name))] + [1.0]
-    if len(ladder) == len(LADDER):
-        for name, said, before, after in zip(LADDER[1:], SAID, ladder, ladder[1:], strict=False):
-            table.append((f"{kind} from (d) to us, {name}: {said}", "", f"{before / after:.2f}", *[""] * 3))
+    ladder = {name: times.middle for name in LADDER if (times := paired(found, name))}
+    if {*LADDER} - {*ladder} <= {"d3", "lora"}:
+        for before, after in itertools.pairwise((*ladder, "lora")):
+            gain = ladder[before] / ladder.get(after, 1.0)
+            table.append((f"{kind} from (d) to us, {after}: {SAID[after]}", "", f"{gain:.2f}", *[""] * 3))
     return table
 
 

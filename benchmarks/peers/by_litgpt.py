@@ -1,4 +1,4 @@
-"""LitGPT's finetune_lora: batches of 8 padded to their longest, for it does not pack; LoRA on all linear maps of the layers, bf16-true.
+"""LitGPT's finetune_lora: batches of 8 padded to their longest, for it does not pack; LoRA on all linear maps of the layers.
 
 The model is converted by its own script first. Its loop runs as it is; the batches wait until they are asked for, so a step is what it
 does from one batch to the next.
@@ -27,11 +27,12 @@ NAMES = {576: "SmolLM2-135M-Instruct", 2048: "tiny-llama-1.1b"}
 def main() -> None:
     pipe, asked = Pipe(), work()
     folder = converted(Path(asked["model"]), Path(asked["folder"]) / "model")
-    batch = len(asked["batch"])
+    batch, precision = len(asked["batch"]), "bf16" if asked["dtype"] == "bfloat16" else "32"
     pipe.ready(by=versions("litgpt", "lightning", "torch"), packing=f"{batch} documents padded to the longest", said=["recompute False"])
     turns = dict.fromkeys(("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp"), True)
     setup(
-        folder, out_dir=Path(asked["folder"]) / "out", precision="bf16-true", devices=1, lora_r=asked["rank"], lora_alpha=asked["alpha"],
+        folder, out_dir=Path(asked["folder"]) / "out", precision=f"{precision}-true", devices=1,
+        lora_r=asked["rank"], lora_alpha=asked["alpha"],
         lora_dropout=0.0, data=Given(pipe, asked["batch"]), eval=EvalArgs(interval=10**9, max_new_tokens=1, max_iters=0), **turns,
         train=TrainArgs(
             save_interval=10**9, log_interval=10**9, global_batch_size=batch, micro_batch_size=batch, lr_warmup_steps=1, epochs=10**6

@@ -35,7 +35,8 @@ def main() -> None:
         "dataset": "given", "tokenized_path": str(data),
         "finetuning_type": "lora", "lora_target": "all", "lora_rank": asked["rank"], "lora_alpha": asked["alpha"], "lora_dropout": 0.0,
         "cutoff_len": cutoff, "packing": True, "neat_packing": True, "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 1, "learning_rate": asked["learning_rate"], "lr_scheduler_type": "constant", "bf16": True,
+        "gradient_accumulation_steps": 1, "learning_rate": asked["learning_rate"], "lr_scheduler_type": "constant",
+        "bf16": asked["dtype"] == "bfloat16",
         "use_cpu": True, "max_steps": 10_000, "save_strategy": "no", "report_to": "none", "output_dir": str(data.with_name("out")),
         "dataloader_pin_memory": False, "disable_tqdm": True, "logging_steps": 10_000,
     }  # fmt: skip

@@ -38,7 +38,7 @@ def main() -> None:
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=documents, data_collator=collate, callbacks=[pipe.callback()])
     trainer.model.train()
-    found = "" if asked["padded"] else ", " + sees_others(trainer.model, flattened, lambda one, two: [one, two])
+    found = "" if asked["padded"] else ", " + sees_others(trainer.model, flattened, lambda one, two: [one, two], low)
     pipe.ready(
         by=versions("transformers", "peft", "torch"),
         packing=(f"{len(asked['batch'])} documents padded to the longest" if asked["padded"] else "rows of whole documents") + found,

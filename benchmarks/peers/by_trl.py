@@ -1,13 +1,12 @@
 """Variants (b): TRL's SFTTrainer as its documentation shows it: packing=True, LoRA through peft_config, QLoRA through bitsandbytes.
 
 Kept as it comes: gradient checkpointing on (SFTConfig's default; `recompute: false` turns it off), strategy "bfd", attention "sdpa",
-bf16 autocast, AdamW fused. Given besides: dtype bfloat16 for the base (by default it would be fp32, which is slower and takes twice the
-memory), the row's length, rows one at a time in their order, and rates alike.
+AdamW fused, and in bf16 its autocast. Given besides: the dtype (by default the base would be fp32 and the autocast on, which is slower),
+the row's length, rows one at a time in their order, and rates alike.
 """
 
 from __future__ import annotations
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig
 from stepping import Pipe, sees_others, versions, work
@@ -17,15 +16,16 @@ from trl import SFTConfig, SFTTrainer
 
 def main() -> None:
     pipe, asked = Pipe(), work()
-    given = {"dtype": "bfloat16"}
+    low = asked["dtype"] == "bfloat16"
+    given = {"dtype": asked["dtype"]}
     if asked["method"] == "qlora":
         given["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=asked["dtype"]
         )
     told = {"output_dir": asked["folder"], "max_steps": 10_000, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     arguments = SFTConfig(
         packing=True, max_length=asked["row_tokens"], per_device_train_batch_size=1, learning_rate=asked["learning_rate"],
-        lr_scheduler_type="constant", gradient_checkpointing=asked.get("recompute", True), model_init_kwargs=given, use_cpu=True,
+        lr_scheduler_type="constant", gradient_checkpointing=asked.get("recompute", True), model_init_kwargs=given, use_cpu=True, bf16=low,
         train_sampling_strategy="sequential", dataloader_pin_memory=False, **told,
     )  # fmt: skip
     trainer = SFTTrainer(
@@ -38,7 +38,7 @@ def main() -> None:
         callbacks=[pipe.callback()],
     )
     found = sees_others(
-        trainer.model, trainer.data_collator, lambda one, two: {"input_ids": one + two, "seq_lengths": [len(one), len(two)]}
+        trainer.model, trainer.data_collator, lambda one, two: {"input_ids": one + two, "seq_lengths": [len(one), len(two)]}, low
     )
     pipe.ready(
         by=versions("trl", "transformers", "peft", "bitsandbytes", "torch"),

@@ -1,4 +1,4 @@
-"""What oneDNN's bf16 products of a model's shapes do a second: each linear map forward (x W') and backward (dy W) at a row's tokens.
+"""What oneDNN's products of a model's shapes do a second: each linear map forward (x W') and backward (dy W) at a row's tokens.
 
 Every map counts as often as the model has it, and is computed up to three times; the head is one of them.
 """
@@ -15,8 +15,9 @@ def main() -> None:
     pipe, asked = Pipe(), work()
     m = asked["row_tokens"]
     shapes = [(times, out, inner) for times, out, inner in asked["maps"]]
-    weights = {(out, inner): torch.randn(out, inner).bfloat16() for _, out, inner in shapes}
-    places = {size: torch.randn(m, size).bfloat16() for shape in weights for size in shape}
+    dtype = getattr(torch, asked["dtype"])
+    weights = {(out, inner): torch.randn(out, inner).to(dtype) for _, out, inner in shapes}
+    places = {size: torch.randn(m, size).to(dtype) for shape in weights for size in shape}
     flops = sum(4 * m * times * out * inner for times, out, inner in shapes)
     pipe.ready(by=versions("torch"), packing="", said=[], flops=flops)
     while True:

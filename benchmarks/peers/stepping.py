@@ -97,17 +97,18 @@ def peak_mb() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) // 1024
 
 
-def sees_others(model: Any, collate: Any, example: Any) -> str:
+def sees_others(model: Any, collate: Any, example: Any, low: bool) -> str:
     """Whether a sample's outputs change with what stands before it in a packed row: "isolated" or "samples see each other".
 
     `example(first, second)` is a row of two samples (lists of ids) as the trainer's data set has it, `collate` its collator.
+    `low`: under bf16's autocast.
     """
     import torch
 
     found = []
     for first in (list(range(100, 116)), list(range(300, 316))):
         given = {name: value for name, value in collate([example(first, list(range(200, 216)))]).items() if name != "labels"}
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
             found.append(model(**given, use_cache=False).logits.float().reshape(-1, model.config.vocab_size)[16:32])
     far = float((found[0] - found[1]).norm() / found[0].norm())
     return "isolated" if far < 1e-3 else f"samples see each other (outputs change by {far:.0%})"
