@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
+from trimtab.counting import counted
 from trimtab.errors import EndpointError
 from trimtab.spec import ServeSpec
 from trimtab_runtime.answers import Answer, Stream
@@ -197,7 +198,8 @@ class App:
         if len(prompts) > places:
             raise EndpointError(f"{len(prompts)} prompts in one body are more than the {places} that are taken at once: send fewer")
         if taken + len(prompts) > places:
-            raise Refusal(429, f"{taken} prompts are being answered or wait already: try again in a moment", COME_BACK)
+            waiting = counted(taken, "prompt is being answered or waits", "prompts are being answered or wait")
+            raise Refusal(429, f"{waiting} already: try again in a moment", COME_BACK)
         self._encoding += len(prompts)
         try:
             ids = [await self.prompts.ids(name, prompt, facts.context) for prompt in prompts]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimtab.counting import counted
 from trimtab.layout import MERGED, JobDir
 from trimtab.ledger import Ledger
 from trimtab.spec import TrainSpec
@@ -171,11 +172,11 @@ def model_card(spec: TrainSpec, ledger: Ledger, metrics: dict[str, Any]) -> str:
     made = [
         f"- base model: {_hub_name(spec.model)} (files' digest {spec.model_digest[:16] or 'unknown'})",
         f"- method: {_method(spec)}",
-        f"- data: {total.samples:,} samples, {total.tokens:,} tokens = {total.trained:,} trained + {total.dropped:,} dropped "
+        f"- data: {counted(total.samples, 'sample')}, {total.tokens:,} tokens = {total.trained:,} trained + {total.dropped:,} dropped "
         + (f"in {len(ledger.rounds)} rounds that epochs take in turn " if len(ledger.rounds) > 1 else "")
         + f"(digest {spec.data_digest[:16]})",
-        f"- schedule: {metrics['steps']} of {metrics['of']} steps, {spec.epochs} epochs, peak rate {spec.learning_rate:g}, "
-        f"{spec.lr_schedule}, recipe {spec.recipe}; {metrics['ended_by']}",
+        f"- schedule: {metrics['steps']} of {counted(metrics['of'], 'step')}, {counted(spec.epochs, 'epoch')}, "
+        f"peak rate {spec.learning_rate:g}, {spec.lr_schedule}, recipe {spec.recipe}; {metrics['ended_by']}",
     ]
     if metrics["steps"]:
         made.append(f"- loss: {metrics['first_loss']:.4f} at the first step, {metrics['last_loss']:.4f} at the last")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trimtab.counting import counted
 from trimtab.errors import SpecError
 from trimtab.estimate import BF16_FLAGS, ModelFacts, RowFacts, dtype_of, peak_memory, recompute_layers
 from trimtab.spec import TrainSpec
@@ -112,13 +113,13 @@ def recomputed(
     if model is None:
         return 0, None
     found = recompute_layers(spec, model, dtype, RowFacts.from_manifest(manifest), memory_mb)
-    return found.layers, Choice(f"{found.layers} layers" if found.layers else "none", found.reason)
+    return found.layers, Choice(counted(found.layers, "layer") if found.layers else "none", found.reason)
 
 
 def schedule(spec: TrainSpec, steps: int, rows_per_step: int) -> Choice:
     """What `learning_rate` makes of a run of so many steps, in words."""
     warmup = math.ceil(steps * spec.warmup_ratio)
-    rise = f"{warmup} warm-up step{'s' if warmup != 1 else ''} to {spec.learning_rate:g}" if warmup else f"from {spec.learning_rate:g}"
+    rise = f"{counted(warmup, 'warm-up step')} to {spec.learning_rate:g}" if warmup else f"from {spec.learning_rate:g}"
     fall = f"the same up to step {steps}" if spec.lr_schedule == "constant" else f"down to 0 at step {steps}"
     return Choice(spec.lr_schedule, f"{rise}, then {fall}; rows {rows_per_step} a step (recipe {spec.recipe})")
 

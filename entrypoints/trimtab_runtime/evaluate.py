@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from trimtab.counting import counted
 from trimtab.errors import StagingError
 from trimtab.layout import JobDir
 from trimtab_runtime import manifest
@@ -58,7 +59,7 @@ def evaluate(job: JobDir, say: Callable[[str], None], progress: Callable[[int, i
         }
         perplexities = {title: perplexity(engine.model(name), engine.encode(text)) for title, text in texts.items()}
         results[name] = {"answers": answers, "perplexity": perplexities, "seconds": round(time.monotonic() - began, 1)}
-        say(f"{name}: {len(answers)} answers in {results[name]['seconds']:.0f} s")
+        say(f"{name}: {counted(len(answers), 'answer')} in {results[name]['seconds']:.0f} s")
     manifest.write_json(job.events.parent / "answers.json", results)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trimtab.counting import counted
 from trimtab.layout import JobDir
 from trimtab.spec import TrainSpec
 from trimtab_runtime import manifest, rehearsal
@@ -87,7 +88,8 @@ def generate(job: JobDir, spec: TrainSpec, say: Callable[[str], None], progress:
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     manifest.write(folder, {"preparation_digest": spec.preparation_digest()})
-    say(f"replay: {len(records) - len(texts)} chats of the base model's own and {len(texts)} texts, {count_tokens(replayed):,} tokens")
+    chats = counted(len(records) - len(texts), "chat")
+    say(f"replay: {chats} of the base model's own and {counted(len(texts), 'text')}, {count_tokens(replayed):,} tokens")
     return len(records)
 
 

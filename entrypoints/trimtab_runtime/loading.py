@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from trimtab.counting import counted
 from trimtab.errors import SpecError, WeightsError
 from trimtab.families import family_of
 from trimtab.spec import TrainSpec
@@ -226,7 +227,7 @@ def _fill(
         for layer in plan.layers:
             turns.begin(layer)
             turns.end(layer, {})
-    say(f"base read and put into NF4 layer by layer: {len(plan.layers)} layers in {time.monotonic() - began:.1f} s")
+    say(f"base read and put into NF4 layer by layer: {counted(len(plan.layers), 'layer')} in {time.monotonic() - began:.1f} s")
     cache.write(base, lost)
     return lost
 

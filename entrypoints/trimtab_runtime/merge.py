@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from trimtab.counting import counted
 from trimtab.errors import SpecError, StagingError, WeightsError
 from trimtab.layout import JobDir
 from trimtab_runtime import adapter_config, artifact, manifest
@@ -154,7 +155,7 @@ def merge_folders(
     except OSError as exc:
         raise StagingError(f"the merged model cannot be written ({exc.strerror or exc}): make room on the disk and try again") from exc
     progress(-(-total >> 20), -(-total >> 20))
-    say(f"merge: {total / 1e6:,.0f} MB in {len(shards)} {'file' if len(shards) == 1 else 'files'}")
+    say(f"merge: {total / 1e6:,.0f} MB in {counted(len(shards), 'file')}")
 
 
 def read_facts(tuned: Path) -> dict[str, Any]:

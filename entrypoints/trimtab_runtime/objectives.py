@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from trimtab.counting import counted
 from trimtab.errors import SpecError, StagingError
 from trimtab.families import refusal
 from trimtab.ledger import Account
@@ -222,9 +223,10 @@ class _Room:
         count = len(self._sizes)
         if not count or self._spec.too_long != "fail":
             return
+        do = "does" if count == 1 else "do"
         more = f" and {count - len(self._long):,} more" if count > len(self._long) else ""
         raise StagingError(
-            f"{count:,} of the examples do not fit a row of {self._spec.max_seq_len:,} tokens: {', '.join(self._long)}{more}. "
+            f"{count:,} of the examples {do} not fit a row of {self._spec.max_seq_len:,} tokens: {', '.join(self._long)}{more}. "
             f"{self._longer_rows()} leave these out (--too-long drop), or their ends (--too-long cut)"
         )
 
@@ -235,9 +237,12 @@ class _Room:
         if refused > longest:
             return f"Give longer rows (--max-seq-len {longest}), or"
         still = sum(size >= refused for size in self._sizes)
+        does = "does" if still == 1 else "do"
         if still == len(self._sizes):
             return f"None fits the {max(now, refused - 1):,} tokens that a row of this model may have:"
-        return f"Rows of this model may have {refused - 1:,} tokens (--max-seq-len {refused - 1}), in which {still:,} still do not fit; or"
+        return (
+            f"Rows of this model may have {refused - 1:,} tokens (--max-seq-len {refused - 1}), in which {still:,} still {does} not fit; or"
+        )
 
 
 @dataclass
@@ -256,7 +261,7 @@ class _Seen:
         self.learned[shape] += sum(sample.learned)
 
     def notes(self, spec: TrainSpec, tokenizer: Tokenizer) -> Iterator[str]:
-        for shape, (what, learned) in _SAID.items():
+        for shape, (one, many, learned) in _SAID.items():
             if not self.counts[shape]:
                 continue
             if spec.objective == "all":
@@ -264,22 +269,42 @@ class _Seen:
             elif shape == "guanaco" and spec.objective == "answers":
                 learned = "{learned} tokens of {tokens}: what the Assistant says, as objective answers asks"
             said = learned.format(learned=f"{self.learned[shape]:,}", tokens=f"{self.tokens[shape]:,}")
-            yield f"{self.counts[shape]:,} {what}: loss on {said}"
+            yield f"{counted(self.counts[shape], one, many)}: loss on {said}"
         if self.thoughts:
-            yield f"thinking is left out of {self.thoughts:,} earlier turns, as the chat template does: it is not learned"
+            yield f"thinking is left out of {counted(self.thoughts, 'earlier turn')}, as the chat template does: it is not learned"
         if self.last_thoughts:
             yield (
-                f"thinking is left out of {self.last_thoughts:,} last turns, too, as the chat template does: no thought of theirs is "
+                f"thinking is left out of {counted(self.last_thoughts, 'last turn')}, too, as the chat template does: no thought there is "
                 "learned; to learn it use a model whose template keeps it, or records of prompt and completion"
             )
 
 
 _SAID = {
-    "completion": ("examples of prompt and completion", "{learned} completion tokens of {tokens}; the prompts stand in no chat template"),
-    "instruction": ("instructions, as plain prompts, since the model has no chat template", "{learned} answer tokens of {tokens}"),
-    "turns": ("instructions, each a conversation in the model's chat template", "{learned} answer tokens of {tokens}"),
-    "chat": ("conversations in the model's chat template", "{learned} tokens of {tokens}: the assistant's turns and their ends"),
-    "guanaco": ("texts of ### Human and ### Assistant, as they stand", "all {learned} tokens, as in running text"),
+    "completion": (
+        "example of prompt and completion",
+        "examples of prompt and completion",
+        "{learned} completion tokens of {tokens}; the prompts stand in no chat template",
+    ),
+    "instruction": (
+        "instruction, as a plain prompt, since the model has no chat template",
+        "instructions, as plain prompts, since the model has no chat template",
+        "{learned} answer tokens of {tokens}",
+    ),
+    "turns": (
+        "instruction, a conversation in the model's chat template",
+        "instructions, each a conversation in the model's chat template",
+        "{learned} answer tokens of {tokens}",
+    ),
+    "chat": (
+        "conversation in the model's chat template",
+        "conversations in the model's chat template",
+        "{learned} tokens of {tokens}: the assistant's turns and their ends",
+    ),
+    "guanaco": (
+        "text of ### Human and ### Assistant, as it stands",
+        "texts of ### Human and ### Assistant, as they stand",
+        "all {learned} tokens, as in running text",
+    ),
 }
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from trimtab.counting import counted
 from trimtab.errors import StagingError
 from trimtab.layout import JobDir
 from trimtab.ledger import Ledger
@@ -74,18 +75,19 @@ def nothing_to_learn(documents: list[dict[str, Any]], examples: Examples) -> str
     unanswered = sum(account.unanswered for account in accounts)
     long = sum(account.left_out for account in accounts) - unanswered
     if unanswered and not examples.samples:
-        beside = f" and {long:,} are longer than a row" if long else ""
+        beside = f" and {counted(long, 'is', 'are')} longer than a row" if long else ""
         return (
-            f"there is no token to train on: in {unanswered:,} examples nobody answers{beside}. "
+            f"there is no token to train on: in {counted(unanswered, 'example')} nobody answers{beside}. "
             "Give records with answers, or learn all of them with  --objective all"
         )
     if long and not examples.samples:
+        what = "the only example is" if long == 1 else f"all {long:,} examples are"
         return (
-            f"there is no token to train on: all {long:,} examples are longer than a row and were dropped. "
+            f"there is no token to train on: {what} longer than a row and dropped. "
             "Give longer rows (--max-seq-len), or cut their ends (--too-long cut)"
         )
     return (
-        f"there is no token to train on: the {len(documents):,} documents are empty. Give pages with text"
+        f"there is no token to train on: the {counted(len(documents), 'document is', 'documents are')} empty. Give pages with text"
         if documents
         else "there is no token to train on: there are no documents and no examples. Give pages with text, or records"
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from trimtab.counting import counted
 from trimtab.errors import TrimtabError
 from trimtab.estimate import epoch_steps, optimiser_steps
 from trimtab.events import Checkpoint, Choice, EventLog, Phase, Progress, Step
@@ -112,7 +113,7 @@ def train(
     rows_per_step = spec.batch_rows * spec.accumulation * team.world
     steps, whole = optimiser_steps(spec, rows.ledger.rounds, team.world)
     say(
-        f"steps {steps}: {len(rows)} rows, {rows_per_step} a step, {spec.epochs} epochs"
+        f"steps {steps}: {counted(len(rows), 'row')}, {rows_per_step} a step, {counted(spec.epochs, 'epoch')}"
         + (f", max_steps {spec.max_steps}" if spec.max_steps else "")
     )
     tell("schedule", schedule(spec, steps, rows_per_step))
@@ -165,7 +166,7 @@ def train(
         return spec.max_minutes is not None and time.monotonic() - began >= spec.max_minutes * 60
 
     # the loop
-    events.write(Phase(name="train", at=time.time(), detail=f"{steps} steps"))
+    events.write(Phase(name="train", at=time.time(), detail=counted(steps, "step")))
     saved_at = loop_began = time.monotonic()
     seconds: list[float] = []
     ending, ended_by = "succeeded", ""
@@ -240,7 +241,7 @@ def train(
             ending, ended_by = leave(stopping)
             break
         if done < steps and done % spec.save_every_steps == 0:
-            save(f"every {spec.save_every_steps} steps")
+            save("every step" if spec.save_every_steps == 1 else f"every {spec.save_every_steps:,} steps")
             saved_at = time.monotonic()
         elif done < steps and time.monotonic() - saved_at >= spec.save_every_minutes * 60:
             save(f"every {spec.save_every_minutes:g} minutes")

@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 
 from trimtab.compare import Answer, Column, Comparison, Difference, Question, Score
+from trimtab.counting import counted
 from trimtab.errors import StagingError
 from trimtab.probes import WORDS
 from trimtab.terminal import plain
@@ -144,9 +145,9 @@ def _page(found: Comparison) -> Iterator[str]:
 
 def _head(found: Comparison) -> Iterator[str]:
     sampling, count = found.sampling, len(found.questions)
-    asked = [f"{count} question{'' if count == 1 else 's'}"] if count else []
+    asked = [counted(count, "question")] if count else []
     probes = sum(map(len, found.probes.values()))
-    asked += [f"{probes} probe{'' if probes == 1 else 's'}"] if probes else []
+    asked += [counted(probes, "probe")] if probes else []
     yield f"<header><h1>{len(found.columns)} models, {' and '.join(asked)}</h1>"
     at = f'<time datetime="{_text(found.at)}">{_text(found.at.replace("T", " ").replace("+00:00", " UTC"))}</time>'
     yield f'<p class="soft" style="margin:0">Each was asked the same, one model after the other. {at}</p>'

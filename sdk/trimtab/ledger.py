@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from trimtab.counting import counted
+
 KINDS = ("document", "paragraph", "sentence", "question", "completion", "chat", "guanaco", "replay")
 
 
@@ -91,10 +93,10 @@ class Ledger(BaseModel):
             found = []
             if total.left_out > total.unanswered or total.cut:
                 long = total.left_out - total.unanswered
-                found.append(f"longer than a row of {self.row_tokens:,}: {long:,} examples dropped, {total.cut:,} cut")
+                found.append(f"longer than a row of {self.row_tokens:,}: {counted(long, 'example')} dropped, {total.cut:,} cut")
             if total.unanswered:
-                found.append(f"nobody answers in {total.unanswered:,} examples: left out")
-            lines.append(f"{'; '.join(found)}; {total.dropped:,} tokens of them are not trained on")
+                found.append(f"nobody answers in {counted(total.unanswered, 'example')}: left out")
+            lines.append(f"{'; '.join(found)}; {counted(total.dropped, 'token of them is', 'tokens of them are')} not trained on")
         rounds = f"; {len(self.rounds)} rounds, each with all the data and other replay" if len(self.rounds) > 1 else ""
         kept = total.samples - total.left_out
-        return [*lines, f"rows: {self.rows:,} of {self.row_tokens:,} tokens, {self.fill:.1%} full, from {kept:,} samples{rounds}"]
+        return [*lines, f"rows: {self.rows:,} of {self.row_tokens:,} tokens, {self.fill:.1%} full, from {counted(kept, 'sample')}{rounds}"]

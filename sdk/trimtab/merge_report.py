@@ -20,6 +20,7 @@ from trimtab import data
 from trimtab.artifact import Artifact
 from trimtab.cache import cache_dir
 from trimtab.command import refuse_missing_runtime
+from trimtab.counting import counted
 from trimtab.errors import DataError, StagingError
 from trimtab.events import Event
 from trimtab.intervals import mean
@@ -82,7 +83,8 @@ class MergeReport:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         left = f", {self.left_out:,} more left out" if self.left_out else ""
         lines = [
-            f"held out: {self.text}, {self.tokens:,} tokens of {self.documents} documents{left}; nats a token, computed {self.computed}"
+            f"held out: {self.text}, {self.tokens:,} tokens of {counted(self.documents, 'document')}{left}; "
+            f"nats a token, computed {self.computed}"
         ]
         for title, *cells, meaning in rows:
             numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=False))
@@ -161,7 +163,7 @@ def by_document(pairs: Sequence[tuple[int, float, int]]) -> list[tuple[float, in
 def choose(difference: float, interval: tuple[float, float] | None, documents: int) -> tuple[Literal["dequantised", "original"], str]:
     """The better weights where they are better by more than chance, else those that the adapter was trained on; and why."""
     trained = "the adapter was trained on them"
-    over = f"{documents} document{'' if documents == 1 else 's'}"
+    over = counted(documents, "document")
     if interval is None:
         few = f"{over} {'is' if documents == 1 else 'are'} too few to tell which of the two is better"
         return "dequantised", f"{trained}; {few} (give at least {FEWEST} documents)"

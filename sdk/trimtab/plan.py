@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from trimtab.counting import counted
 from trimtab.errors import StagingError
 from trimtab.estimate import ModelFacts, PeakMemory, Rates, RowFacts, optimiser_steps, recompute_layers, step_seconds
 from trimtab.layout import JobDir
@@ -173,7 +174,7 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan as a person reads it, in sections: recipe, data, steps, memory, time, place, price, permissions, missing."""
         sections: dict[str, list[str]] = {name: [] for name in _SECTIONS}
-        sections["data"].append(f"{self.rows:,} row{'s' if self.rows != 1 else ''}")
+        sections["data"].append(counted(self.rows, "row"))
         sections["time"].append(str(self.time) if self.time else "not known; --dry-run runs two steps of the job, and knows it by them")
         sections["place"].append(f"{self.place}, {self.nodes} machines" if self.nodes > 1 else self.place)
         sections["price"].append(str(self.price) if self.price else "nothing is paid")
@@ -242,7 +243,7 @@ def plan(
         + (
             f"max_steps, of {whole:,}"
             if steps < whole
-            else f"{spec.epochs} epochs of {_short(whole / spec.epochs)}, {in_step} rows in each"
+            else f"{counted(spec.epochs, 'epoch')} of {_short(whole / spec.epochs)}, {counted(in_step, 'row')} in each"
         ),
         f"tokens {tokens:,}: what {steps:,} steps see, each pass counted",
     ]

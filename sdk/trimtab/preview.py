@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trimtab.counting import counted
 from trimtab.events import Event
 from trimtab.layout import JobDir
 from trimtab.spec import JobSpec, TrainSpec
@@ -156,7 +157,9 @@ def _title(found: dict[str, Any]) -> str:
     learned = sum(sum(_learned(one)) for one in found["samples"])
     rows = {one["row"] for one in found["samples"]}
     where = f"row {found['row']:,} of {found['rows']:,}" if len(rows) == 1 else f"{len(rows)} rows of {found['rows']:,}"
-    return f"{where}: {tokens:,} tokens in a row of {found['row_tokens']:,}, {learned:,} learned, {len(found['samples'])} samples"
+    return (
+        f"{where}: {tokens:,} tokens in a row of {found['row_tokens']:,}, {learned:,} learned, {counted(len(found['samples']), 'sample')}"
+    )
 
 
 def _heading(one: dict[str, Any]) -> str:

@@ -18,7 +18,10 @@ ROOT = Path(__file__).parents[2]
 SDK = sorted((ROOT / "sdk" / "trimtab").rglob("*.py"))
 RUNTIME = sorted((ROOT / "entrypoints" / "trimtab_runtime").rglob("*.py"))
 
-PURE = {f"trimtab.{module}" for module in ("errors", "secrets", "spec", "layout", "events", "ledger", "estimate", "families", "sizes")}
+PURE = {
+    f"trimtab.{module}"
+    for module in ("errors", "secrets", "spec", "layout", "events", "ledger", "estimate", "families", "sizes", "counting")
+}
 CLIENT_ONLY = {"boto3", "botocore", "click", "docker", "langchain_community", "requests", "rich", "sagemaker"}
 HEAVY = CLIENT_ONLY - {"click"} | {
     "accelerate", "bitsandbytes", "bs4", "h11", "huggingface_hub", "langchain", "lxml", "numpy", "openvino", "openvino_genai",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Literal
 
+from trimtab.counting import counted
 from trimtab_runtime.choices import Choice
 from trimtab_runtime.xeon.topology import Node, Processor, Topology, as_list
 
@@ -72,10 +73,10 @@ def place(facts: Topology, environ: Mapping[str, str], *, ranks: int | Literal["
     choices.append(("threads", why))
     needed, there = sum(threads), len(facts.usable)
     if needed > there:
-        warnings.append(f"{_count(needed, 'thread')} on {_count(there, 'processor')}: they wait for each other. {_fewer(threads)}")
+        warnings.append(f"{counted(needed, 'thread')} on {counted(there, 'processor')}: they wait for each other. {_fewer(threads)}")
     elif facts.quota is not None and facts.quota < needed and (_said(environ) or facts.quota < count):
         warnings.append(
-            f"{_count(needed, 'thread')}, and the control group gives {facts.quota:g} processors' worth of time: all stand still together "
+            f"{counted(needed, 'thread')}, and the control group gives {facts.quota:g} processors' worth of time: all stand still together "
             f"when it is used up. {_fewer(threads, 'raise the limit')}"
         )
 
@@ -105,7 +106,7 @@ def lines(plan: Plan) -> list[str]:
     for number, share in enumerate(plan.shares if len(plan.shares) > 1 else ()):
         where = f"processors {as_list(share.processors)}" if share.processors else "not bound"
         memory = f", memory {share.memory.policy} {as_list(share.memory.nodes)}" if share.memory else ""
-        found.append(f"rank {number}: {_count(share.threads, 'thread') if share.threads else 'threads by the library'}, {where}{memory}")
+        found.append(f"rank {number}: {counted(share.threads, 'thread') if share.threads else 'threads by the library'}, {where}{memory}")
     return found
 
 
@@ -130,7 +131,7 @@ def _ranks(
     facts: Topology, environ: Mapping[str, str], cores: Sequence[Sequence[Processor]], asked: int | Literal["auto"]
 ) -> tuple[int, Choice]:
     clusters = len(cores)
-    here = f"{_count(clusters, 'cluster')} of cores with memory of {'its' if clusters == 1 else 'their'} own"
+    here = f"{counted(clusters, 'cluster')} of cores with memory of {'its' if clusters == 1 else 'their'} own"
     if asked == "auto":
         within = clusters if facts.quota is None else max(1, min(clusters, int(facts.quota)))
         why = f"one for each of {here}" if clusters > 1 else f"this job may use {here}"
@@ -158,7 +159,7 @@ def _uneven(facts: Topology, environ: Mapping[str, str], cores: Sequence[Sequenc
     if len(found) == 1 or _left_alone(facts):
         return ""
     even = next((ranks for ranks in (len(cores), *range(asked - 1, 1, -1)) if ranks > 1 and len(threads(ranks)) == 1), None)
-    said = f"; {_count(sum(map(len, cores)), 'core')} are not shared out evenly, ranks have {min(found)} to {max(found)} threads"
+    said = f"; {counted(sum(map(len, cores)), 'core')} are not shared out evenly, ranks have {min(found)} to {max(found)} threads"
     return f"{said}, and each step waits for the smallest share" + (f": --ranks {even} would be even" if even else "")
 
 
@@ -206,7 +207,7 @@ def _threads(facts: Topology, environ: Mapping[str, str], parts: Sequence[Sequen
         return [said] * len(parts), Choice(str(said), f"{THREADS} is set{' for each rank' if len(parts) > 1 else ''}")
     found = [len(part) for part in parts]
     cores = sum(found)
-    why = f"one for each of {_count(cores, 'core')}"
+    why = f"one for each of {counted(cores, 'core')}"
     if facts.told_by != "sysfs":
         why += " (no sysfs: hyperthreads may be among them)" if len(facts.usable) == cores else ""
     if len(facts.usable) > cores:
@@ -216,9 +217,8 @@ def _threads(facts: Topology, environ: Mapping[str, str], parts: Sequence[Sequen
     if facts.quota is not None and facts.quota < cores:
         each = max(1, int(facts.quota / len(parts)))
         found = [min(one, each) for one in found]
-        why = (
-            f"the control group gives {facts.quota:g} processors' worth of time, of {_count(cores, 'core')}: more threads would wait for it"
-        )
+        of = counted(cores, "core")
+        why = f"the control group gives {facts.quota:g} processors' worth of time, of {of}: more threads would wait for it"
     value = str(found[0]) if len(set(found)) == 1 else as_list(set(found))
     return found, Choice(value, why + (", shared out to the ranks" if len(parts) > 1 else ""))
 
@@ -238,10 +238,10 @@ def _binding(
     if len(parts) > 1:
         taken = [one.number for part in parts for one in part]
         if len(taken) != len(set(taken)):
-            return free, Choice("none", f"{_count(len(parts), 'rank')} and {_count(len(set(taken)), 'core')}")
+            return free, Choice("none", f"{counted(len(parts), 'rank')} and {counted(len(set(taken)), 'core')}")
         tight = next((number for number, here in enumerate(bound) if threads[number] > len(here)), None)
         if tight is not None and sum(threads) <= len(facts.usable):
-            said = f"rank {tight} would have {_count(threads[tight], 'thread')} on {_count(len(bound[tight]), 'processor')}"
+            said = f"rank {tight} would have {counted(threads[tight], 'thread')} on {counted(len(bound[tight]), 'processor')}"
             return free, Choice("none", f"{said}, and there are enough for all")
         return bound, Choice("each rank to its cores", f"then its memory stays near, and no rank takes another's cores{doubled}")
     (part,), (here,) = parts, bound
@@ -382,7 +382,3 @@ def _fewer(threads: Sequence[int], *more: str) -> str:
     ways = ([f"set {THREADS} lower"] if max(threads) > 1 else []) + (["take fewer --ranks"] if len(threads) > 1 else []) + list(more)
     said = ", or ".join(ways)
     return said[:1].upper() + said[1:]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

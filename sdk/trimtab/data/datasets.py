@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from trimtab import hub
+from trimtab.counting import counted
 from trimtab.data.arrow import needed
 from trimtab.data.parts import Part, kind_of
 from trimtab.errors import DataError, WeightsError
@@ -81,7 +82,7 @@ def from_hub(name: str, *, cache: Path, token: str | None, offline: bool, say: C
             ) from exc
         if any(kind_of(file) == "parquet" for file in listing.files):
             needed(name)  # before hours of fetching, not after
-        say(f"data: fetching {len(listing.files)} {'file' if len(listing.files) == 1 else 'files'} of {wanted.hub_id} at {listing.commit}")
+        say(f"data: fetching {counted(len(listing.files), 'file')} of {wanted.hub_id} at {listing.commit}")
         folder, _ = hub.download(listing, token=hub.find_token(token), page=wanted.page)
     except WeightsError as exc:
         raise DataError(str(exc)) from exc

@@ -27,6 +27,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trimtab.cache import cache_dir
+from trimtab.counting import counted
 from trimtab.data.clean import without_repeated_edges, words
 from trimtab.data.examples import Examples, Writer, collect
 from trimtab.data.limits import FetchLimits
@@ -250,22 +251,22 @@ class _Gathered:
         for line in told.lines(files.source.name, objective):
             self._say(f"data: {line}")
         problem = told.problem(go_on=go_on)
-        counted = told.counted(go_on=go_on)
+        broken = told.counted(go_on=go_on)
         if problem and go_on:
             self._say(
-                f"data: {files.source.name}: {counted} skipped: {problem}" if counted else f"data: skipped {files.source.name}: {problem}"
+                f"data: {files.source.name}: {broken} skipped: {problem}" if broken else f"data: skipped {files.source.name}: {problem}"
             )
-        return Refused(files.source.name, problem, counted) if problem else None
+        return Refused(files.source.name, problem, broken) if problem else None
 
     def tell(self, examples: Examples | None) -> None:
         if self._pages:
-            noun = "document" if self._kept == 1 else "documents"
             self._say(
-                f"data: {self._kept:,} {noun} with {self._page_words:,} words of main text; the pages show {self._shown_words:,} words"
+                f"data: {counted(self._kept, 'document')} with {counted(self._page_words, 'word')} of main text; "
+                f"the pages show {counted(self._shown_words, 'word')}"
             )
         if examples:
             forms = ", ".join(f"{count:,} {form}" for form, count in examples.forms.items())
-            self._say(f"data: {examples.count:,} {'example' if examples.count == 1 else 'examples'} ({forms})")
+            self._say(f"data: {counted(examples.count, 'example')} ({forms})")
 
 
 def _failure(failed: Sequence[Refused], total: int, *, go_on: bool) -> str:

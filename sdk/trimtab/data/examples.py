@@ -20,6 +20,7 @@ from typing import IO
 from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab import half_made
+from trimtab.counting import counted
 from trimtab.data.forms import Canonical, canonical, learned
 from trimtab.data.parts import Broken, Part, places
 from trimtab.data.records import read
@@ -60,14 +61,14 @@ class Told:
 
     def lines(self, name: str, objective: str) -> list[str]:
         found = [
-            f"{name}: {count:,} {'record' if count == 1 else 'records'} with {', '.join(used)}: {form}; {learned(form, objective)}"
+            f"{name}: {counted(count, 'record')} with {', '.join(used)}: {form}; {learned(form, objective)}"
             for (form, used), count in self.shapes.items()
         ]
         if self.left_out:
             found.append(f"{name}: left out, because no form reads them there: {_listed(list(self.left_out))}")
         if self.again:
-            noun = "record is" if self.again == 1 else "records are"
-            found.append(f"{name}: {self.again:,} {noun} the same as one before (the first: {self.first_again}); each is kept once")
+            again = counted(self.again, "record is", "records are")
+            found.append(f"{name}: {again} the same as one before (the first: {self.first_again}); each is kept once")
         return found
 
     def problem(self, *, go_on: bool) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
+from trimtab.counting import counted
 from trimtab.data.parts import KINDS, kind_of
 
 FILE_KINDS = {".html": "text/html", ".htm": "text/html", ".txt": "text/plain", ".md": "text/markdown"}
@@ -201,7 +202,8 @@ def _from_folder(folder: Path, name: str) -> _Found:
         notes.append(f"{source.name} was passed over ({why}); pass it by name if it is to be learned")
     if unread:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
-        notes.append(f"{name or folder.resolve().name}: passed over {unread.total()} files of kinds that are not read ({kinds})")
+        files = counted(unread.total(), "file of a kind that is", "files of kinds that are")
+        notes.append(f"{name or folder.resolve().name}: passed over {files} not read ({kinds})")
     if not found and not refused:
         refused.append(
             Refused(name or folder.resolve().name, f"the folder holds no file of the kinds that are read ({_READ}); pass one that does")

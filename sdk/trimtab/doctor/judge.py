@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trimtab.backends.container import GPU_REMEDY
+from trimtab.counting import counted
 from trimtab.doctor.facts import PLACES, Absent, Built, Cpu, Disk, Engine, Facts, Memory
 from trimtab.doctor.look import EXTRAS, KERNELS
 
@@ -104,8 +105,8 @@ def kernels(version: str | None, found: Cpu) -> Finding:
 def cores(found: Cpu) -> Finding:
     """How many there are, how many may be used, and whether memory has a far side."""
     said = (
-        f"{_count(found.cores, 'core')}, {_count(found.processors, 'processor')}, {_count(found.sockets, 'socket')}, "
-        f"{_count(found.numa_nodes, 'NUMA node')}"
+        f"{counted(found.cores, 'core')}, {counted(found.processors, 'processor')}, {counted(found.sockets, 'socket')}, "
+        f"{counted(found.numa_nodes, 'NUMA node')}"
     )
     if found.quota is not None and found.quota < found.usable:
         said += f"; the control group allows {found.quota:g} processors' worth of time"
@@ -146,7 +147,7 @@ def engine(found: Engine | Absent) -> Finding:
         return Finding("docker", "missing", found.why, found.remedy, ("docker",))
     said = (
         f"engine {found.version} (API {found.api}) at {found.where}: {found.storage}, cgroup {found.cgroup}, {found.architecture}, "
-        f"{_count(found.cpus, 'processor')}, {found.memory:,} MB"
+        f"{counted(found.cpus, 'processor')}, {found.memory:,} MB"
     )
     if found.lacking:
         lacking = f"{said}; it cannot limit {', '.join(found.lacking)}"
@@ -206,7 +207,3 @@ def proxy(found: dict[str, str]) -> Finding:
     if proxied and not {"127.0.0.1", "*"} & set(own):
         return Finding("proxies", "warning", f"{said}; asked for 127.0.0.1 too, where endpoints are", "export NO_PROXY=127.0.0.1,localhost")
     return Finding("proxies", "ok", said or "none")
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" + ("" if number == 1 else "s")
