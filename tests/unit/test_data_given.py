@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -35,6 +38,29 @@ def test_rows_in_memory_become_one_file_named_by_its_content(tmp_path: Path):
     loaded = load(path, cache=tmp_path, say=lambda line: None)
     assert loaded.examples is not None
     assert loaded.examples.count == 1500
+
+
+def test_the_oldest_records_go_when_all_take_too_much_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In both folders; what is of the last day stays, for a job may be about to read it."""
+
+    def write(text: str) -> tuple[Path, Path]:
+        with Writer(tmp_path) as writer:
+            writer.add({"form": "guanaco", "text": text}, "a")
+            examples = writer.finish()
+        assert examples is not None
+        return Path(as_sources([{"text": text}], tmp_path)[0]), examples.path
+
+    a, b, c = (write(text * 3000) for text in "abc")
+    for days, files in ((2, c), (3, b), (4, a)):
+        for path in files:
+            os.utime(path, (time.time() - days * 86_400,) * 2)
+    d = write("d")
+    assert all(path.exists() for path in (*a, *b, *c, *d))  # the disk has room for all
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=10 * 7500))
+    assert write("a" * 3000) == a  # the same, and the newest now
+    assert {*tmp_path.glob("*/*.jsonl")} == {*a, *c, *d}
+    e = write("e" * 9000)  # alone more than may be
+    assert {*tmp_path.glob("*/*.jsonl")} == {*a, *d, *e}
 
 
 def test_what_a_killed_client_left_goes_whatever_the_clock_says(tmp_path: Path):

@@ -20,6 +20,7 @@ from typing import IO
 from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab import half_made
+from trimtab.cache import prune
 from trimtab.counting import counted
 from trimtab.data.forms import Canonical, canonical, learned
 from trimtab.data.parts import Broken, Part, places
@@ -36,7 +37,8 @@ _ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 class Examples(BaseModel):
     """Training examples in a file, one JSON object a line, in the order of the sources.
 
-    `digest` is of their contents in order, without where they came from. `path` belongs to a cache and is never changed.
+    `digest` is of their contents in order, without where they came from. `path` belongs to a cache and is never changed; after a day it
+    may go, when such files take too much of the disk (`cache.prune`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -139,6 +141,7 @@ class Writer:
             self._file.flush()
             os.fsync(self._file.fileno())
             Path(self._file.name).replace(path)
+            prune(self._folder)
         except OSError as exc:
             raise self._no_room(exc) from exc
         return Examples(path=path, count=self._forms.total(), forms=dict(sorted(self._forms.items())), digest=digest)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import half_made
-from trimtab.cache import cache_dir
+from trimtab.cache import cache_dir, prune
 from trimtab.errors import DataError
 
 _STALE_S = 24 * 3600.0  # after which a half-made folder without a lock has no maker any more
@@ -19,7 +19,7 @@ _STALE_S = 24 * 3600.0  # after which a half-made folder without a lock has no m
 
 def as_sources(given: Any, cache: Path | None = None) -> list[str]:
     """`given` as sources: addresses and paths as they are; records in memory as a .jsonl file in `cache` (by default `cache_dir()`),
-    written once and named by its content.
+    written once and named by its content; the oldest of them go when they take too much of the disk (`cache.prune`).
 
     Records are a list of dictionaries, a `datasets.Dataset`, a pandas or polars data frame, or a pyarrow table; `given` may also be a
     list of such things and of sources. Nothing is imported to tell them apart. Raises DataError for anything else, for a dictionary
@@ -68,6 +68,7 @@ def _written(rows: Iterable[Mapping[str, Any]], folder: Path) -> str:
                 raise DataError("the data holds no records; pass at least one")
             path = folder / f"records-{digest.hexdigest()[:16]}.jsonl"
             (making / "records.jsonl").replace(path)
+            prune(folder)
     except OSError as exc:
         raise DataError(f"the data cannot be written to {folder} ({exc.strerror or exc}); set TRIMTAB_CACHE to another folder") from exc
     return str(path)
