@@ -191,8 +191,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--wheel", type=Path, metavar="FOLDER", help="write the wheel there and install nothing")
     folder = parser.parse_args().wheel
-    BUILD.mkdir(exist_ok=True)
-    with (BUILD / "lock").open("w") as lock:  # two builds at once would take each other's objects away
+    try:
+        BUILD.mkdir(exist_ok=True)
+        held = (BUILD / "lock").open("w")
+    except OSError as failed:
+        print(f"trimtab-xeon: {failed}: nothing can be built here; take a checkout that is yours", file=sys.stderr)
+        return CANNOT
+    with held as lock:  # two builds at once would take each other's objects away
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             wheel = make_wheel(folder or BUILD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -89,6 +90,14 @@ def test_a_machine_that_cannot_build_them_is_told_apart_from_a_build_that_fails(
     done = subprocess.run([sys.executable, HOME / "build.py"], env=kept | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert re.search(message, done.stderr)
+
+
+def test_a_checkout_in_which_nothing_can_be_written_cannot_build_them(tmp_path: Path) -> None:
+    shutil.copy(HOME / "build.py", tmp_path)
+    (tmp_path / "build").write_text("in the folder's place", encoding="utf-8")
+    done = subprocess.run([sys.executable, tmp_path / "build.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert re.fullmatch(r"trimtab-xeon: .*/build.*: nothing can be built here; take a checkout that is yours\n", done.stderr)
 
 
 def test_one_module_alone_knows_the_kernels() -> None:

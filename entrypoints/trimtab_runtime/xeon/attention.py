@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import AttentionInterface
 
@@ -108,7 +109,8 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, as `attend` was given them, from that of its `out`: three tensors shaped like those.
 
-    With `into` [n, (H + 2 KV) d] they are written there, one behind the other, and views of it are returned.
+    With `into` [n, (H + 2 KV) d] they are written there, one behind the other, and views of it are returned. The same threads give the
+    same bits: where several share a sample's key head, its gradients are sums of theirs, in an order that depends on how many there are.
     """
     n, heads, width = query.shape
     kv_heads = key.shape[1]
@@ -237,6 +239,7 @@ class _Packed(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         return *attend_backward(upstream[0], *ctx.saved_tensors, *ctx.given), None, None, None
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -234,6 +235,7 @@ class _Layer(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         block, places, dy = ctx.block, ctx.places, upstream[0].contiguous()
@@ -268,6 +270,7 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **given: Any) -> Tens
         or hidden_states.shape[0] != 1
         or hidden_states.device.type != "cpu"
         or torch.is_autocast_enabled("cpu")
+        or any(adapter is not None and lora.set_aside(adapter) for maps in self.block.maps for adapter in maps.adapters)
     ):
         own: Tensor = type(self).forward(self, hidden_states, *args, **given)
         return own

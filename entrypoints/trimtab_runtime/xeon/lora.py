@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from trimtab_runtime.xeon.weights import weight_of
 
@@ -32,6 +33,7 @@ class _Adapted(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         x, inner, a_low, b_low = ctx.saved_tensors
         dx, da, db = _through(ctx, upstream[0].contiguous(), x, inner, a_low, b_low)
@@ -62,6 +64,7 @@ class _Directed(torch.autograd.Function):
         return y if bias is None else y.add_(bias.to(x.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor, None, None, None]:
         x, inner, a_low, b_low, z, gain, norm = ctx.saved_tensors
         d_magnitude = (upstream[0] * z).sum(0, dtype=torch.float32) / norm
@@ -82,13 +85,24 @@ def _through(ctx: Any, dy: Tensor, x: Tensor, inner: Tensor, a_low: Tensor, b_lo
     return dx, da, db
 
 
-def _forward(self: LoraLayer, x: Tensor, *_: Any, **__: Any) -> Tensor:
+def set_aside(layer: LoraLayer) -> bool:
+    """Whether PEFT has switched a layer's adapter off (`disable_adapter`) or merged it into the base: then its own forward is right."""
+    return bool(layer.disable_adapters or layer.merged)
+
+
+def _forward(self: LoraLayer, x: Tensor, *args: Any, **given: Any) -> Tensor:
+    if set_aside(self):
+        own: Tensor = type(self).forward(self, x, *args, **given)
+        return own
     flat = x.reshape(-1, x.shape[-1])
     y: Tensor = _Adapted.apply(flat, self.lora_A["default"].weight, self.lora_B["default"].weight, self.base_layer, self.scaling["default"])
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _directed(self: LoraLayer, x: Tensor, *_: Any, **__: Any) -> Tensor:
+def _directed(self: LoraLayer, x: Tensor, *args: Any, **given: Any) -> Tensor:
+    if set_aside(self):
+        own: Tensor = type(self).forward(self, x, *args, **given)
+        return own
     flat = x.reshape(-1, x.shape[-1])
     factors = (self.lora_A["default"].weight, self.lora_B["default"].weight, self.lora_magnitude_vector["default"].weight)
     y: Tensor = _Directed.apply(flat, *factors, self.base_layer, self.scaling["default"], self.row_squares)
@@ -106,6 +120,7 @@ class _Frozen(torch.autograd.Function):
         return y if bias is None else y.add_(bias.to(x.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None]:
         return (torch.mm(upstream[0].contiguous(), weight_of(ctx.base, upstream[0].dtype)) if ctx.needs_input_grad[0] else None), None
 

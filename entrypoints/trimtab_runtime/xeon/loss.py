@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from trimtab.estimate import LOGITS_AT_ONCE
 from trimtab_runtime.xeon import kernels
@@ -44,6 +45,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         of_hidden, of_head = (None if found is None else found * upstream[0].to(found.dtype) for found in ctx.saved_tensors)
         return of_hidden, of_head, None

@@ -71,7 +71,7 @@ def weights_below(bases: Sequence[Any], dtype: torch.dtype) -> Tensor:
         return weight_of(bases[0], dtype)
     if bases[0].weight.device.type != "cpu":
         return torch.cat([weight_of(base, dtype) for base in bases])
-    shapes = [getattr(base.weight, "quant_state", base.weight).shape for base in bases]
+    shapes = [(getattr(base.weight, "quant_state", None) or base.weight).shape for base in bases]
     out = _scratch.rows(sum(rows for rows, _ in shapes), shapes[0][1], dtype)
     at = 0
     for base, (rows, _) in zip(bases, shapes, strict=True):
