@@ -14,7 +14,8 @@ from trimtab.spec import TrainSpec
 
 __all__ = [
     "BF16_FLAGS", "EXPLICIT_UP_TO", "LOGITS_AT_ONCE", "ModelFacts", "PeakMemory", "Rates", "Recompute", "RowFacts", "RowShape",
-    "dtype_of", "elementwise_bytes", "epoch_steps", "optimiser_steps", "peak_memory", "recompute_layers", "step_seconds",
+    "attention_scratch", "dtype_of", "elementwise_bytes", "epoch_steps", "optimiser_steps", "peak_memory", "recompute_layers",
+    "step_seconds",
 ]  # fmt: skip
 
 LOGITS_AT_ONCE = 512
@@ -77,6 +78,7 @@ _NF4 = 0.53  # bytes for a weight: 4 bits, and the scales of each 64 in 8 bits (
 _QUANTISING = 11  # times the largest map: the heap keeps what quantising and its correction took for it
 _SPLIT = 1.1  # of a GPU's activations: blocks that its allocator cannot put together; assumed
 _SCORES = 512  # queries whose scores exist at once
+_THREADS = 64  # of a process, that attention's memory is counted for: how many there will be is not known
 
 
 def peak_memory(
@@ -99,7 +101,8 @@ def peak_memory(
         activations  of each layer that is one step (Llama's kind on a CPU, adapters without dropout and DoRA), what it keeps, and at once
                      the gradients of one:
                          (L - again) n (s (2 h + 2 a d + 2 k + 2 f + 7 r) + 4 a + 8) + again n s h
-                         + max(n s (2 f + 4 h), n s (5 a d + 4 k) + 8 n k + 16 k/d 512 l)
+                         + max(n s (2 f + 4 h), n s (5 a d + 4 k) + max(8 n k + 16 k/d 512 l, attention_scratch))
+                     (its attention is that of plain torch, or the compiled kernels' where these take more, by 64 threads)
                      and with qlora the largest weights that are dequantised at once, s max(2 f h, h (a d + 2 k)); of other layers
                          (L - again) n (8 h + s (2 h + 4 f + 7 r + 2 a d + 2 k) + 4 a) + again n s h + s * adapters in bf16
                      and on a CPU the temporaries of every layer, for glibc's heap does not give an aligned block that was freed to
@@ -208,9 +211,28 @@ def _passing_fused(spec: TrainSpec, model: ModelFacts, size: int, row: RowShape)
     longest = min(row.tokens, max(math.sqrt(row.flash), min(EXPLICIT_UP_TO, math.sqrt(row.explicit))))
     of_mlp = row.tokens * size * (2 * model.intermediate + 4 * model.hidden)
     scores = 16 * model.kv_heads * _SCORES * longest
-    of_attention = row.tokens * (size * (5 * query + 4 * keys) + 8 * keys) + scores
+    by_torch, by_kernels = 8 * row.tokens * keys + scores, attention_scratch(model, size, row.tokens, longest, _THREADS)
+    of_attention = row.tokens * size * (5 * query + 4 * keys) + max(by_torch, by_kernels)
     weights = size * model.hidden * max(2 * model.intermediate, query + 2 * keys) if spec.method == "qlora" else 0
     return max(of_mlp, of_attention) + weights
+
+
+def attention_scratch(model: ModelFacts, size: int, tokens: float, longest: float, threads: int) -> float:
+    """Bytes that the compiled attention's backward pass takes beside its tensors, at most, in numbers of `size` bytes.
+
+    Of a row of `tokens` whose samples are all as long as its `longest`: with samples of other lengths it is less, or about as much. Each
+    thread lays out a key head's keys and values anew. Gradients of keys and values are summed in fp32, for a whole sample: by each thread
+    for itself, or where samples and key heads are fewer than threads, for each part of a sample (attention.h, `tasks_of`).
+    """
+    samples = max(1.0, tokens // longest) if longest else 0.0
+    heads, width = samples * model.kv_heads, math.ceil(model.head_width / 16) * 16
+    if not heads:
+        return 0.0
+    blocks = math.ceil(longest * model.heads / model.kv_heads / 128)
+    parts = min(math.ceil(max(threads, min(4 * threads, 16)) / heads), (blocks + 3) // 4)
+    at_work = min(threads, heads * parts)
+    sums = heads * parts if parts > 1 else at_work
+    return width * (8 * longest * sums + (3 * size * longest + 4096) * at_work)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from itertools import accumulate
 from typing import Any
 
@@ -16,7 +19,17 @@ from support.job_tree import make_job, run, train_here
 from support.kernel_paths import NAMES
 from support.tiny_model import make_tiny_model
 from trimtab.catalog import catalog
-from trimtab.estimate import BF16_FLAGS, ModelFacts, Rates, RowFacts, RowShape, dtype_of, peak_memory, step_seconds
+from trimtab.estimate import (
+    BF16_FLAGS,
+    ModelFacts,
+    Rates,
+    RowFacts,
+    RowShape,
+    attention_scratch,
+    dtype_of,
+    peak_memory,
+    step_seconds,
+)
 from trimtab.events import Choice, read
 from trimtab.ledger import Account, Ledger
 from trimtab.plan import plan
@@ -131,6 +144,56 @@ def test_logits_take_what_the_loss_allocates(path: str, dtype: str, by_kernels: 
         linear_cross_entropy(hidden, head, targets, scale=1.0)
     changes = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     assert max(accumulate(changes)) / 2**20 == pytest.approx(expected, rel=0.03, abs=1)
+
+
+def test_attentions_memory_beside_its_tensors_is_counted():
+    """MB of 4,096 tokens in bf16: each thread has 3 for keys and values, 0.5 for a block; sums are 4 for each part of a key head."""
+    grouped = facts({**LLAMA2_7B, "num_key_value_heads": 8})
+    for model, threads, laid_out, sums in ((facts(LLAMA2_7B), 56, 56, 2 * 32), (grouped, 56, 56, 7 * 8), (grouped, 2, 2, 2)):
+        assert attention_scratch(model, 2, 4096, 4096, threads) / 2**20 == 3.5 * laid_out + 4 * sums
+    assert attention_scratch(grouped, 2, 4096, 0, 56) == 0
+    spec = TrainSpec(model="m", method="lora", max_seq_len=4096)
+    scratch, query, keys = attention_scratch(grouped, 2, 4096, 4096, 64), 4096, 1024
+    assert scratch > 4096 * (8 * keys + 16 * 8 * 512)  # what plain torch's takes, which a row of this length is counted with otherwise
+    numbers = 2 * 4096 + 2 * query + 2 * keys + 2 * 11008 + 7 * spec.lora_rank  # that are kept of a token
+    kept = grouped.layers * 4096 * (2 * numbers + 4 * 32 + 8)
+    found = peak_memory(spec, grouped, "bfloat16").activations
+    assert found == pytest.approx((kept + 4096 * 2 * (5 * query + 4 * keys) + scratch) / 2**20, abs=1)
+
+
+SCRATCH = """
+import torch
+from pathlib import Path
+from trimtab_runtime.xeon.attention import attend, attend_backward, plan_groups
+
+def held(name):
+    return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) << 10
+
+def peak(tokens, threads=16):
+    torch.set_num_threads(threads)
+    query, key, value, d_out = (torch.randn(tokens, heads, 64) for heads in (8, 1, 1, 8))
+    groups, into = plan_groups([tokens]), torch.zeros(tokens, 10 * 64)
+    out, lse = attend(query, key, value, groups, 0.1)
+    before = held("VmRSS:")
+    Path("/proc/self/clear_refs").write_text("5")
+    attend_backward(d_out, query, key, value, out, lse, groups, 0.1, None, into)
+    return held("VmHWM:") - before
+
+peak(64)
+print(peak(2048))
+"""
+
+
+def test_attentions_memory_is_what_the_kernel_takes():
+    """Of one sample in 16 parts: the sums of all are there at once, what threads lay out where they compute at the same time."""
+    environment = {**os.environ, "TRIMTAB_XEON": "avx512"}
+    done = subprocess.run([sys.executable, "-c", SCRATCH], env=environment, capture_output=True, text=True, check=False)
+    if "has no AVX-512" in done.stderr or "cannot be loaded" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    model = ModelFacts(layers=1, hidden=512, intermediate=64, heads=8, kv_heads=1, head_width=64, vocabulary=64, tied=True)
+    sums = 8 * 2048 * 64 * 16
+    assert 0.9 * sums < int(done.stdout) < attention_scratch(model, 4, 2048, 2048, 16)
 
 
 SLOW = Rates.stated("bfloat16", 1e12, 5e10)
