@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,9 +255,10 @@ def test_a_layer_keeps_what_it_says_and_a_recomputed_one_its_input_alone(name: s
     assert kept[1].saved_tensors[0].untyped_storage().nbytes() == 2 * tokens * hidden
 
 
-def test_a_copy_of_a_fused_model_is_its_own(folders: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_fused_model_is_its_own(copied: Callable[[Any], Any], folders: Callable[[str], Path]) -> None:
     model = fused(adapted(folders("llama3"), asked(), torch.float32))
-    other = copy.deepcopy(model)
+    other = copied(model)
     assert torch.equal(computed(other)[0], computed(model)[0])
     other.get_base_model().model.layers[0].self_attn.k_proj.base_layer.weight.data.zero_()
     assert not torch.equal(computed(other)[0], computed(model)[0])

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -296,7 +295,7 @@ def fuse(model: nn.Module, recompute: Collection[int] = ()) -> Choice:
     if not why:
         for layer in layers:
             layer.block = Block.of(layer)
-            layer.forward = MethodType(_forward, layer)
+            layer.forward = partial(_forward, layer)  # no method: see lora.fuse
     set_recompute(model, recompute)
     if why:
         return Choice("maps", f"{why}; {one_by_one} adapted linear layers compute in one step each")

@@ -6,7 +6,7 @@ the separate additions cost as much as the adapters' products. The mathematics i
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -144,8 +144,8 @@ def fuse(model: nn.Module) -> int:
             directed = "default" in layer.lora_magnitude_vector
             if directed:
                 layer.row_squares = weight_of(layer.base_layer, torch.float32).square().sum(1)
-            layer.forward = MethodType(_directed if directed else _forward, layer)
+            layer.forward = partial(_directed if directed else _forward, layer)  # no method: pickle would look for it in the class
             fused += 1
         elif getattr(getattr(layer, "weight", None), "quant_state", None) is not None and layer.weight.device.type == "cpu":
-            layer.forward = MethodType(_frozen, layer)
+            layer.forward = partial(_frozen, layer)
     return fused
