@@ -264,6 +264,18 @@ def test_a_copy_of_a_fused_model_is_its_own(copied: Callable[[Any], Any], folder
     assert not torch.equal(computed(other)[0], computed(model)[0])
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_biases_that_are_loaded_after_fusing_count(method: str, folders: Callable[[str], Path]) -> None:
+    plain = adapted(folders("biased"), asked(method), torch.float32)
+    ours = fused(plain)
+    changed = {key: torch.randn_like(value) for key, value in plain.state_dict().items() if key.endswith("base_layer.bias")}
+    assert len(changed) == 2 * 7
+    before = computed(ours)[0]
+    for model in (plain, ours):
+        model.load_state_dict(changed, strict=False)
+    assert distance(computed(ours)[0], computed(plain)[0]) < 1e-5 < distance(before, computed(plain)[0])
+
+
 def test_rows_of_4096_bytes_get_a_gap() -> None:
     layers = [torch.nn.Linear(1024, size, bias=False) for size in (6, 2)]
     whole = torch.cat([layer.weight.detach().clone() for layer in layers])

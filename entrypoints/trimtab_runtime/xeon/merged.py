@@ -41,7 +41,6 @@ class Maps:
         self.columns = _slices([base.out_features for base in self.bases])
         self.ranks = _slices([adapter.r["default"] if adapter else 0 for adapter in self.adapters])
         self.out, self.rank = self.columns[-1].stop, self.ranks[-1].stop
-        self.bias = _joined_biases(self.bases)
         join(self.bases)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -64,8 +63,8 @@ class Maps:
 
     def forward(self, x: Tensor, factors: Factors) -> tuple[Tensor, Tensor | None]:
         """(y, x A' [n, ranks])."""
-        weight = self.weight(x.dtype).t()
-        y = torch.mm(x, weight) if self.bias is None else torch.addmm(self.bias, x, weight)
+        weight, bias = self.weight(x.dtype).t(), _joined_biases(self.bases)
+        y = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
         inner = self.inner(x, factors)
         if inner is None:
             return y, None
@@ -149,6 +148,7 @@ def _stand_below(parts: Sequence[Tensor]) -> bool:
 
 
 def _joined_biases(bases: Sequence[Any]) -> Tensor | None:
+    """[out], or None where no layer has one. Made for each product: a copy that is kept would not be what is loaded into them later."""
     found = [getattr(base, "bias", None) for base in bases]
     some = next((bias for bias in found if bias is not None), None)
     if some is None:
