@@ -232,8 +232,9 @@ def test_weights_share_one_scratch_and_stand_one_below_another(path: str) -> Non
     layers = [layer_of(drawn(shape, "normal").bfloat16()) for shape in ((192, 1024), (64, 1024), (128, 1024))]
     plain = torch.nn.Linear(1024, 32, bias=False).bfloat16()
     wanted = [by_format(layer.weight.data, layer.weight.quant_state) for layer in layers]
-    below = weights.weights_below([*layers, plain], BF16)
-    assert same(below, torch.cat([*wanted, plain.weight.data]))
+    unmade = bnb.nn.Linear4bit(1024, 16, bias=False)  # holds plain numbers until it is moved to its device
+    below = weights.weights_below([*layers, plain, unmade], BF16)
+    assert same(below, torch.cat([*wanted, plain.weight.data, unmade.weight.data.bfloat16()]))
     assert below.stride(0) == 1024 + 32  # rows of 2,048 bytes lie apart
     place = below.data_ptr()
     for layer, expected in zip(layers, wanted, strict=True):
