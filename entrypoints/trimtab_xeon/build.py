@@ -6,7 +6,8 @@ build/ and compiled again when their source, a header, the compiler, its flags o
     python build.py                 compile what changed, make the wheel, install it
     python build.py --wheel FOLDER  the wheel only
 
-Exits with 3 where this machine has no compiler for them, or is none that they are for; with 1 where the build failed.
+Exits with 3 where this machine has no compiler for them, is none that they are for, or nothing can be written here; with 1 where the
+build failed.
 """
 
 from __future__ import annotations
