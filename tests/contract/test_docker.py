@@ -176,7 +176,8 @@ def test_quantised_bases_stay_where_the_caller_wants_them_and_are_the_callers(ru
     monkeypatch.delenv("TRIMTAB_NF4_CACHE", raising=False)
     if asked is not None:
         monkeypatch.setenv("TRIMTAB_NF4_CACHE", asked)
-    backend, handle = run_script("echo ${TRIMTAB_NF4_CACHE:-none}; ls /opt/ml; echo kept >> $TRIMTAB_NF4_CACHE/entry")
+    keep = "test -z ${TRIMTAB_NF4_CACHE:-''} || echo kept >> $TRIMTAB_NF4_CACHE/entry"
+    backend, handle = run_script(f"echo ${{TRIMTAB_NF4_CACHE:-none}}; ls /opt/ml; {keep}")
     finish(backend, handle)
     here = tmp_path / (asked or "cache/nf4")
     there = ["checkpoints", "input", "model", *(["nf4"] if asked != "" else []), "output"]

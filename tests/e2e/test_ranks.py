@@ -152,6 +152,7 @@ def test_when_the_run_itself_is_killed_its_ranks_end_and_then_the_folder_is_free
     until_step(job, 3, started[0])
     ranks = ranks_of(started[0])
     started[0].kill()
+    started[0].wait()
     assert gone(ranks)
     with (job.root / ".lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -75,6 +75,7 @@ def test_titles():
     assert extract("<h1>The <b>only</b> one</h1>").title == "The only one"
     assert extract("<svg><title>icon</title></svg><h1>Right</h1>").title == "Right"
     assert extract("<p>none</p>").title == ""
+    assert extract("<h1>The <noframes><script>code</script></noframes>bank<div>of seeds</div></h1>").title == "The bank of seeds"
 
 
 def test_inline_elements_do_not_part_words_and_blocks_do():

@@ -59,11 +59,10 @@ def extract(html: str, tree: BeautifulSoup | None = None) -> Extracted:
 
 
 def _title(tree: BeautifulSoup) -> str:
-    for name in ("title", "h1"):
-        for tag in tree.find_all(name, limit=10):
-            if tag.find_parent("svg") is None and 0 < len(text := collapse(tag.get_text())) <= _TITLE_AT_MOST:
-                return text
-    return ""
+    titles = (collapse(tag.get_text()) for tag in tree.find_all("title", limit=10) if tag.find_parent("svg") is None)
+    headings = (tag for tag in tree.find_all("h1", limit=10) if tag.find_parent("svg") is None)
+    shown = (" ".join(block.text for block in blocks(tag, dropped=hidden)) for tag in headings)
+    return next((text for text in itertools.chain(titles, shown) if 0 < len(text) <= _TITLE_AT_MOST), "")
 
 
 def _located(html: str, tree: BeautifulSoup, everything: Sequence[Block]) -> list[Block]:
