@@ -120,11 +120,10 @@ SESSIONS: dict[str, list[tuple[tuple[str, ...], int]]] = {
 
 
 def sessions_of(kind: str, dtype: str) -> list[tuple[tuple[str, ...], int]]:
-    """In fp32 without d3, which would be d2 again, and of the large model with one variant at a time beside ours: memory is short."""
+    """In fp32 without d3, which would be d2 again, and with one variant at a time beside ours: memory is short."""
     if dtype == "bfloat16":
         return SESSIONS[kind]
-    each = SESSIONS[kind] if kind == "small" else [((names[0], name), most) for names, most in SESSIONS[kind] for name in names[1:]]
-    return [(names, most) for names, most in each if "d3" not in names]
+    return [((names[0], name), most) for names, most in SESSIONS[kind] for name in names[1:] if name != "d3"]
 
 
 class Ended(Exception):
