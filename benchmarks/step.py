@@ -317,7 +317,7 @@ def main() -> int:
             if others:
                 of_kind.append(session(kind, (names[0], *others), told, min(asked.rounds, most), asked.threads))
         sessions += of_kind
-        rows += lines(kind, of_kind, facts, drawn.rows)
+        rows += [*lines(kind, of_kind, facts, drawn.rows), *parts(kind, of_kind, on.dtype)]
         figures += judged(kind, of_kind, facts, drawn.rows)
     head = ("model, variant", "tokens/s", "us / it", "s a step", "real of places", "peak MB")
     return report(asked, on, head, rows, figures, {"documents": asdict(drawn), "sessions": [asdict(one) for one in sessions]})
@@ -333,7 +333,7 @@ def paired(found: Sequence[Session], name: str) -> Ratio | None:
 
 
 def lines(kind: str, found: Sequence[Session], facts: ModelFacts, rows: Sequence[Sequence[int]]) -> list[tuple[str, ...]]:
-    """A row of the table for each variant of each session, then utilisation, and the way from (d) to us."""
+    """A row of the table for each variant of each session, and utilisation."""
     table: list[tuple[str, ...]] = []
     for one in found:
         for name, each in one.seconds.items():
@@ -345,12 +345,18 @@ def lines(kind: str, found: Sequence[Session], facts: ModelFacts, rows: Sequence
             table.append((f"{kind} {name}", f"{rate:,.0f}", against, f"{middle['wall']:.2f}", share, f"{peak:,}"))
         if {"lora", "products"} <= one.seconds.keys():
             table.append((f"{kind} utilisation of lora", "", f"{utilisation(one, facts, rows):.3f}", *[""] * 3))
-    ladder = {name: times.middle for name in LADDER if (times := paired(found, name))}
-    if {*LADDER} - {*ladder} <= {"d3", "lora"}:
-        for before, after in itertools.pairwise((*ladder, "lora")):
-            gain = ladder[before] / ladder.get(after, 1.0)
-            table.append((f"{kind} from (d) to us, {after}: {SAID[after]}", "", f"{gain:.2f}", *[""] * 3))
     return table
+
+
+def parts(kind: str, found: Sequence[Session], dtype: str) -> list[tuple[str, ...]]:
+    """What each step from (d) to us gives; no rows where one was not measured, for the next would be credited with its gain."""
+    planned = {name for names, _ in sessions_of(kind, dtype) for name in names}
+    way = [name for name in LADDER[:-1] if name in planned]
+    times = {name: times.middle for name in way if (times := paired(found, name))}
+    if not way or times.keys() != {*way}:
+        return []
+    gains = {after: times[before] / times.get(after, 1.0) for before, after in itertools.pairwise((*way, "lora"))}
+    return [(f"{kind} from (d) to us, {name}: {SAID[name]}", "", f"{gain:.2f}", *[""] * 3) for name, gain in gains.items()]
 
 
 def judged(kind: str, found: Sequence[Session], facts: ModelFacts, rows: Sequence[Sequence[int]]) -> list[Figure]:

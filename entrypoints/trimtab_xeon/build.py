@@ -161,14 +161,17 @@ def make_wheel(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     wheel = folder / f"{name}-{version}-{tag}.whl"
     aside = wheel.with_suffix(f".{os.getpid()}.tmp")
-    with zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path, data in files.items():
-            entry = zipfile.ZipInfo(path, (1980, 1, 1, 0, 0, 0))
-            entry.external_attr = (0o755 if path.endswith(".so") else 0o644) << 16
-            archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
-    for older in folder.glob(f"{name}-*.whl"):
-        older.unlink()
-    aside.rename(wheel)
+    try:
+        with zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path, data in files.items():
+                entry = zipfile.ZipInfo(path, (1980, 1, 1, 0, 0, 0))
+                entry.external_attr = (0o755 if path.endswith(".so") else 0o644) << 16
+                archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
+        for older in folder.glob(f"{name}-*.whl"):
+            older.unlink()
+        aside.rename(wheel)
+    finally:
+        aside.unlink(missing_ok=True)  # of a full disk; it has its name by now where all went well
     return wheel
 
 
@@ -207,6 +210,9 @@ def main() -> int:
         except BuildError as failed:
             print(f"trimtab-xeon: {failed}", file=sys.stderr)
             return CANNOT if isinstance(failed, CannotBuild) else 1
+        except OSError as failed:
+            print(f"trimtab-xeon: {failed}: free some room, or name a folder that is yours with --wheel", file=sys.stderr)
+            return 1
     print(f"trimtab-xeon: {wheel.name}" + (" installed" if folder is None else f" in {folder}"))
     return 0
 

@@ -100,6 +100,15 @@ def test_a_checkout_in_which_nothing_can_be_written_cannot_build_them(tmp_path: 
     assert re.fullmatch(r"trimtab-xeon: .*/build.*: nothing can be built here; take a checkout that is yours\n", done.stderr)
 
 
+def test_a_folder_that_cannot_be_written_is_named(wheel: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("in the folder's place", encoding="utf-8")
+    done = subprocess.run([sys.executable, HOME / "build.py", "--wheel", taken], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"trimtab-xeon: .*File exists: .*/taken'.*name a folder that is yours with --wheel\n", done.stderr)
+    assert [*tmp_path.iterdir()] == [taken]
+
+
 def test_one_module_alone_knows_the_kernels() -> None:
     """The runtime's door to them; the SDK asks only whether the distribution is installed."""
     sources = [*(ROOT / "sdk" / "trimtab").rglob("*.py"), *(ROOT / "entrypoints" / "trimtab_runtime").rglob("*.py")]
