@@ -22,8 +22,10 @@ os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
 settings.register_profile("shared machine", deadline=None)  # a slow moment of the machine is no failure
 settings.load_profile("shared machine")
 
-# a shell's background jobs ignore it, and so would all that the tests start
+# A shell's background jobs ignore the one, what nohup starts the other, and so would all that the tests start. Handlers are not inherited.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 pytest.register_assert_rewrite(
     "contract.backend_contract", "contract.endpoint_contract", "contract.http_contract", "contract.rough_clients"

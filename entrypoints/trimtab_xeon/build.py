@@ -5,6 +5,7 @@ build/ and compiled again when their source, a header, the compiler, its flags o
 
     python build.py                 compile what changed, make the wheel, install it
     python build.py --wheel FOLDER  the wheel only
+        ... --emulate-tiles         that computes AMX's instructions in plain C++: for tests where there is no AMX, and slow
 
 Exits with 3 where this machine has no compiler for them, is none that they are for, or nothing can be written here; with 1 where the
 build failed.
@@ -44,6 +45,8 @@ LINK = [
     *("-shared", "-static-libstdc++", "-Wl,--gc-sections", "-Wl,--exclude-libs,ALL", "-Wl,--no-undefined", "-Wl,--as-needed"),
     *("-Wl,-O1", "-Wl,--strip-debug"),
 ]
+
+EMULATED = {source: ["-DXEON_EMULATED_TILES"] for source in ("attention", "attention_backward", "path")}  # which of src/ know tiles
 
 
 class BuildError(RuntimeError):
@@ -89,37 +92,39 @@ def run(command: list[str]) -> None:
     sys.stderr.write(said)
 
 
-def compile_library() -> Path:
-    """build/kernels.so from what changed. Raises BuildError with the compiler's own words."""
+def compile_library(emulate_tiles: bool = False) -> Path:
+    """build/kernels.so from what changed, or build/emulated.so. Raises BuildError with the compiler's own words."""
     cxx, torch = compiler(), torch_folder()
     BUILD.mkdir(exist_ok=True)
     known = hashlib.sha256()
     known.update(subprocess.run([*cxx, "--version"], capture_output=True, check=True).stdout)
-    known.update(repr((FLAGS, LINK)).encode() + (torch / "version.py").read_bytes())
+    known.update(repr((FLAGS, LINK, EMULATED)).encode() + (torch / "version.py").read_bytes())
     for header in sorted((HERE / "src").glob("*.h")):
         known.update(header.read_bytes())
     includes = [f"-isystem{torch / 'include'}"]
-    wanted: list[tuple[Path, Path]] = []
+    wanted: list[tuple[Path, list[str], Path]] = []
     objects = []
     for source in sorted((HERE / "src").glob("*.cpp")):
         digest = known.copy()
         digest.update(source.read_bytes())
-        compiled = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+        more = EMULATED.get(source.stem, []) if emulate_tiles else []
+        stem = f"{source.stem}{'.emulated' if more else ''}"
+        compiled = BUILD / f"{stem}-{digest.hexdigest()[:16]}.o"
         objects.append(compiled)
         if not compiled.is_file():
-            wanted.append((source, compiled))
+            wanted.append((source, more, compiled))
 
-    def one(pair: tuple[Path, Path]) -> None:
-        source, compiled = pair
+    def one(asked: tuple[Path, list[str], Path]) -> None:
+        source, more, compiled = asked
         aside = compiled.with_suffix(f".{os.getpid()}.tmp")
-        run([*cxx, *FLAGS, f"-ffile-prefix-map={HERE}=trimtab_xeon", *includes, "-c", str(source), "-o", str(aside)])
-        for older in BUILD.glob(f"{source.stem}-*.o"):
+        run([*cxx, *FLAGS, *more, f"-ffile-prefix-map={HERE}=trimtab_xeon", *includes, "-c", str(source), "-o", str(aside)])
+        for older in BUILD.glob(f"{compiled.stem.rpartition('-')[0]}-*.o"):
             older.unlink()
         aside.rename(compiled)
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(one, wanted))
-    library = BUILD / "kernels.so"
+    library = BUILD / ("emulated.so" if emulate_tiles else "kernels.so")
     run([*cxx, *(str(path) for path in objects), *LINK, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(library)])
     return library
 
@@ -138,7 +143,7 @@ def _record(data: bytes) -> str:
     return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
 
 
-def make_wheel(folder: Path) -> Path:
+def make_wheel(folder: Path, emulate_tiles: bool = False) -> Path:
     """Compile and write the wheel into `folder`; the same sources give the same bytes but for the compiler's."""
     project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
     name, version = re.sub(r"[-.]+", "_", project["name"]), project["version"]
@@ -148,7 +153,7 @@ def make_wheel(folder: Path) -> Path:
         *(f"Requires-Dist: {needed}" for needed in project["dependencies"]),
         *("Description-Content-Type: text/markdown", "", (HERE / "README.md").read_text()),
     ]
-    library = compile_library()
+    library = compile_library(emulate_tiles)
     tag = f"py3-none-{platform_of(library)}"
     package = HERE / "trimtab_xeon"
     files = {f"trimtab_xeon/{path.name}": path.read_bytes() for path in (package / "__init__.py", package / "py.typed")}
@@ -194,7 +199,11 @@ def install(wheel: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--wheel", type=Path, metavar="FOLDER", help="write the wheel there and install nothing")
-    folder = parser.parse_args().wheel
+    parser.add_argument("--emulate-tiles", action="store_true", help="compute AMX's instructions in plain C++, for tests; with --wheel")
+    asked = parser.parse_args()
+    folder = asked.wheel
+    if asked.emulate_tiles and folder is None:
+        parser.error("--emulate-tiles is for tests alone, so it is not installed: say --wheel FOLDER")
     try:
         BUILD.mkdir(exist_ok=True)
         held = (BUILD / "lock").open("w")
@@ -204,7 +213,7 @@ def main() -> int:
     with held as lock:  # two builds at once would take each other's objects away
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            wheel = make_wheel(folder or BUILD)
+            wheel = make_wheel(folder or BUILD, asked.emulate_tiles)
             if folder is None:
                 install(wheel)
         except BuildError as failed:

@@ -1,4 +1,4 @@
-"""Tests that are run on every path of the compiled kernels: parametrised by `path`, avx512, portable and off.
+"""Tests that are run on every path of the compiled kernels: parametrised by `path`: amx, avx512, portable and off.
 
 Where a path cannot be taken they are skipped with what is missing; the summary counts each path's tests, so none is lost unseen.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-NAMES = ("avx512", "portable", "off")  # as in trimtab_runtime/xeon/kernels.py, which is not imported for tests that need no torch
+NAMES = ("amx", "avx512", "portable", "off")  # as in trimtab_runtime/xeon/kernels.py, which is not imported for tests that need no torch
 
 
 @functools.cache
@@ -23,7 +23,7 @@ def missing(path: str) -> str | None:
         best = import_module("trimtab_xeon").best()
     except (ImportError, AttributeError, OSError) as exc:
         return f"trimtab-xeon is not built here ({exc}): .venv/bin/python entrypoints/trimtab_xeon/build.py"
-    return "this processor has no AVX-512" if path == "avx512" != best else None
+    return f"this processor has no {path}" if NAMES.index(path) < NAMES.index(best) else None
 
 
 def _path_of(item: pytest.Item) -> str | None:

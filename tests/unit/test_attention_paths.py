@@ -18,7 +18,7 @@ SHAPES = [(8, 1, 64), (6, 2, 16), (3, 3, 80), (4, 4, 34)]  # heads of queries, o
 CASES = [(shape, MIXES[(i + j) % 4]) for i, shape in enumerate(SHAPES) for j in (0, 2)]
 # of torch's distance to fp32 in bf16. The kernels round what it rounds. Without them, or AVX512-BF16, weights are rounded as shares of 1,
 # where torch's of the largest one begin with an exact 1; each product's sum is rounded once, torch's are fp32 up to the last
-ALLOWED = {"avx512": 1.1 if "avx512_bf16" in cpu_flags() else 1.5, "portable": 1.5, "off": 1.5}
+ALLOWED = {"amx": 1.1, "avx512": 1.1 if "avx512_bf16" in cpu_flags() else 1.5, "portable": 1.5, "off": 1.5}
 
 
 @pytest.fixture(params=kernels.PATHS)
@@ -149,7 +149,7 @@ def test_a_sample_split_among_threads_is_summed_to_the_same(path: str, window: i
         torch.set_num_threads(threads)
     assert max(apart(four, one, 1.0)) < 1e-5
     assert max(apart(four, row.alone(torch.float32), 1.0)) < 1e-5
-    if path == "avx512":  # whoever computes a part, parts are summed in their order
+    if path in ("amx", "avx512"):  # whoever computes a part, parts are summed in their order
         assert all(torch.equal(a, b) for a, b in zip(four, again, strict=True))
 
 
@@ -165,7 +165,7 @@ def test_log_sum_exps_are_those_of_the_scores(path: str) -> None:
 def test_the_kernel_refuses_what_it_would_read_beyond(path: str) -> None:
     row = Row([20, 5], (4, 2, 16), torch.float32)
     out, lse = torch.empty_like(row.d_out), torch.empty(4, 25)
-    if path != "avx512":
+    if path not in ("amx", "avx512"):
         assert not kernels.attend(*row.parts, torch.tensor([[0, 20]]), row.scale, None, out, lse)
         return
     for places in ([[0, 26]], [[-1, 5]], [[20, 6]], [[3, 0]]):

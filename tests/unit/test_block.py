@@ -114,7 +114,7 @@ def test_a_row_is_what_transformers_and_peft_make_of_each_sample_alone(name: str
     assert furthest(gradients, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("path", ["off", "portable", "avx512"])
+@pytest.mark.parametrize("path", kernels.PATHS)
 @pytest.mark.parametrize("name", ["qwen3", "biased"])
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_on_every_path_of_the_kernels(method: str, name: str, path: str, folders: Callable[[str], Path]) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
 SHAPES = [(2, 64), (3, 32), (5, 100), (7, 33), (1, 1), (1, 63), (1, 2), (1, 65), (64, 1), (11, 127), (300, 130), (512, 768)]
 
 
-@pytest.fixture(params=["avx512", "portable", "off"])
+@pytest.fixture(params=kernels.PATHS)
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     with kernels.forced(request.param):
         yield request.param
@@ -115,7 +116,7 @@ def test_a_weight_that_is_not_finite_is_refused(path: str, number: float, at: in
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("path", ["avx512", "portable"])
+@pytest.mark.parametrize("path", kernels.PATHS[:-1])
 def test_the_operator_itself_puts_numbers_that_are_not_finite_where_bitsandbytes_does(path: str, number: float) -> None:
     weight = drawn((5, 100), "normal")
     weight.view(-1)[[7, 70, -1]] = number
@@ -324,10 +325,25 @@ def test_without_the_library_the_reason_is_said() -> None:
     assert done.stderr.endswith("install it, or unset TRIMTAB_XEON\n")
 
 
-def test_another_value_is_an_error_that_names_the_three() -> None:
-    with pytest.raises(SpecError, match=r"TRIMTAB_XEON=amx .*avx512, portable or off"), kernels.forced("amx"):
+def test_another_value_is_an_error_that_names_them_all() -> None:
+    with pytest.raises(SpecError, match=r"TRIMTAB_XEON=avx2 .*amx, avx512, portable or off"), kernels.forced("avx2"):
         pass
     kernels.path()  # and what was chosen before is chosen again
+
+
+@pytest.mark.parametrize(
+    ("best", "asked", "lacks"), [("avx512", "amx", "AMX"), ("portable", "amx", "AMX"), ("portable", "avx512", "AVX-512")]
+)
+def test_a_path_that_this_processor_lacks_is_an_error_that_names_its_best(
+    best: str, asked: str, lacks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = rf"TRIMTAB_XEON={asked}, and this processor has no {lacks} .*: set it to {best}, or unset it"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "trimtab_xeon", SimpleNamespace(best=lambda: best, use=lambda name: None))
+        with pytest.raises(SpecError, match=message), kernels.forced(asked):
+            pass
+    with kernels.forced("off"):
+        pass  # what this processor has is found out again
 
 
 WRONG = {

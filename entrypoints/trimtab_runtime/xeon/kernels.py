@@ -1,7 +1,7 @@
 """The only door to the compiled kernels (`trimtab-xeon`): each function here works with and without them.
 
 Without them, or with TRIMTAB_XEON=off, plain torch computes the same within the tolerance that each docstring states.
-TRIMTAB_XEON=avx512 or portable forces a path; unset, the best that this processor runs is taken.
+TRIMTAB_XEON=amx, avx512 or portable forces a path; unset, the best that this processor runs is taken.
 Tensors are bf16 or fp32 on the CPU and contiguous where nothing else is said; n is a number of tokens. None is seen by autograd.
 """
 
@@ -25,20 +25,21 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
 VARIABLE = "TRIMTAB_XEON"
-PATHS = ("avx512", "portable", "off")
+PATHS = ("amx", "avx512", "portable", "off")  # each takes what those after it have, where it has nothing better
 STREAM_FROM = 8 << 20  # bytes of a dequantised weight from which it is written past the caches (measured: trimtab_xeon/README.md)
+_NAMES = {"amx": "AMX (TILE, BF16)", "avx512": "AVX-512 (F, BW, DQ, VL)"}
 _Op = Callable[..., Any]
 
 
 @cache
 def path() -> Choice:
-    """Which path the kernels take, `avx512`, `portable` or `off`, and why. Decided once.
+    """Which path the kernels take, `amx`, `avx512`, `portable` or `off`, and why. Decided once.
 
     Raises SpecError for another name in TRIMTAB_XEON, or one that this machine cannot take.
     """
     asked = os.environ.get(VARIABLE, "")
     if asked not in ("", *PATHS):
-        raise SpecError(f"{VARIABLE}={asked} is no path of the kernels: set it to avx512, portable or off, or unset it")
+        raise SpecError(f"{VARIABLE}={asked} is no path of the kernels: set it to {', '.join(PATHS[:-1])} or {PATHS[-1]}, or unset it")
     if asked == "off":
         return Choice("off", f"{VARIABLE}=off")
     try:
@@ -49,13 +50,12 @@ def path() -> Choice:
             raise SpecError(f"{VARIABLE}={asked}, and trimtab-xeon cannot be loaded ({exc}): install it, or unset {VARIABLE}") from exc
         loaded = "not installed" if not isinstance(exc, OSError) else f"not loadable ({exc})"
         return Choice("off", f"trimtab-xeon is {loaded}: plain torch computes")
-    if asked == "avx512" != best:
-        raise SpecError(f"{VARIABLE}=avx512, and this processor has no AVX-512 (F, BW, DQ, VL): set it to portable, or unset it")
+    if asked and PATHS.index(asked) < PATHS.index(best):
+        raise SpecError(f"{VARIABLE}={asked}, and this processor has no {_NAMES[asked]}: set it to {best}, or unset it")
     library.use(asked or best)
     if asked:
         return Choice(asked, f"{VARIABLE}={asked}")
-    reasons = {"avx512": "this processor has AVX-512", "portable": "this processor has no AVX-512 (F, BW, DQ, VL)"}
-    return Choice(best, reasons[best])
+    return Choice(best, f"this processor has no {_NAMES['avx512']}" if best == "portable" else f"this processor has {_NAMES[best]}")
 
 
 @contextmanager
@@ -336,7 +336,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, places: Tensor, scale: flo
     """Causal attention of each sample alone, into `out` [n, H, d] and `lse` [H, n] fp32; False where no kernel takes these tensors.
 
     query [n, H, d], key and value [n, KV, d] may lie in one tensor; `places` [samples, 2] int64 are each sample's begin and length.
-    The kernels take an even d, bf16 where the processor has AVX512-BF16, fp32 where it has AVX-512. Sums are in fp32.
+    The kernels take an even d, bf16 where the processor has AMX or AVX512-BF16, fp32 where it has AVX-512. Sums are in fp32.
     """
     op = _op("attend")
     if op is None or not _attendable(query, key, value):

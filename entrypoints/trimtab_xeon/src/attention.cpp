@@ -67,45 +67,47 @@ struct Forward {
 
   // of `part` and, beyond that, `columns`
   static int64_t bytes(const Call& call, int64_t longest) {
-    const int64_t rows = up(longest, 2), size = static_cast<int64_t>(sizeof(Number));
-    const int64_t part = rows * call.width * size + 4 * rows / T::per * up(call.width, 16);
-    const int64_t columns = 4 * kColumns * (call.width / T::per + kKeys + kKeys / T::per + call.width + 3) + 8 * kColumns;
+    const int64_t rows = up(longest, T::keys), size = static_cast<int64_t>(sizeof(Number));
+    const int64_t step = up(call.width, 16), deep = up(call.width, T::deep);
+    const int64_t part = rows * deep * size + 4 * rows / T::per * step;
+    const int64_t columns = 4 * kColumns * (deep / T::per + kKeys + kKeys / T::per + step + 3) + 8 * kColumns;
     return part + columns + 64 * 10;
   }
 
   void part(const Sample& sample, const Task& task, Memory& memory) const {
-    const int64_t step = up(call.width, 16), size = static_cast<int64_t>(sizeof(Number));
-    const int64_t from = block_of(call, sample, task.first, task.last).from, until = (task.last - 1) / call.repeat + 1;
-    const int64_t rows = up(until - from, 2);
-    Number* keys = memory.template take<Number>(rows * call.width);
+    const int64_t step = up(call.width, 16), deep = up(call.width, T::deep), size = static_cast<int64_t>(sizeof(Number));
+    const int64_t from = block_of<T>(call, sample, task.first, task.last).from, until = (task.last - 1) / call.repeat + 1;
+    const int64_t rows = up(until - from, T::keys);
+    Number* keys = memory.template take<Number>(rows * deep);
     uint32_t* values = memory.template take<uint32_t>(rows / T::per * step);
     lay_rows<T>(key, sample, task.head, from, until - from, call.width, keys);
     lay_rows_below<T>(value, sample, task.head, from, until - from, call.width, step, values);
     const Number** pointers = memory.template take<const Number*>(kColumns);
-    uint32_t* across = memory.template take<uint32_t>(call.width / T::per * kColumns);
+    uint32_t* across = memory.template take<uint32_t>(deep / T::per * kColumns);
     float* scores = memory.template take<float>(kKeys * kColumns);
     uint32_t* weights = memory.template take<uint32_t>(kKeys / T::per * kColumns);
-    float* sum = memory.template take<float>(call.width * kColumns);
+    float* sum = memory.template take<float>(step * kColumns);
     float *maxima = memory.template take<float>(kColumns), *sums = memory.template take<float>(kColumns);
     float* faded = memory.template take<float>(kColumns);
     for (int64_t first = task.first; first < task.last; first += kColumns) {
-      const Block block = block_of(call, sample, first, task.last);
+      const Block block = block_of<T>(call, sample, first, task.last);
       point<Number>(query, call, sample, block, task.head, pointers);
       lay_across<T>(pointers, block.count, call.width, across);
       std::fill_n(maxima, kColumns, -1e30f);
       std::fill_n(sums, kColumns, 0.0f);
       for (int64_t key = block.from; key < block.to; key += kKeys) {
-        const int64_t count = up(std::min(kKeys, block.to - key), 2), left = seeing_from(call, block, key), wide = block.wide - left;
+        const int64_t count = up(std::min(kKeys, block.to - key), T::deep), left = seeing_from<T>(call, block, key);
+        const int64_t wide = block.wide - left;
         const bool whole = key + count - 1 <= block.early && (call.window < 0 || key > block.late - call.window);
-        const Left natural{reinterpret_cast<const char*>(keys + (key - from) * call.width), call.width * size, 4};
-        product<T, false>(count, wide, call.width / T::per, natural, {across + left, kColumns}, scores + left, kColumns);
+        const Left natural{reinterpret_cast<const char*>(keys + (key - from) * deep), deep * size, 4};
+        product<T, false>(count, wide, deep / T::per, natural, {across + left, kColumns}, scores + left, kColumns);
         const bool changed = weigh<T>(scores, block, key, count, left, whole, call.window, call.scale, maxima, sums, faded, weights);
-        const Left turned{reinterpret_cast<const char*>(values + (key - from) / T::per * step), 4, 4 * step};
+        const Left across_keys = turned<T>(values, key - from, step);
         if (key == block.from) {
-          product<T, false>(call.width, wide, count / T::per, turned, {weights, kColumns}, sum, kColumns);
+          product<T, false>(call.width, wide, count / T::per, across_keys, {weights, kColumns}, sum, kColumns);
         } else {
           if (changed) fade(sum, call.width, left, block.wide, faded);
-          product<T, true>(call.width, wide, count / T::per, turned, {weights + left, kColumns}, sum + left, kColumns);
+          product<T, true>(call.width, wide, count / T::per, across_keys, {weights + left, kColumns}, sum + left, kColumns);
         }
       }
       for (int64_t i = 0; i < block.count; ++i) {
@@ -132,6 +134,7 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value, const 
   const std::vector<Task> tasks = tasks_of(call, samples);
   each(static_cast<int64_t>(tasks.size()), [&](std::atomic<int64_t>& next) {
     Memory memory(Forward<T>::bytes(call, samples.front().length));
+    [[maybe_unused]] const Registers<T> registers;
     for (size_t index = next++; index < tasks.size(); index = next++) {
       memory.give_back();
       job.part(samples[tasks[index].sample], tasks[index], memory);
@@ -143,7 +146,7 @@ bool attend_takes(bool bf16) { return takes(bf16); }
 
 void attend(const Tensor query, const Tensor key, const Tensor value, const Tensor places, double scale, int64_t window, Tensor out,
             Tensor lse) {
-  (is_bf16(query) ? forward<Pairs> : forward<Singles>)(query, key, value, places, scale, window, out, lse);
+  (!is_bf16(query) ? forward<Singles> : path() == Path::amx ? forward<Tiles> : forward<Pairs>)(query, key, value, places, scale, window, out, lse);
 }
 
 }  // namespace

@@ -12,7 +12,6 @@
 namespace xeon {
 namespace {
 
-constexpr int64_t kKeys = 64;  // of a block
 constexpr float kLog2e = 1.44269504088896341f;
 
 struct Call {
@@ -25,27 +24,29 @@ struct Sample {
 };
 
 struct Block {  // columns of one sample and key head
-  int64_t first, count, wide;  // wide: count up to the next sixteenth
+  int64_t first, count, wide;  // wide: count up to T::columns
   int64_t from, to;            // keys that any of them sees
   int64_t early, late;         // its first and last token
   alignas(64) int32_t tokens[kColumns];
 };
 
-// The first column, in sixteens, that sees a key or any after it: those before it are left out.
-inline int64_t seeing_from(const Call& call, const Block& block, int64_t key) {
-  return std::max<int64_t>(0, key * call.repeat - block.first) / 16 * 16;
+// The first column, in steps of T::columns, that sees a key or any after it: those before it are left out.
+template <class T>
+int64_t seeing_from(const Call& call, const Block& block, int64_t key) {
+  return std::max<int64_t>(0, key * call.repeat - block.first) / T::columns * T::columns;
 }
 
-inline Block block_of(const Call& call, const Sample& sample, int64_t first, int64_t last) {
+template <class T>
+Block block_of(const Call& call, const Sample& sample, int64_t first, int64_t last) {
   Block block;
   block.first = first;
   block.count = std::min(kColumns, last - first);
-  block.wide = up(block.count, 16);
+  block.wide = up(block.count, T::columns);
   for (int64_t i = 0; i < block.wide; ++i)  // columns that are none stand where the last one does
     block.tokens[i] = static_cast<int32_t>((first + std::min(i, block.count - 1)) / call.repeat);
   block.early = block.tokens[0];
   block.late = block.tokens[block.count - 1];
-  block.from = call.window < 0 ? 0 : std::max<int64_t>(0, block.early - call.window + 1) / 2 * 2;
+  block.from = call.window < 0 ? 0 : std::max<int64_t>(0, block.early - call.window + 1) / T::keys * T::keys;
   block.to = std::min(block.late + 1, sample.length);
   return block;
 }
@@ -79,15 +80,19 @@ void point(const View<const Number>& view, const Call& call, const Sample& sampl
   }
 }
 
-// The rows of a part's keys or values from `from` on, `count` of them, an odd one followed by zeros: as they are, [rows][width], or below
-// each other (lay_below).
+// The rows of a part's keys or values from `from` on, `count` of them and zeros up to T::keys, as they are: [rows][width up to T::deep].
 template <class T>
 void lay_rows(const View<const typename T::Number>& view, const Sample& sample, int64_t head, int64_t from, int64_t count, int64_t width,
               typename T::Number* to) {
-  for (int64_t i = 0; i < count; ++i) std::copy_n(view.at(sample.begin + from + i, head), width, to + i * width);
-  if (count % 2 == 1) std::fill_n(to + count * width, width, typename T::Number(0));
+  const int64_t deep = up(width, T::deep);
+  for (int64_t i = 0; i < count; ++i) {
+    std::copy_n(view.at(sample.begin + from + i, head), width, to + i * deep);
+    std::fill_n(to + i * deep + width, deep - width, typename T::Number(0));
+  }
+  std::fill_n(to + count * deep, (up(count, T::keys) - count) * deep, typename T::Number(0));
 }
 
+// The same rows below each other (lay_below), or for tiles each kKeys of them turned.
 template <class T>
 void lay_rows_below(const View<const typename T::Number>& view, const Sample& sample, int64_t head, int64_t from, int64_t count,
                     int64_t width, int64_t step, uint32_t* to) {
@@ -95,9 +100,16 @@ void lay_rows_below(const View<const typename T::Number>& view, const Sample& sa
   for (int64_t first = 0; first < count; first += kKeys) {
     const int64_t some = std::min(kKeys, count - first);
     for (int64_t i = 0; i < some; ++i) rows[i] = view.at(sample.begin + from + first + i, head);
-    lay_below<T>(rows, some, width, step, to + first / T::per * step);
+    (by_tiles<T> ? lay_turned<T> : lay_below<T>)(rows, some, width, step, to + first / T::per * step);
   }
-  if (T::per == 1 && count % 2 == 1) std::fill_n(to + count * step, step, 0u);
+}
+
+// What lay_rows_below made, as a product's left side [step][keys] from row `row` on, for tiles a multiple of kKeys.
+template <class T>
+Left turned(const uint32_t* below, int64_t row, int64_t step) {
+  const char* data = reinterpret_cast<const char*>(below + row / T::per * step);
+  if constexpr (by_tiles<T>) return {data, 4 * kKeys / T::per, 4};
+  return {data, 4, 4 * step};
 }
 
 // Columns [width][kColumns] fp32, times a factor of their own -> rows of numbers.
@@ -193,7 +205,9 @@ inline std::vector<Task> tasks_of(const Call& call, const std::vector<Sample>& s
 }
 
 // Whether attention takes bf16 (else fp32) here.
-inline bool takes(bool bf16) { return path() == Path::avx512 && (!bf16 || __builtin_cpu_supports("avx512bf16")); }
+inline bool takes(bool bf16) {
+  return path() == Path::amx || (path() == Path::avx512 && (!bf16 || __builtin_cpu_supports("avx512bf16")));
+}
 
 inline bool is_bf16(const Tensor& query) {
   const bool bf16 = query.scalar_type() == ScalarType::BFloat16;

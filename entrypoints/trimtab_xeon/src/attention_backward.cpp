@@ -69,19 +69,20 @@ struct Backward {
   int64_t n;
 
   static int64_t bytes(const Call& call, int64_t longest) {
-    const int64_t rows = up(longest, 2), size = static_cast<int64_t>(sizeof(Number)), step = up(call.width, 16);
-    const int64_t part = 2 * rows * call.width * size + 4 * rows / T::per * step + 2 * 4 * rows * step;
-    const int64_t columns = 4 * kColumns * (2 * (call.width / T::per) + 2 * kKeys + kKeys / T::per + call.width + 3) +
+    const int64_t rows = up(longest, T::keys), size = static_cast<int64_t>(sizeof(Number));
+    const int64_t step = up(call.width, 16), deep = up(call.width, T::deep);
+    const int64_t part = 2 * rows * deep * size + 4 * rows / T::per * step + 2 * 4 * rows * step;
+    const int64_t columns = 4 * kColumns * (2 * (deep / T::per) + 2 * kKeys + kKeys / T::per + step + 3) +
                             2 * 4 * (kColumns / T::per) * step + 2 * size * kKeys * kColumns + 3 * 8 * kColumns;
     return part + columns + 64 * 24;
   }
 
   // Adds to d_keys, d_values [sample's rows][step] what the part's columns give; writes their gradient of the query.
   void part(const Sample& sample, const Task& task, Memory& memory, float* d_keys, float* d_values) const {
-    const int64_t step = up(call.width, 16), size = static_cast<int64_t>(sizeof(Number));
-    const int64_t from = block_of(call, sample, task.first, task.last).from, until = (task.last - 1) / call.repeat + 1;
-    const int64_t rows = up(until - from, 2);
-    Number *keys = memory.template take<Number>(rows * call.width), *values = memory.template take<Number>(rows * call.width);
+    const int64_t step = up(call.width, 16), deep = up(call.width, T::deep), size = static_cast<int64_t>(sizeof(Number));
+    const int64_t from = block_of<T>(call, sample, task.first, task.last).from, until = (task.last - 1) / call.repeat + 1;
+    const int64_t rows = up(until - from, T::keys);
+    Number *keys = memory.template take<Number>(rows * deep), *values = memory.template take<Number>(rows * deep);
     uint32_t* keys_below = memory.template take<uint32_t>(rows / T::per * step);
     lay_rows<T>(key, sample, task.head, from, until - from, call.width, keys);
     lay_rows<T>(value, sample, task.head, from, until - from, call.width, values);
@@ -89,19 +90,19 @@ struct Backward {
     const Number** q_rows = memory.template take<const Number*>(kColumns);
     const Number** d_rows = memory.template take<const Number*>(kColumns);
     const Number** o_rows = memory.template take<const Number*>(kColumns);
-    uint32_t* across = memory.template take<uint32_t>(call.width / T::per * kColumns);
-    uint32_t* d_across = memory.template take<uint32_t>(call.width / T::per * kColumns);
+    uint32_t* across = memory.template take<uint32_t>(deep / T::per * kColumns);
+    uint32_t* d_across = memory.template take<uint32_t>(deep / T::per * kColumns);
     uint32_t* below = memory.template take<uint32_t>(kColumns / T::per * step);
     uint32_t* d_below = memory.template take<uint32_t>(kColumns / T::per * step);
     float *scores = memory.template take<float>(kKeys * kColumns), *d_weights = memory.template take<float>(kKeys * kColumns);
     Number *weights = memory.template take<Number>(kKeys * kColumns), *d_scores = memory.template take<Number>(kKeys * kColumns);
     uint32_t* d_units = memory.template take<uint32_t>(kKeys / T::per * kColumns);
-    float* d_query = memory.template take<float>(call.width * kColumns);
+    float* d_query = memory.template take<float>(step * kColumns);
     float *shift = memory.template take<float>(kColumns), *delta = memory.template take<float>(kColumns);
     float* scales = memory.template take<float>(kColumns);
     std::fill_n(scales, kColumns, call.scale);
     for (int64_t first = task.first; first < task.last; first += kColumns) {
-      const Block block = block_of(call, sample, first, task.last);
+      const Block block = block_of<T>(call, sample, first, task.last);
       point<Number>(query, call, sample, block, task.head, q_rows);
       point<Number>(d_out, call, sample, block, task.head, d_rows);
       point<Number>(out, call, sample, block, task.head, o_rows);
@@ -116,24 +117,25 @@ struct Backward {
         shift[i] = i < block.count ? kLog2e * of_head[column / call.repeat] : 1e30f;
       }
       for (int64_t key = block.from; key < block.to; key += kKeys) {
-        const int64_t count = up(std::min(kKeys, block.to - key), 2), left = seeing_from(call, block, key), wide = block.wide - left;
-        const int64_t depth = (block.count - left + T::per - 1) / T::per, under = left / T::per * step, row = key - from;
+        const int64_t count = up(std::min(kKeys, block.to - key), T::deep), left = seeing_from<T>(call, block, key);
+        const int64_t wide = block.wide - left, row = key - from;
+        const int64_t depth = (up(block.count, T::deep) - left) / T::per, under = left / T::per * step;
         const bool whole = key + count - 1 <= block.early && (call.window < 0 || key > block.late - call.window);
         const auto natural = [&](const Number* all) {
-          return Left{reinterpret_cast<const char*>(all + row * call.width), call.width * size, 4};
+          return Left{reinterpret_cast<const char*>(all + row * deep), deep * size, 4};
         };
         const auto made = [&](const Number* all) { return Left{reinterpret_cast<const char*>(all + left), kColumns * size, 4}; };
-        product<T, false>(count, wide, call.width / T::per, natural(keys), {across + left, kColumns}, scores + left, kColumns);
-        product<T, false>(count, wide, call.width / T::per, natural(values), {d_across + left, kColumns}, d_weights + left, kColumns);
+        product<T, false>(count, wide, deep / T::per, natural(keys), {across + left, kColumns}, scores + left, kColumns);
+        product<T, false>(count, wide, deep / T::per, natural(values), {d_across + left, kColumns}, d_weights + left, kColumns);
         slope<T>(scores, d_weights, block, key, count, left, whole, call.window, call.scale, shift, delta, weights, d_scores, d_units);
         product<T, true>(count, step, depth, made(weights), {d_below + under, step}, d_values + key * step, step);
         product<T, true>(count, step, depth, made(d_scores), {below + under, step}, d_keys + key * step, step);
-        const Left turned{reinterpret_cast<const char*>(keys_below + row / T::per * step), 4, 4 * step};
+        const Left across_keys = turned<T>(keys_below, row, step);
         const Right units{(T::per == 2 ? d_units : reinterpret_cast<const uint32_t*>(d_scores)) + left, kColumns};
         if (key == block.from)
-          product<T, false>(call.width, wide, count / T::per, turned, units, d_query, kColumns);
+          product<T, false>(call.width, wide, count / T::per, across_keys, units, d_query, kColumns);
         else
-          product<T, true>(call.width, wide, count / T::per, turned, units, d_query + left, kColumns);
+          product<T, true>(call.width, wide, count / T::per, across_keys, units, d_query + left, kColumns);
       }
       put_columns<T>(d_query, scales, call, sample, block, task.head, dq);
     }
@@ -168,7 +170,7 @@ void backward(const Tensor& d_out, const Tensor& query, const Tensor& key, const
   const std::vector<Task> tasks = tasks_of(call, samples);
   const int64_t step = up(call.width, 16);
   // keys and values of samples in several parts are summed afterwards, always in the same order
-  const auto numbers = [&](const Task& task) { return up(samples[task.sample].length, 2) * step; };
+  const auto numbers = [&](const Task& task) { return up(samples[task.sample].length, T::keys) * step; };
   std::vector<int64_t> at(tasks.size());
   int64_t floats = 0;
   for (size_t index = 0; index < tasks.size(); ++index) {
@@ -185,6 +187,7 @@ void backward(const Tensor& d_out, const Tensor& query, const Tensor& key, const
   };
   each(static_cast<int64_t>(tasks.size()), [&](std::atomic<int64_t>& next) {
     Memory memory(Backward<T>::bytes(call, samples.front().length));
+    [[maybe_unused]] const Registers<T> registers;
     for (size_t index = next++; index < tasks.size(); index = next++) {
       const Task& task = tasks[index];
       memory.give_back();
@@ -209,7 +212,7 @@ void backward(const Tensor& d_out, const Tensor& query, const Tensor& key, const
 
 void attend_backward(const Tensor d_out, const Tensor query, const Tensor key, const Tensor value, const Tensor out, const Tensor lse,
                      const Tensor places, double scale, int64_t window, Tensor dq, Tensor dk, Tensor dv) {
-  (is_bf16(query) ? backward<Pairs> : backward<Singles>)(d_out, query, key, value, out, lse, places, scale, window, dq, dk, dv);
+  (!is_bf16(query) ? backward<Singles> : path() == Path::amx ? backward<Tiles> : backward<Pairs>)(d_out, query, key, value, out, lse, places, scale, window, dq, dk, dv);
 }
 
 }  // namespace

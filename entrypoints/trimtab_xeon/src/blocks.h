@@ -1,18 +1,20 @@
 // What attention computes a block of: products of small matrices in cache, and the layouts that they take.
 //
-// C [rows, columns] fp32 += A B, whose depth is counted in units of 4 bytes: two bf16 numbers, multiplied by vdpbf16ps, or one fp32 number.
-// A's units are broadcast from anywhere; B's lie [depth][columns], columns in sixteens.
+// C [rows, columns] fp32 += A B, whose depth is counted in units of 4 bytes: two bf16 numbers, multiplied by vdpbf16ps or by tiles of AMX, or
+// one fp32 number. B's units lie [depth][columns], columns in sixteens; A's are broadcast from anywhere, or for tiles lie side by side.
 #pragma once
 
 // gcc 12 takes its own headers' undefined registers for variables that were forgotten
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include "avx512.h"
+#include "tiles.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 namespace xeon {
 namespace {
@@ -21,16 +23,29 @@ namespace {
 #define XEON_DOT __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi,bmi2")))
 #define XEON_DOT_INLINE XEON_DOT inline __attribute__((always_inline))
 
-constexpr int64_t kColumns = 128;  // of a block
+constexpr int64_t kColumns = 128, kKeys = 64;  // of a block
 
 struct Pairs {
   using Number = uint16_t;
-  static constexpr int64_t per = 2;  // numbers in a unit
+  static constexpr int64_t per = 2;       // numbers in a unit
+  static constexpr int64_t deep = 2;      // a product's depth is a multiple of so many numbers, the last of them zeros
+  static constexpr int64_t columns = 16;  // a block's columns are
+  static constexpr int64_t keys = 2;      // and where its keys begin
 };
 struct Singles {
   using Number = float;
-  static constexpr int64_t per = 1;
+  static constexpr int64_t per = 1, deep = 1, columns = 16, keys = 1;
 };
+struct Tiles {
+  using Number = uint16_t;
+  static constexpr int64_t per = 2, deep = 2 * kSide, columns = deep, keys = kKeys;
+};
+template <class T>
+constexpr bool by_tiles = T::deep > T::per;
+
+struct NoRegisters {};
+template <class T>
+using Registers = std::conditional_t<by_tiles<T>, TileRegisters, NoRegisters>;  // a thread holds them while it computes products
 
 inline int64_t up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
@@ -79,9 +94,10 @@ XEON_DOT void tile(Left a, Right b, int64_t depth, float* c, int64_t c_step) {
     for (int n = 0; n < N; ++n) _mm512_storeu_ps(c + m * c_step + 16 * n, sum[m][n]);
 }
 
-// C [rows, columns] (+)= A [rows, depth] B [depth, columns]; columns in sixteens
+// C [rows, columns] (+)= A [rows, depth] B [depth, columns]; columns in sixteens, and for tiles the rows that are there
 template <class T, bool add>
 void product(int64_t rows, int64_t columns, int64_t depth, Left a, Right b, float* c, int64_t c_step) {
+  if constexpr (by_tiles<T>) return multiply_by_tiles<add>(rows, columns, depth, a.data, a.rows, b.data, b.step, c, c_step);
   using Tile = void (*)(Left, Right, int64_t, float*, int64_t);
 #define XEON_ROW(M) {tile<T, M, 1, add>, tile<T, M, 2, add>, tile<T, M, 3, add>, tile<T, M, 4, add>}
   static constexpr Tile tiles[6][4] = {XEON_ROW(1), XEON_ROW(2), XEON_ROW(3), XEON_ROW(4), XEON_ROW(5), XEON_ROW(6)};
@@ -129,11 +145,11 @@ XEON_DOT_INLINE void transpose(__m512i (&r)[16]) {
   }
 }
 
-// Row pointers [count] of `width` numbers each -> units [width / per][kColumns]; columns up to the next sixteenth become 0.
+// Row pointers [count] of `width` numbers each -> units [width / per][kColumns]; what is there up to the multiples of T becomes 0.
 template <class T>
 XEON_DOT void lay_across(const typename T::Number* const* rows, int64_t count, int64_t width, uint32_t* out) {
   const int64_t units = width / T::per;
-  for (int64_t column = 0; column < count; column += 16)
+  for (int64_t column = 0; column < up(count, T::columns); column += 16)
     for (int64_t unit = 0; unit < units; unit += 16) {
       const int64_t there = std::min<int64_t>(16, units - unit);
       const __mmask16 mask = static_cast<__mmask16>((1u << there) - 1u);
@@ -144,26 +160,39 @@ XEON_DOT void lay_across(const typename T::Number* const* rows, int64_t count, i
       transpose(block);
 #pragma GCC unroll 16
       for (int64_t i = 0; i < 16; ++i)
-        if (i < there) _mm512_storeu_si512(out + (unit + i) * kColumns + column, block[i]);
+        if (by_tiles<T> || i < there) _mm512_storeu_si512(out + (unit + i) * kColumns + column, block[i]);
     }
 }
 
-// The same rows -> units [count / per, rounded up][step], each of numbers that stand below each other; step >= width.
+// Sixteen units from column i on, each of numbers that stand below each other in rows `row` and after; 0 where there are none.
+template <class T>
+XEON_DOT_INLINE __m512i units_below(const typename T::Number* const* rows, int64_t count, int64_t width, int64_t row, int64_t i) {
+  const __mmask16 mask = static_cast<__mmask16>((1u << std::clamp<int64_t>(width - i, 0, 16)) - 1u);
+  if (row >= count) return _mm512_setzero_si512();
+  if constexpr (T::per == 1) return _mm512_maskz_loadu_epi32(mask, rows[row] + i);
+  const __m512i upper = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[row] + i));
+  if (row + 1 >= count) return upper;
+  return _mm512_or_si512(upper, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[row + 1] + i)), 16));
+}
+
+// The same rows -> units [count / per][step], each of numbers that stand below each other; step >= width, count up to T::deep.
 template <class T>
 XEON_DOT void lay_below(const typename T::Number* const* rows, int64_t count, int64_t width, int64_t step, uint32_t* out) {
-  for (int64_t row = 0; row < count; row += T::per)
-    for (int64_t i = 0; i < step; i += 16) {
-      const int64_t there = std::clamp<int64_t>(width - i, 0, 16);
-      const __mmask16 mask = static_cast<__mmask16>((1u << there) - 1u);
-      __m512i units;
-      if constexpr (T::per == 2) {
-        units = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[row] + i));
-        if (row + 1 < count)
-          units = _mm512_or_si512(units, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[row + 1] + i)), 16));
-      } else {
-        units = _mm512_maskz_loadu_epi32(mask, rows[row] + i);
-      }
-      _mm512_storeu_si512(out + row / T::per * step + i, units);
+  for (int64_t row = 0; row < up(count, T::deep); row += T::per)
+    for (int64_t i = 0; i < step; i += 16) _mm512_storeu_si512(out + row / T::per * step + i, units_below<T>(rows, count, width, row, i));
+}
+
+// The same units, each row's side by side: [step][kKeys / per].
+template <class T>
+XEON_DOT void lay_turned(const typename T::Number* const* rows, int64_t count, int64_t width, int64_t step, uint32_t* out) {
+  for (int64_t i = 0; i < step; i += 16)
+    for (int64_t unit = 0; unit < kKeys / T::per; unit += 16) {
+      __m512i block[16];
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < 16; ++j) block[j] = units_below<T>(rows, count, width, (unit + j) * T::per, i);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < 16; ++j) _mm512_storeu_si512(out + (i + j) * (kKeys / T::per) + unit, block[j]);
     }
 }
 
@@ -190,7 +219,11 @@ XEON_DOT_INLINE __m512 exp2(__m512 x) {
 XEON_DOT_INLINE __m512i interleave(__m512 even, __m512 odd, __m512i& both) {  // two rows of bf16 as units; `both` one behind the other
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
                                          18, 2, 17, 1, 16, 0);
+#ifdef XEON_EMULATED_TILES
+  both = _mm512_inserti64x4(_mm512_castsi256_si512(round_bf16(even)), round_bf16(odd), 1);
+#else
   both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+#endif
   return _mm512_permutexvar_epi16(order, both);
 }
 

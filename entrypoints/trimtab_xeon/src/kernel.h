@@ -13,7 +13,7 @@ namespace xeon {
 using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
 
-enum class Path : int { portable = 1, avx512 = 2 };
+enum class Path : int { portable = 1, avx512 = 2, amx = 3 };  // each with all that is before it
 
 // The path in force: the best that this processor runs, or the one that was forced. Read it once per op, outside the loop.
 Path path();

@@ -95,7 +95,7 @@ void cross_entropy(const Tensor& logits, const Tensor& targets, double scale, co
   by_dtype(logits, [&](auto zero) {
     using T = decltype(zero);
     const Rows<T> of = rows_of<T>(logits);
-    const bool avx512 = path() == Path::avx512;
+    const bool avx512 = path() >= Path::avx512;
     const auto times = static_cast<float>(scale);
     over_rows(n, width, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
@@ -126,7 +126,7 @@ void divergence(const Tensor& logits, const Tensor& ids, const Tensor& chances, 
   by_dtype(logits, [&](auto zero) {
     using T = decltype(zero);
     const Rows<T> of = rows_of<T>(logits);
-    const bool avx512 = path() == Path::avx512;
+    const bool avx512 = path() >= Path::avx512;
     over_rows(n, width, [&](int64_t begin, int64_t end) {
       std::vector<double> p(static_cast<size_t>(k));
       for (int64_t row = begin; row < end; ++row) {

@@ -124,7 +124,7 @@ void dequantise_into(const Tensor& packed, const Scales& scales, Tensor& out, bo
   const int64_t n = out.numel(), blocks = n / BLOCK, size = sizeof(Out);
   const int64_t gap = out.is_contiguous() ? 0 : out.stride(0) - out.size(1);  // between rows, which are whole blocks then
   const int64_t blocks_a_row = gap ? out.size(1) / BLOCK : blocks;
-  const bool wide = path() == Path::avx512;
+  const bool wide = path() >= Path::avx512;
   // past the caches and not through them, which would read each line before it is overwritten; whole lines only
   const bool stream = wide && n * size >= stream_from && reinterpret_cast<uintptr_t>(to) % 64 == 0 && gap * size % 64 == 0;
   torch::stable::parallel_for(0, blocks, 1024, [&](int64_t first, int64_t last) {
@@ -258,7 +258,7 @@ void quantise_from(const Tensor& weight, Tensor& packed, Tensor& absmax) {
   auto* to = static_cast<uint8_t*>(packed.mutable_data_ptr());
   auto* scales = static_cast<float*>(absmax.mutable_data_ptr());
   const int64_t n = weight.numel(), blocks = n / BLOCK;
-  const bool wide = path() == Path::avx512;
+  const bool wide = path() >= Path::avx512;
   torch::stable::parallel_for(0, blocks, 256, [&](int64_t first, int64_t last) {
     if (wide) {
       quantise_avx512(from, to, scales, first, last);

@@ -123,7 +123,7 @@ void rms_norm(const Tensor& x, const Tensor& weight, double eps, const Tensor& y
     check_vector(rstd, from.count, ScalarType::Float, "rstd");
     const auto* gain = static_cast<const T*>(weight.const_data_ptr());
     auto* told = static_cast<float*>(rstd.mutable_data_ptr());
-    const bool avx512 = path() == Path::avx512;
+    const bool avx512 = path() >= Path::avx512;
     const float width = static_cast<float>(from.width), least = static_cast<float>(eps);
     over_rows(from.count, from.width, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
@@ -159,7 +159,7 @@ void rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& rstd, co
     check_vector(rstd, from.count, ScalarType::Float, "rstd");
     const auto* gain = static_cast<const T*>(weight.const_data_ptr());
     const auto* told = static_cast<const float*>(rstd.const_data_ptr());
-    const bool avx512 = path() == Path::avx512;
+    const bool avx512 = path() >= Path::avx512;
     const int64_t width = from.width;
     auto* const step = add ? (avx512 ? &back_avx512<T, true> : &back<T, true>) : (avx512 ? &back_avx512<T, false> : &back<T, false>);
     over_rows(from.count, width, [&](int64_t begin, int64_t end) {

@@ -47,7 +47,7 @@ void rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool back) {
     using T = decltype(zero);
     const Rows<T> of = rows_of<T>(x);
     const int64_t heads = of.inner, d = of.width;
-    const bool avx512 = path() == Path::avx512;
+    const bool avx512 = path() >= Path::avx512;
     by_dtype(cos, [&](auto other) {
       using C = decltype(other);
       const auto* c = static_cast<const C*>(cos.const_data_ptr());

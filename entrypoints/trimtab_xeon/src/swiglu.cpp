@@ -76,7 +76,7 @@ void swiglu(const Tensor& gate_up, const Tensor& act) {
     using T = decltype(zero);
     const Rows<const T> from = rows_of<const T>(gate_up);
     const Rows<T> to = rows_of<T>(act);
-    const bool avx512 = path() == Path::avx512;
+    const bool avx512 = path() >= Path::avx512;
     auto* const step = avx512 ? &forward_avx512<T> : &forward<T>;
     over_rows(to.count, to.width, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) step(from[row], from[row] + to.width, to[row], to.width);
@@ -93,7 +93,7 @@ void swiglu_backward(const Tensor& d, const Tensor& gate_up, const Tensor& d_gat
     using T = decltype(zero);
     const Rows<const T> above = rows_of<const T>(d), from = rows_of<const T>(gate_up);
     const Rows<T> into = rows_of<T>(d_gate_up), again = rows_of<T>(act);
-    const bool avx512 = path() == Path::avx512;
+    const bool avx512 = path() >= Path::avx512;
     auto* const step = avx512 ? &backward_avx512<T> : &backward<T>;
     const int64_t width = again.width;
     over_rows(again.count, width, [&](int64_t begin, int64_t end) {

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).with_name("kernels.so")
-PATHS = {"portable": 1, "avx512": 2}  # as in src/kernel.h
+PATHS = {"portable": 1, "avx512": 2, "amx": 3}  # as in src/kernel.h
 
 
 @cache
@@ -22,13 +22,13 @@ def load() -> None:
 
 
 def best() -> str:
-    """The best path that this processor runs: `avx512` or `portable`."""
+    """The best path that this processor runs: `amx`, `avx512` or `portable`."""
     load()
     found: int = torch.ops.trimtab_xeon.best_path()
     return next(name for name, number in PATHS.items() if number == found)
 
 
 def use(name: str) -> None:
-    """Choose the path `avx512` or `portable` for all operators from now on. Raises RuntimeError where the processor lacks it."""
+    """Choose the path `amx`, `avx512` or `portable` for all operators from now on. Raises RuntimeError where the processor lacks it."""
     load()
     torch.ops.trimtab_xeon.use_path(PATHS[name])
