@@ -146,7 +146,7 @@ def _record(data: bytes) -> str:
 def make_wheel(folder: Path, emulate_tiles: bool = False) -> Path:
     """Compile and write the wheel into `folder`; the same sources give the same bytes but for the compiler's."""
     project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
-    name, version = re.sub(r"[-.]+", "_", project["name"]), project["version"]
+    name, version = re.sub(r"[-.]+", "_", project["name"]), project["version"] + ("+emulated" if emulate_tiles else "")
     metadata = [
         *("Metadata-Version: 2.4", f"Name: {project['name']}", f"Version: {version}", f"Summary: {project['description']}"),
         *(f"License-Expression: {project['license']}", f"Requires-Python: {project['requires-python']}"),
@@ -173,7 +173,8 @@ def make_wheel(folder: Path, emulate_tiles: bool = False) -> Path:
                 entry.external_attr = (0o755 if path.endswith(".so") else 0o644) << 16
                 archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
         for older in folder.glob(f"{name}-*.whl"):
-            older.unlink()
+            if ("+emulated" in older.name) == emulate_tiles:
+                older.unlink()
         aside.rename(wheel)
     finally:
         aside.unlink(missing_ok=True)  # of a full disk; it has its name by now where all went well

@@ -339,11 +339,26 @@ def test_a_path_that_this_processor_lacks_is_an_error_that_names_its_best(
 ) -> None:
     message = rf"TRIMTAB_XEON={asked}, and this processor has no {lacks} .*: set it to {best}, or unset it"
     with monkeypatch.context() as patch:
+        patch.setattr(kernels, "cpu_flags", lambda: {"avx512f"})
         patch.setitem(sys.modules, "trimtab_xeon", SimpleNamespace(best=lambda: best, use=lambda name: None))
         with pytest.raises(SpecError, match=message), kernels.forced(asked):
             pass
     with kernels.forced("off"):
         pass  # what this processor has is found out again
+
+
+def test_amx_that_linux_refuses_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "cpu_flags", lambda: {"avx512f", "amx_bf16", "amx_tile"})
+        patch.setitem(sys.modules, "trimtab_xeon", SimpleNamespace(best=lambda: "avx512", use=lambda name: None))
+        kernels.path.cache_clear()
+        assert kernels.path().value == "avx512"
+        assert "Linux does not let this process use the processor's AMX, as it does from 5.16" in kernels.path().reason
+        with pytest.raises(SpecError, match=r"TRIMTAB_XEON=amx, and Linux does not let .*: set it to avx512"), kernels.forced("amx"):
+            pass
+    with kernels.forced("off"):
+        pass
 
 
 WRONG = {

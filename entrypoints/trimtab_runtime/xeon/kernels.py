@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import SpecError
-from trimtab_runtime.choices import Choice
+from trimtab_runtime.choices import Choice, cpu_flags
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -28,6 +28,7 @@ VARIABLE = "TRIMTAB_XEON"
 PATHS = ("amx", "avx512", "portable", "off")  # each takes what those after it have, where it has nothing better
 STREAM_FROM = 8 << 20  # bytes of a dequantised weight from which it is written past the caches (measured: trimtab_xeon/README.md)
 _NAMES = {"amx": "AMX (TILE, BF16)", "avx512": "AVX-512 (F, BW, DQ, VL)"}
+_REFUSED = "Linux does not let this process use the processor's AMX, as it does from 5.16 on where nothing forbids it"
 _Op = Callable[..., Any]
 
 
@@ -51,11 +52,15 @@ def path() -> Choice:
         loaded = "not installed" if not isinstance(exc, OSError) else f"not loadable ({exc})"
         return Choice("off", f"trimtab-xeon is {loaded}: plain torch computes")
     if asked and PATHS.index(asked) < PATHS.index(best):
-        raise SpecError(f"{VARIABLE}={asked}, and this processor has no {_NAMES[asked]}: set it to {best}, or unset it")
+        refused = _REFUSED if asked == "amx" and "amx_bf16" in cpu_flags() else f"this processor has no {_NAMES[asked]}"
+        raise SpecError(f"{VARIABLE}={asked}, and {refused}: set it to {best}, or unset it")
     library.use(asked or best)
     if asked:
         return Choice(asked, f"{VARIABLE}={asked}")
-    return Choice(best, f"this processor has no {_NAMES['avx512']}" if best == "portable" else f"this processor has {_NAMES[best]}")
+    if best == "portable":
+        return Choice(best, f"this processor has no {_NAMES['avx512']}")
+    lost = f"; {_REFUSED}" if best == "avx512" and "amx_bf16" in cpu_flags() else ""
+    return Choice(best, f"this processor has {_NAMES[best]}{lost}")
 
 
 @contextmanager
@@ -336,7 +341,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, places: Tensor, scale: flo
     """Causal attention of each sample alone, into `out` [n, H, d] and `lse` [H, n] fp32; False where no kernel takes these tensors.
 
     query [n, H, d], key and value [n, KV, d] may lie in one tensor; `places` [samples, 2] int64 are each sample's begin and length.
-    The kernels take an even d, bf16 where the processor has AMX or AVX512-BF16, fp32 where it has AVX-512. Sums are in fp32.
+    The kernels take an even d, bf16 where the processor has AMX or AVX512-BF16, fp32 where it has AVX-512. Sums are in fp32. NaN or
+    infinity stays in its sample, but may reach tokens of it that stand before: what is not seen is multiplied by 0.
     """
     op = _op("attend")
     if op is None or not _attendable(query, key, value):

@@ -5,9 +5,9 @@
 namespace xeon {
 namespace {
 
-// Scores [keys][kColumns] of keys key.. -> weights relative to each column's maximum so far, as units [keys / per][kColumns]; maxima (of
-// scores) and sums of weights are brought up to date, `faded` is what earlier sums and outputs have to be multiplied with. Returns whether
-// that is anything but 1.
+// Scores [keys][kColumns] of keys key.. -> weights relative to each column's maximum so far, as units [keys / per][kColumns], and zeros
+// up to the next multiple of T::deep; maxima (of scores) and sums of weights are brought up to date, `faded` is what earlier sums and
+// outputs have to be multiplied with. Returns whether that is anything but 1.
 template <class T>
 XEON_DOT bool weigh(const float* scores, const Block& block, int64_t key, int64_t keys, int64_t left, bool whole, int64_t window,
                     float scale, float* maxima, float* sums, float* faded, uint32_t* weights) {
@@ -41,6 +41,8 @@ XEON_DOT bool weigh(const float* scores, const Block& block, int64_t key, int64_
         units = _mm512_castps_si512(weight[0]);
       _mm512_store_si512(weights + k / T::per * kColumns + column, units);
     }
+    for (int64_t k = keys; k < up(keys, T::deep); k += T::per)
+      _mm512_store_si512(weights + k / T::per * kColumns + column, _mm512_setzero_si512());
     _mm512_store_ps(maxima + column, most);
     _mm512_store_ps(sums + column, sum);
     _mm512_store_ps(faded + column, fade);
@@ -96,18 +98,18 @@ struct Forward {
       std::fill_n(maxima, kColumns, -1e30f);
       std::fill_n(sums, kColumns, 0.0f);
       for (int64_t key = block.from; key < block.to; key += kKeys) {
-        const int64_t count = up(std::min(kKeys, block.to - key), T::deep), left = seeing_from<T>(call, block, key);
-        const int64_t wide = block.wide - left;
+        const int64_t count = up(std::min(kKeys, block.to - key), T::per), all = up(count, T::deep) / T::per;
+        const int64_t left = seeing_from<T>(call, block, key), wide = block.wide - left;
         const bool whole = key + count - 1 <= block.early && (call.window < 0 || key > block.late - call.window);
         const Left natural{reinterpret_cast<const char*>(keys + (key - from) * deep), deep * size, 4};
         product<T, false>(count, wide, deep / T::per, natural, {across + left, kColumns}, scores + left, kColumns);
         const bool changed = weigh<T>(scores, block, key, count, left, whole, call.window, call.scale, maxima, sums, faded, weights);
         const Left across_keys = turned<T>(values, key - from, step);
         if (key == block.from) {
-          product<T, false>(call.width, wide, count / T::per, across_keys, {weights, kColumns}, sum, kColumns);
+          product<T, false>(call.width, wide, all, across_keys, {weights, kColumns}, sum, kColumns);
         } else {
           if (changed) fade(sum, call.width, left, block.wide, faded);
-          product<T, true>(call.width, wide, count / T::per, across_keys, {weights + left, kColumns}, sum + left, kColumns);
+          product<T, true>(call.width, wide, all, across_keys, {weights + left, kColumns}, sum + left, kColumns);
         }
       }
       for (int64_t i = 0; i < block.count; ++i) {

@@ -80,7 +80,7 @@ void point(const View<const Number>& view, const Call& call, const Sample& sampl
   }
 }
 
-// The rows of a part's keys or values from `from` on, `count` of them and zeros up to T::keys, as they are: [rows][width up to T::deep].
+// The rows of a part's keys or values from `from` on, `count` of them and zeros up to T::deep, as they are: [rows][width up to T::deep].
 template <class T>
 void lay_rows(const View<const typename T::Number>& view, const Sample& sample, int64_t head, int64_t from, int64_t count, int64_t width,
               typename T::Number* to) {
@@ -89,10 +89,10 @@ void lay_rows(const View<const typename T::Number>& view, const Sample& sample, 
     std::copy_n(view.at(sample.begin + from + i, head), width, to + i * deep);
     std::fill_n(to + i * deep + width, deep - width, typename T::Number(0));
   }
-  std::fill_n(to + count * deep, (up(count, T::keys) - count) * deep, typename T::Number(0));
+  std::fill_n(to + count * deep, (up(count, T::deep) - count) * deep, typename T::Number(0));
 }
 
-// The same rows below each other (lay_below), or for tiles each kKeys of them turned.
+// The same rows below each other (lay_below), or for tiles each kKeys of them turned, of the last as many as there are up to T::deep.
 template <class T>
 void lay_rows_below(const View<const typename T::Number>& view, const Sample& sample, int64_t head, int64_t from, int64_t count,
                     int64_t width, int64_t step, uint32_t* to) {

@@ -5,7 +5,8 @@
 namespace xeon {
 namespace {
 
-// Scores and gradients of weights [keys][kColumns] -> weights and gradients of scores (but for the scale), the latter in both layouts.
+// Scores and gradients of weights [keys][kColumns] -> weights and gradients of scores (but for the scale), the latter in both layouts;
+// zeros up to the next multiple of T::deep.
 template <class T>
 XEON_DOT void slope(const float* scores, const float* d_weights, const Block& block, int64_t key, int64_t keys, int64_t left, bool whole,
                     int64_t window, float scale, const float* lse, const float* delta, typename T::Number* weights,
@@ -41,6 +42,12 @@ XEON_DOT void slope(const float* scores, const float* d_weights, const Block& bl
         _mm512_store_ps(d_scores + at, d_score[0]);
       }
     }
+    if constexpr (by_tiles<T>)
+      for (int64_t k = keys; k < up(keys, T::deep); ++k) {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(weights + k * kColumns + column), _mm256_setzero_si256());
+        _mm256_store_si256(reinterpret_cast<__m256i*>(d_scores + k * kColumns + column), _mm256_setzero_si256());
+        _mm512_store_si512(below + k / 2 * kColumns + column, _mm512_setzero_si512());
+      }
   }
 }
 
@@ -117,8 +124,8 @@ struct Backward {
         shift[i] = i < block.count ? kLog2e * of_head[column / call.repeat] : 1e30f;
       }
       for (int64_t key = block.from; key < block.to; key += kKeys) {
-        const int64_t count = up(std::min(kKeys, block.to - key), T::deep), left = seeing_from<T>(call, block, key);
-        const int64_t wide = block.wide - left, row = key - from;
+        const int64_t count = up(std::min(kKeys, block.to - key), T::per), all = up(count, T::deep) / T::per;
+        const int64_t left = seeing_from<T>(call, block, key), wide = block.wide - left, row = key - from;
         const int64_t depth = (up(block.count, T::deep) - left) / T::per, under = left / T::per * step;
         const bool whole = key + count - 1 <= block.early && (call.window < 0 || key > block.late - call.window);
         const auto natural = [&](const Number* all) {
@@ -133,9 +140,9 @@ struct Backward {
         const Left across_keys = turned<T>(keys_below, row, step);
         const Right units{(T::per == 2 ? d_units : reinterpret_cast<const uint32_t*>(d_scores)) + left, kColumns};
         if (key == block.from)
-          product<T, false>(call.width, wide, count / T::per, across_keys, units, d_query, kColumns);
+          product<T, false>(call.width, wide, all, across_keys, units, d_query, kColumns);
         else
-          product<T, true>(call.width, wide, count / T::per, across_keys, units, d_query + left, kColumns);
+          product<T, true>(call.width, wide, all, across_keys, units, d_query + left, kColumns);
       }
       put_columns<T>(d_query, scales, call, sample, block, task.head, dq);
     }
@@ -170,7 +177,7 @@ void backward(const Tensor& d_out, const Tensor& query, const Tensor& key, const
   const std::vector<Task> tasks = tasks_of(call, samples);
   const int64_t step = up(call.width, 16);
   // keys and values of samples in several parts are summed afterwards, always in the same order
-  const auto numbers = [&](const Task& task) { return up(samples[task.sample].length, T::keys) * step; };
+  const auto numbers = [&](const Task& task) { return up(samples[task.sample].length, T::deep) * step; };
   std::vector<int64_t> at(tasks.size());
   int64_t floats = 0;
   for (size_t index = 0; index < tasks.size(); ++index) {

@@ -4,8 +4,9 @@
 // one fp32 number. B's units lie [depth][columns], columns in sixteens; A's are broadcast from anywhere, or for tiles lie side by side.
 #pragma once
 
-// gcc 12 takes its own headers' undefined registers for variables that were forgotten
+#ifndef __clang__  // gcc 12 takes its own headers' undefined registers for variables that were forgotten
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include "avx512.h"
 #include "tiles.h"
 
@@ -182,11 +183,11 @@ XEON_DOT void lay_below(const typename T::Number* const* rows, int64_t count, in
     for (int64_t i = 0; i < step; i += 16) _mm512_storeu_si512(out + row / T::per * step + i, units_below<T>(rows, count, width, row, i));
 }
 
-// The same units, each row's side by side: [step][kKeys / per].
+// The same units, each row's side by side: [step][kKeys / per], as far as there are some.
 template <class T>
 XEON_DOT void lay_turned(const typename T::Number* const* rows, int64_t count, int64_t width, int64_t step, uint32_t* out) {
   for (int64_t i = 0; i < step; i += 16)
-    for (int64_t unit = 0; unit < kKeys / T::per; unit += 16) {
+    for (int64_t unit = 0; unit < up(count, T::deep) / T::per; unit += 16) {
       __m512i block[16];
 #pragma GCC unroll 16
       for (int64_t j = 0; j < 16; ++j) block[j] = units_below<T>(rows, count, width, (unit + j) * T::per, i);
@@ -242,6 +243,9 @@ class Memory {  // bytes on the boundary of a cache line, handed out one piece a
   What* take(int64_t count) {
     What* piece = reinterpret_cast<What*>(start.get() + used);
     used += up(count * static_cast<int64_t>(sizeof(What)), 64);
+#ifdef XEON_EMULATED_TILES
+    std::memset(static_cast<void*>(piece), 0xff, static_cast<size_t>(count) * sizeof(What));  // NaN: nothing may count on what was there
+#endif
     return piece;
   }
   void give_back() { used = 0; }

@@ -77,7 +77,7 @@ def packages(versions: dict[str, str | None]) -> list[Finding]:
 def cpu(found: Cpu) -> Finding:
     """What the processor's instructions mean for speed; the run chooses bf16 by the same two flags."""
     name = found.model or "a processor that does not tell its name"
-    remedy = "nothing to do; a Xeon from the fourth generation on has AMX, which multiplies bf16 fastest"
+    remedy = "nothing to do; a Xeon Scalable from the fourth generation on has AMX, which multiplies bf16 fastest"
     if "amx_bf16" in found.flags:
         return Finding("cpu", "ok", f"{name}: amx_bf16, so bf16 is multiplied in tiles, the fastest way there is on a Xeon")
     if "avx512_bf16" in found.flags:
