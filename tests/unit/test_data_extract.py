@@ -78,6 +78,13 @@ def test_titles():
     assert extract("<h1>The <noframes><script>code</script></noframes>bank<div>of seeds</div></h1>").title == "The bank of seeds"
 
 
+def test_preformatted_text_and_captions_hold_what_is_shown():
+    unseen = "<noframes><script>code</script></noframes><span hidden>gone</span><button>Copy</button>"
+    assert main(f"<pre>one {unseen}\nline<br>\n\nnext</pre>") == ("one line", "next")
+    assert main(f"<table><caption>Depths {unseen}</caption><tr><th>Quay<th>Feet<tr><td>north<td>12</table>")[0] == "Depths"
+    assert main("<table><caption hidden>Depths</caption><tr><th>Quay<th>Feet<tr><td>north<td>12</table>")[0] != "Depths"
+
+
 def test_inline_elements_do_not_part_words_and_blocks_do():
     assert main("<p>H<sub>2</sub>O and <em>em</em>phasis<br>next&nbsp;line</p><div>a<div>b</div>c</div>") == (
         "H2O and emphasis next line",

@@ -113,7 +113,7 @@ def _walk(root: Tag, dropped: Callable[[Tag], bool]) -> Iterator[Block]:
                 if child.name == "table" and tables < _TABLES_DEEP and (rows := _data_rows(child, dropped)) is not None:
                     yield from (Block(line, child) for line in map(collapse, rows) if line)
                 elif child.name == "pre":
-                    yield from (Block(line, child) for line in map(collapse, re.split(r"\n\s*\n", child.get_text())) if line)
+                    yield from (Block(line, child) for line in map(collapse, re.split(r"\n\s*\n", _shown(child, dropped))) if line)
                 else:
                     inside.append(child)
                     tables += child.name == "table"
@@ -169,7 +169,7 @@ def _data_rows(table: Tag, dropped: Callable[[Tag], bool]) -> list[str] | None:
             first += 1
     grid = _grid([[(texts[id(cell)], span(cell, "rowspan"), span(cell, "colspan")) for cell in row] for row in cells[first:]])
     caption = table.find("caption")
-    return [*([caption.get_text()] if caption else []), *row_lines(grid, has_header=has_header)]
+    return [*([_cell_text(caption, dropped)] if caption and not dropped(caption) else []), *row_lines(grid, has_header=has_header)]
 
 
 def _rows(table: Tag, dropped: Callable[[Tag], bool]) -> list[_Row] | None:
@@ -191,6 +191,22 @@ def _rows(table: Tag, dropped: Callable[[Tag], bool]) -> list[_Row] | None:
         in_head = in_head or tag.name == "thead"
         left += [(child, row, in_head) for child in reversed(elements(tag))]
     return rows
+
+
+def _shown(pre: Tag, dropped: Callable[[Tag], bool]) -> str:
+    """The text of a <pre> as it stands there, its line breaks kept, without what is not shown."""
+    text: list[str] = []
+    left: list[object] = [pre]
+    while left:
+        node = left.pop()
+        if isinstance(node, Tag):
+            if node.name == "br":
+                text.append("\n")
+            elif node is pre or not (node.name in INVISIBLE or dropped(node) or _is_anchor_sign(node)):
+                left += reversed(node.contents)
+        elif type(node) in (NavigableString, CData):
+            text.append(str(node))
+    return "".join(text)
 
 
 def _cell_text(cell: Tag, dropped: Callable[[Tag], bool]) -> str:
