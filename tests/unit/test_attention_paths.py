@@ -153,6 +153,23 @@ def test_a_sample_split_among_threads_is_summed_to_the_same(path: str, window: i
         assert all(torch.equal(a, b) for a, b in zip(four, again, strict=True))
 
 
+def test_in_bf16_a_sample_is_split_among_threads_too(path: str) -> None:
+    """As near to fp32 as by one thread; each thread has registers of its own."""
+    row, threads = Row([700, 30], (8, 1, 32), torch.bfloat16), torch.get_num_threads()
+    exact = row.alone(torch.float32)
+    try:
+        torch.set_num_threads(1)
+        one = row.ours()
+        torch.set_num_threads(4)
+        four, again = row.ours(), row.ours()
+    finally:
+        torch.set_num_threads(threads)
+    for mine, by_one in zip(apart(four, exact, 1e-1), apart(one, exact, 1e-1), strict=True):
+        assert mine < 1.05 * by_one + 1e-5
+    if path in ("amx", "avx512"):
+        assert all(torch.equal(a, b) for a, b in zip(four, again, strict=True))
+
+
 def test_log_sum_exps_are_those_of_the_scores(path: str) -> None:
     row = Row([20, 5], (4, 2, 16), torch.float32)
     _, lse = attend(*row.parts, row.groups, row.scale, None)

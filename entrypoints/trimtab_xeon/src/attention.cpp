@@ -98,7 +98,7 @@ struct Forward {
       std::fill_n(maxima, kColumns, -1e30f);
       std::fill_n(sums, kColumns, 0.0f);
       for (int64_t key = block.from; key < block.to; key += kKeys) {
-        const int64_t count = up(std::min(kKeys, block.to - key), T::per), all = up(count, T::deep) / T::per;
+        const int64_t count = up(std::min(kKeys, block.to - key), T::per), summed = up(count, T::deep) / T::per;
         const int64_t left = seeing_from<T>(call, block, key), wide = block.wide - left;
         const bool whole = key + count - 1 <= block.early && (call.window < 0 || key > block.late - call.window);
         const Left natural{reinterpret_cast<const char*>(keys + (key - from) * deep), deep * size, 4};
@@ -106,10 +106,10 @@ struct Forward {
         const bool changed = weigh<T>(scores, block, key, count, left, whole, call.window, call.scale, maxima, sums, faded, weights);
         const Left across_keys = turned<T>(values, key - from, step);
         if (key == block.from) {
-          product<T, false>(call.width, wide, all, across_keys, {weights, kColumns}, sum, kColumns);
+          product<T, false>(call.width, wide, summed, across_keys, {weights, kColumns}, sum, kColumns);
         } else {
           if (changed) fade(sum, call.width, left, block.wide, faded);
-          product<T, true>(call.width, wide, all, across_keys, {weights + left, kColumns}, sum + left, kColumns);
+          product<T, true>(call.width, wide, summed, across_keys, {weights + left, kColumns}, sum + left, kColumns);
         }
       }
       for (int64_t i = 0; i < block.count; ++i) {
@@ -148,7 +148,8 @@ bool attend_takes(bool bf16) { return takes(bf16); }
 
 void attend(const Tensor query, const Tensor key, const Tensor value, const Tensor places, double scale, int64_t window, Tensor out,
             Tensor lse) {
-  (!is_bf16(query) ? forward<Singles> : path() == Path::amx ? forward<Tiles> : forward<Pairs>)(query, key, value, places, scale, window, out, lse);
+  const auto by = !is_bf16(query) ? forward<Singles> : path() == Path::amx ? forward<Tiles> : forward<Pairs>;
+  by(query, key, value, places, scale, window, out, lse);
 }
 
 }  // namespace

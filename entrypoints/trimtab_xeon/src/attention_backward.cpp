@@ -124,7 +124,7 @@ struct Backward {
         shift[i] = i < block.count ? kLog2e * of_head[column / call.repeat] : 1e30f;
       }
       for (int64_t key = block.from; key < block.to; key += kKeys) {
-        const int64_t count = up(std::min(kKeys, block.to - key), T::per), all = up(count, T::deep) / T::per;
+        const int64_t count = up(std::min(kKeys, block.to - key), T::per), summed = up(count, T::deep) / T::per;
         const int64_t left = seeing_from<T>(call, block, key), wide = block.wide - left, row = key - from;
         const int64_t depth = (up(block.count, T::deep) - left) / T::per, under = left / T::per * step;
         const bool whole = key + count - 1 <= block.early && (call.window < 0 || key > block.late - call.window);
@@ -140,9 +140,9 @@ struct Backward {
         const Left across_keys = turned<T>(keys_below, row, step);
         const Right units{(T::per == 2 ? d_units : reinterpret_cast<const uint32_t*>(d_scores)) + left, kColumns};
         if (key == block.from)
-          product<T, false>(call.width, wide, all, across_keys, units, d_query, kColumns);
+          product<T, false>(call.width, wide, summed, across_keys, units, d_query, kColumns);
         else
-          product<T, true>(call.width, wide, all, across_keys, units, d_query + left, kColumns);
+          product<T, true>(call.width, wide, summed, across_keys, units, d_query + left, kColumns);
       }
       put_columns<T>(d_query, scales, call, sample, block, task.head, dq);
     }
@@ -219,7 +219,8 @@ void backward(const Tensor& d_out, const Tensor& query, const Tensor& key, const
 
 void attend_backward(const Tensor d_out, const Tensor query, const Tensor key, const Tensor value, const Tensor out, const Tensor lse,
                      const Tensor places, double scale, int64_t window, Tensor dq, Tensor dk, Tensor dv) {
-  (!is_bf16(query) ? backward<Singles> : path() == Path::amx ? backward<Tiles> : backward<Pairs>)(d_out, query, key, value, out, lse, places, scale, window, dq, dk, dv);
+  const auto by = !is_bf16(query) ? backward<Singles> : path() == Path::amx ? backward<Tiles> : backward<Pairs>;
+  by(d_out, query, key, value, out, lse, places, scale, window, dq, dk, dv);
 }
 
 }  // namespace
